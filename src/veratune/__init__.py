@@ -1,0 +1,29 @@
+"""veratune: fine-tune any PyTorch model in kilobytes, keep a million of the results, serve them together."""
+
+from veratune.adapter import Adapter, extract, install
+from veratune.attach import active, adapters, attach, count_trained, detach, merge, remove, rows, unmerge, use
+from veratune.config import VeraConfig
+from veratune.errors import VeratuneError
+from veratune.files import load, save
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "VeraConfig",
+    "VeratuneError",
+    "active",
+    "adapters",
+    "attach",
+    "count_trained",
+    "detach",
+    "extract",
+    "install",
+    "load",
+    "merge",
+    "remove",
+    "rows",
+    "save",
+    "unmerge",
+    "use",
+]

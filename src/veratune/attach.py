@@ -1,0 +1,378 @@
+"""Put adapters into a model, choose who computes, and take them out again.
+
+The model is changed in place and stays of its own class: layers are replaced by VeraLayers, everything
+else is left alone, and a note of what was changed hangs on the model. Each function checks everything
+before it touches anything.
+"""
+
+import collections
+import contextlib
+import copy
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from veratune.basis.basis import Basis, basis_of
+from veratune.config import VeraConfig
+from veratune.errors import AdapterError, ConfigError, UnsupportedError, near
+from veratune.layers.attention import VeraMultiheadAttention
+from veratune.layers.base import Rounding, Rows, VeraHead, VeraLayer, VeraVectors, VeraWeightLayer
+from veratune.layers.linear import VeraLinear
+from veratune.layers.quantized import is_dense
+from veratune.targets import Site, find_heads, find_sites, is_attention
+
+M = TypeVar("M", bound=nn.Module)
+_NOTE = "_veratune"
+
+
+@dataclasses.dataclass
+class _Note:
+    """What hangs on an adapted model: the adapters' configs, who is active, and how it was before."""
+
+    configs: dict[str, VeraConfig] = dataclasses.field(default_factory=dict)
+    active: str | None = None
+    trained: list[nn.Parameter] = dataclasses.field(default_factory=list)
+    slowed: list[nn.Module] = dataclasses.field(default_factory=list)
+
+
+def attach(model: M, config: VeraConfig | None = None, name: str = "default", *, trainable: bool = True) -> M:
+    """Add an adapter to a model, in place, and make it the active one.
+
+    All parameters but the adapter's own are frozen; ΔW = 0 until it is trained. Further adapters may have
+    other targets, ranks and seeds: each computes as if alone.
+
+    name: any text without a dot. trainable: whether its vectors (and head) ask for gradients.
+    Returns the model. Raises TargetError, AdapterError or ConfigError, and then nothing has changed.
+
+    >>> from veratune import VeraConfig, attach
+    >>> model = attach(torch.nn.Sequential(torch.nn.Linear(8, 6)), VeraConfig(rank=4, targets=["0"]), name="alice")
+    >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
+    10
+    """
+    config = VeraConfig() if config is None else config
+    note = _note(model) or _Note()
+    _check_new(note, name)
+    sites = find_sites(model, config)
+    heads = find_heads(model, config.head)
+    _check_apart(model, sites, [path for path, _ in heads])
+    bases = {site.module: _as_it_came(model, site.module) for site in sites}
+    if config.dropout and any(is_attention(base) for base in bases.values()):
+        raise ConfigError(
+            f"dropout is {config.dropout}, but {type(model).__name__} is adapted inside nn.MultiheadAttention, where the "
+            "adapter has no input of its own to drop; set dropout to 0 or exclude those layers"
+        )
+    basis = basis_of(config, {site.name: site.shape for site in sites})
+    made = []
+    for site in sites:
+        device = bases[site.module].get_parameter(site.part.parameter).device
+        vectors = VeraVectors(site.name, site.part, site.rank, basis, config, device)
+        made.append((site, vectors.requires_grad_(trainable)))
+    copies = [(path, copy.deepcopy(module).requires_grad_(trainable)) for path, module in heads]
+    _reserve(basis, sites, bases)
+
+    # Nothing above has touched the model; nothing below can fail.
+    if not note.configs:
+        note.trained = [p for p in model.parameters() if p.requires_grad]
+        setattr(model, _NOTE, note)
+    for parameter in note.trained:
+        parameter.requires_grad_(False)
+    for site, vectors in made:
+        kind = VeraMultiheadAttention if is_attention(bases[site.module]) else VeraLinear
+        _layer_at(model, site.module, kind).add(name, vectors)
+    for path, module in copies:
+        _layer_at(model, path, VeraHead).add(name, module)
+    note.configs[name] = config
+    _keep_off_fast_path(model, note)
+    use(model, name)
+    return model
+
+
+def use(model: nn.Module, name: str | None) -> None:
+    """Let one adapter compute for every row; None: the bare base model, bit for bit.
+
+    Raises AdapterError for an unknown name, or while another adapter is merged.
+    """
+    note = _adapted(model)
+    _check_known(note, name)
+    merged = _merged(model)
+    if merged is not None and name != merged:
+        raise AdapterError(f"adapter {merged!r} is merged into the weights; unmerge before using {name!r}")
+    for layer in _layers(model):
+        layer.active = name
+    note.active = name
+
+
+@contextlib.contextmanager
+def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Within the block, row i of a batch speaks with adapter names[i]; None is the bare base model.
+
+    A batch that is a multiple of the names repeats each of them in place: beams, windows, flattened
+    tokens. With gradient checkpointing, call backward inside the block: the forward is computed again there.
+    Raises AdapterError for an unknown name or a merged model, UnsupportedError for a sequence-first model,
+    and ShapeError (from the forward) for a batch of another size.
+    """
+    note = _adapted(model)
+    if isinstance(names, str) or not names:
+        raise AdapterError(f"rows wants one adapter name (or None) for each row of the batch, not {names!r}")
+    for name in names:
+        _check_known(note, name)
+    merged = _merged(model)
+    if merged is not None:
+        raise AdapterError(f"adapter {merged!r} is merged into the weights; unmerge before mixing rows")
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+            raise UnsupportedError(f"rows need the batch first, but '{path}' was built with batch_first=False")
+    layers = _layers(model)
+    before = [layer.rows for layer in layers]
+    mixed = Rows(names)
+    try:
+        for layer in layers:
+            layer.rows = mixed
+        yield
+    finally:
+        for layer, held in zip(layers, before, strict=True):
+            layer.rows = held
+
+
+def merge(model: nn.Module, name: str | None = None) -> list[Rounding]:
+    """W <- W + ΔW for one adapter (default: the active one): inference at the base model's own price.
+
+    Summed in fp32 and rounded once to the base's dtype. Returns what rounding lost in each layer, and warns
+    when that is over a twentieth of ΔW. The weights before are kept: `unmerge` gives back their bits.
+    Raises AdapterError, or UnsupportedError for quantized, sharded or tied weights; then nothing is merged.
+    """
+    note = _adapted(model)
+    name = note.active if name is None else name
+    if name is None:
+        raise AdapterError(f"no adapter is active; say which to merge: {_known(note)}")
+    _check_known(note, name)
+    merged = _merged(model)
+    if merged is not None:
+        raise AdapterError(f"adapter {merged!r} is merged already; unmerge it first")
+    layers = [layer for layer in _layers(model) if isinstance(layer, VeraWeightLayer) and name in layer.vera]
+    holders = collections.Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    for layer in layers:
+        layer.check_mergeable(name)
+        for vectors in layer.vectors(name):
+            if holders[id(layer.weight_of(vectors.part.parameter))] > 1:
+                raise UnsupportedError(
+                    f"layer '{layer.name}' shares its weight with another module (a tied embedding?), which merging "
+                    "would change too; untie them or exclude the layer"
+                )
+    use(model, name)
+    report = [entry for layer in layers for entry in layer.merge(name)]
+    norm = math.sqrt(sum(entry.delta_norm**2 for entry in report))
+    lost = math.sqrt(sum((entry.lost * entry.delta_norm) ** 2 for entry in report))
+    if norm and lost / norm > 0.05:
+        warnings.warn(
+            f"merging {name!r} rounded away {lost / norm:.0%} of ΔW: the base model's dtype is too coarse for it. "
+            "Load the base in float32 to merge without loss",
+            stacklevel=2,
+        )
+    return report
+
+
+def unmerge(model: nn.Module) -> None:
+    """Give the base weights back bit for bit. Raises AdapterError if nothing is merged."""
+    _adapted(model)
+    if _merged(model) is None:
+        raise AdapterError("no adapter is merged; there is nothing to unmerge")
+    for layer in _layers(model):
+        if isinstance(layer, VeraWeightLayer):
+            layer.unmerge()
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Take one adapter out. If it was active the base model is active afterwards. Raises AdapterError."""
+    note = _adapted(model)
+    _check_known(note, name)
+    if _merged(model) == name:
+        unmerge(model)
+    if note.active == name and len(note.configs) > 1:
+        use(model, None)
+    for layer in _layers(model):
+        if name in layer.vera:
+            del layer.vera[name]
+    del note.configs[name]
+    _put_back(model, lambda layer: layer.base if not len(layer.vera) else layer)
+    if not note.configs:
+        _forget(model, note)
+
+
+def detach(model: M, *, keep_merged: bool = False) -> M:
+    """Take all adapters out: the very modules that came in, with their requires_grad as it was.
+
+    keep_merged: leave a merged adapter in the weights (and its head in place): a plain model that has
+    learned. Without it a merged adapter is unmerged first. Returns the model.
+    Raises AdapterError if the model has no adapters, or keep_merged is asked for and nothing is merged.
+    """
+    note = _adapted(model)
+    merged = _merged(model)
+    if keep_merged and merged is None:
+        raise AdapterError("keep_merged=True, but no adapter is merged; call merge first")
+    for layer in _layers(model):
+        if isinstance(layer, VeraWeightLayer):
+            layer.unmerge(restore=not keep_merged)
+
+    def kept(layer: VeraLayer) -> nn.Module:
+        if keep_merged and isinstance(layer, VeraHead) and merged in layer.vera:
+            return layer.vera[merged]
+        return layer.base
+
+    _put_back(model, kept)
+    _forget(model, note)
+    return model
+
+
+def adapters(model: nn.Module) -> dict[str, VeraConfig]:
+    """The adapters in a model, by name; empty for a model without any."""
+    note = _note(model)
+    return dict(note.configs) if note else {}
+
+
+def active(model: nn.Module) -> str | None:
+    """The adapter that computes; None is the bare base model."""
+    note = _note(model)
+    return note.active if note else None
+
+
+def vectors_of(model: nn.Module, name: str) -> list[VeraVectors]:
+    """The vectors of one adapter, layer by layer in the model's order."""
+    _check_known(_adapted(model), name)
+    return [v for layer in _layers(model) if isinstance(layer, VeraWeightLayer) for v in layer.vectors(name)]
+
+
+def heads_of(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """The modules that one adapter trains in full, by their path."""
+    _check_known(_adapted(model), name)
+    return {layer.name: layer.vera[name] for layer in _layers(model) if isinstance(layer, VeraHead) and name in layer.vera}
+
+
+def count_trained(model: nn.Module, name: str) -> int:
+    """How many values an adapter trains in its vectors, its head apart."""
+    return sum(p.numel() for vectors in vectors_of(model, name) for p in vectors.parameters())
+
+
+def _note(model: nn.Module) -> _Note | None:
+    return getattr(model, _NOTE, None)
+
+
+def _adapted(model: nn.Module) -> _Note:
+    note = _note(model)
+    if note is None:
+        raise AdapterError(f"{type(model).__name__} has no adapters; attach or load one first")
+    return note
+
+
+def _layers(model: nn.Module) -> list[VeraLayer]:
+    return [module for module in model.modules() if isinstance(module, VeraLayer)]
+
+
+def _merged(model: nn.Module) -> str | None:
+    return next((layer.merged for layer in _layers(model) if layer.merged is not None), None)
+
+
+def _known(note: _Note) -> str:
+    return ", ".join(map(repr, note.configs))
+
+
+def _check_known(note: _Note, name: str | None) -> None:
+    if name is not None and name not in note.configs:
+        raise AdapterError(f"no adapter {name!r}; the model has {_known(note)}{near(str(name), note.configs)}")
+
+
+def _check_new(note: _Note, name: str) -> None:
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise AdapterError(f"adapter name {name!r} cannot be used: torch wants module names without a dot and not its own words")
+    if name in note.configs:
+        raise AdapterError(f"adapter {name!r} is attached already; remove it first or choose another name")
+
+
+def _check_apart(model: nn.Module, sites: list[Site], heads: list[str]) -> None:
+    """A module trained in full and an adapted layer may not lie inside one another, whichever adapter they are of."""
+    taken = {layer.name: layer for layer in _layers(model)}
+    for path in heads:
+        inside = [name for name, layer in taken.items() if isinstance(layer, VeraWeightLayer) and f"{name}.".startswith(f"{path}.")]
+        if inside:
+            raise UnsupportedError(f"head {path!r} holds the adapted layer '{inside[0]}'; a module is either adapted or trained in full")
+    for site in sites:
+        around = [name for name, layer in taken.items() if isinstance(layer, VeraHead) and f"{site.module}.".startswith(f"{name}.")]
+        if around:
+            raise UnsupportedError(f"layer '{site.name}' is inside the head '{around[0]}' of another adapter; exclude it")
+
+
+def _as_it_came(model: nn.Module, path: str) -> nn.Module:
+    module = model.get_submodule(path)
+    return module.base if isinstance(module, VeraLayer) else module
+
+
+def _reserve(basis: Basis, sites: list[Site], bases: dict[str, nn.Module]) -> None:
+    """Make the shared matrices at once, at their full size, where the dtype of the products is known beforehand."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[tuple[str, int, int, int]]] = {}
+    for site in sites:
+        weight = bases[site.module].get_parameter(site.part.parameter)
+        if is_dense(weight) and weight.device.type != "meta":
+            kinds.setdefault((weight.device, weight.dtype), []).append((site.name, *site.shape, site.rank))
+    for (device, dtype), layers in kinds.items():
+        basis.reserve(layers, device, dtype)
+
+
+def _layer_at(model: nn.Module, path: str, kind: type[VeraLayer]) -> Any:
+    """The VeraLayer at a path; made, and put in every place where the layer stood, if it is the first adapter's."""
+    module = model.get_submodule(path)
+    if isinstance(module, VeraLayer):
+        return module
+    layer = kind(module, path)
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is module and parent is not layer:
+                setattr(parent, name, layer)
+    return layer
+
+
+def _put_back(model: nn.Module, choose: Callable[[VeraLayer], nn.Module]) -> None:
+    """Replace each VeraLayer, wherever it stands, by what `choose` says."""
+    for parent in [m for m in model.modules() if not isinstance(m, VeraLayer)]:
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, VeraLayer):
+                chosen = choose(child)
+                if chosen is not child:
+                    setattr(parent, name, chosen)
+
+
+def _forget(model: nn.Module, note: _Note) -> None:
+    for parameter in note.trained:
+        parameter.requires_grad_(True)
+    for module in note.slowed:
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = True
+        else:
+            for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _off_fast_path]:
+                del module._forward_pre_hooks[key]
+    delattr(model, _NOTE)
+
+
+def _keep_off_fast_path(model: nn.Module, note: _Note) -> None:
+    """In evaluation, torch's encoder layers pass their weights to one fused kernel, past every adapter.
+
+    A layer with a hook does not take that path; an encoder that would hand out nested tensors for it must not.
+    """
+    for module in model.modules():
+        adapted = any(isinstance(inner, VeraLayer) for inner in module.modules())
+        if not adapted or any(module is known for known in note.slowed):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.register_forward_pre_hook(_off_fast_path)
+            note.slowed.append(module)
+        elif isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
+            module.use_nested_tensor = False
+            note.slowed.append(module)
+
+
+def _off_fast_path(module: nn.Module, args: Any) -> None:
+    return None

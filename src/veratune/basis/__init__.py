@@ -1,0 +1,1 @@
+"""The frozen matrices A and B as a pure function of a seed."""

@@ -1,0 +1,212 @@
+"""What A and B are for a layer: one object answers for every layer, adapter, device and dtype.
+
+A basis holds each matrix once for every (device, dtype), at the largest size anyone asked for, and hands
+out views. It is immutable as seen from outside, shared between adapters, copied by nobody (deepcopy
+returns the same object), and freed with the last layer that uses it.
+"""
+
+import abc
+import hashlib
+import math
+import threading
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from veratune.basis.distributions import gain, values
+from veratune.basis.philox import random_words
+from veratune.config import Init, Sharing, VeraConfig
+
+_CHUNK = 2**14  # Philox counters at a time: what stays in a core's cache
+
+# Sampled by the fingerprint: the corner that every layer uses, and far places that only large ones do.
+_SAMPLE_ROWS = (0, 1, 2, 3, 255, 1023, 65535)
+_SAMPLE_COLUMNS = 4096
+
+
+class Basis(abc.ABC):
+    """The frozen pair (A, B) of every layer.
+
+    Subclasses say which named matrix a layer uses, what is in it, and the scale of the product.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        self._lock = threading.Lock()
+
+    @abc.abstractmethod
+    def roles(self, layer: str, out_features: int, in_features: int) -> tuple[str, str]:
+        """The names of the layer's A and of its B; layers with equal names share the matrix."""
+
+    @abc.abstractmethod
+    def scale(self, rank: int, in_features: int) -> float:
+        """The factor s of ΔW = s diag(b) B diag(d) A, with A and B as `pair` gives them."""
+
+    @abc.abstractmethod
+    def generate(self, role: str, out: Tensor) -> None:
+        """Fill `out`, a CPU matrix, with the values of the matrix `role` from row 0 and column 0 on."""
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """A hash of a fixed sample of values: equal fingerprints, equal matrices."""
+
+    def pair(
+        self, layer: str, out_features: int, in_features: int, rank: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """(A, B) of a layer: views of shape (rank, in_features) and (out_features, rank).
+
+        Source of the cut: VeRA's shared matrices are sliced to each layer's size, arXiv 2310.11454 section 3.1.
+        """
+        role_a, role_b = self.roles(layer, out_features, in_features)
+        return self.matrix(role_a, rank, in_features, device, dtype), self.matrix(role_b, out_features, rank, device, dtype)
+
+    def matrix(self, role: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The first `rows` and `columns` of a matrix: a view of the one copy, made or enlarged when needed."""
+        held = self._held.get((role, device, dtype))
+        if held is None or held.shape[0] < rows or held.shape[1] < columns:
+            held = self._grow(role, rows, columns, device, dtype)
+        return held[:rows, :columns]
+
+    def reserve(self, layers: Iterable[tuple[str, int, int, int]], device: torch.device, dtype: torch.dtype) -> None:
+        """Make what these layers will ask for, (name, out_features, in_features, rank) each, once and at full size."""
+        sizes: dict[str, tuple[int, int]] = {}
+        for layer, out_features, in_features, rank in layers:
+            for role, size in zip(
+                self.roles(layer, out_features, in_features), ((rank, in_features), (out_features, rank)), strict=True
+            ):
+                held = sizes.get(role, (0, 0))
+                sizes[role] = (max(held[0], size[0]), max(held[1], size[1]))
+        for role, (rows, columns) in sizes.items():
+            self.matrix(role, rows, columns, device, dtype)
+
+    def bytes_held(self) -> int:
+        """Bytes of all matrices in memory, over all devices and dtypes."""
+        return sum(t.numel() * t.element_size() for t in self._held.values())
+
+    def _grow(self, role: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        with self._lock, torch.no_grad():
+            key = (role, device, dtype)
+            held = self._held.get(key)
+            if held is not None:
+                rows, columns = max(rows, held.shape[0]), max(columns, held.shape[1])
+                if held.shape == (rows, columns):  # another thread was faster
+                    return held
+            del held
+            self._held.pop(key, None)
+            if device.type == "meta":
+                made = torch.empty(rows, columns, dtype=dtype, device=device)
+            else:
+                made = torch.empty(rows, columns, dtype=dtype)
+                self.generate(role, made)
+                made = made.to(device)
+            self._held[key] = made
+            return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Basis":
+        return self
+
+
+class RandomBasis(Basis):
+    """Values of a counter-based generator: element (i, j) of a matrix is a function of (seed, role, i, j).
+
+    Args as in VeraConfig. The Kaiming gains follow each layer's own fan-in: n for A and r for B.
+    """
+
+    def __init__(self, seed: int, init: Init, sharing: Sharing) -> None:
+        super().__init__()
+        self.seed, self.init, self.sharing = seed, init, sharing
+
+    def roles(self, layer: str, out_features: int, in_features: int) -> tuple[str, str]:
+        suffix = {"shared": "", "per_shape": f"/{out_features}x{in_features}", "unique": f"/{layer}"}[self.sharing]
+        return f"A{suffix}", f"B{suffix}"
+
+    def scale(self, rank: int, in_features: int) -> float:
+        return gain(self.init, in_features) * gain(self.init, rank)
+
+    def generate(self, role: str, out: Tensor) -> None:
+        rows, columns = out.shape
+        step = max(1, _CHUNK * 4 // max(columns, 1))
+        number = _role_number(role)
+        for start in range(0, rows, step):
+            block = range(start, min(rows, start + step))
+            bits = random_words(self.seed, number, block, columns)
+            out[block.start : block.stop] = torch.from_numpy(values(bits, self.init))
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(f"{self.init}:{self.sharing}".encode())
+        for role in ("A", "B"):
+            for row in _SAMPLE_ROWS:
+                bits = random_words(self.seed, _role_number(role), range(row, row + 1), _SAMPLE_COLUMNS)
+                digest.update(values(bits, self.init).astype("<f4").tobytes())
+        return digest.hexdigest()[:32]
+
+
+class PeftBasis(Basis):
+    """What Hugging Face PEFT's VeRA draws, bit for bit: A (r, max_in), then B (max_out, r), from one generator.
+
+    seed: PEFT's projection_prng_key. max_in, max_out: the largest sizes among the adapted layers; PEFT's
+    values and their scale depend on them. Source: peft 0.21.2, tuners/vera/model.py.
+    """
+
+    def __init__(self, seed: int, rank: int, max_in: int, max_out: int) -> None:
+        super().__init__()
+        self.seed, self.rank, self.max_in, self.max_out = seed, rank, max_in, max_out
+
+    def roles(self, layer: str, out_features: int, in_features: int) -> tuple[str, str]:
+        return "A", "B"
+
+    def scale(self, rank: int, in_features: int) -> float:
+        return 1.0
+
+    def generate(self, role: str, out: Tensor) -> None:
+        drawn = self._draw()[0 if role == "A" else 1]
+        out.copy_(drawn[: out.shape[0], : out.shape[1]])
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(f"peft:{self.rank}:{self.max_in}:{self.max_out}".encode())
+        for drawn in self._draw():
+            flat = drawn.flatten()
+            ends = torch.cat([flat[:_SAMPLE_COLUMNS], flat[-_SAMPLE_COLUMNS:]])
+            digest.update(ends.numpy().astype("<f4").tobytes())
+        return digest.hexdigest()[:32]
+
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator(device="cpu").manual_seed(self.seed)
+        drawn = []
+        for shape in ((self.rank, self.max_in), (self.max_out, self.rank)):
+            # PEFT's own expression, term by term: another order would round to another bound.
+            bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
+            drawn.append(torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
+        return drawn[0], drawn[1]
+
+
+_LIVE: "weakref.WeakValueDictionary[tuple[Any, ...], Basis]" = weakref.WeakValueDictionary()
+_LIVE_LOCK = threading.Lock()
+
+
+def basis_of(config: VeraConfig, shapes: dict[str, tuple[int, int]]) -> Basis:
+    """The basis of an adapter; adapters that may share one get the same object.
+
+    shapes: (out_features, in_features) of each adapted layer. Only basis="peft" looks at it.
+    """
+    key: tuple[Any, ...]
+    if config.basis == "peft":
+        max_out, max_in = (max(sizes) for sizes in zip(*shapes.values(), strict=True))
+        key = ("peft", config.seed, config.rank, max_in, max_out)
+    else:
+        key = ("random", config.seed, config.init, config.sharing)
+    with _LIVE_LOCK:
+        basis = _LIVE.get(key)
+        if basis is None:
+            basis = PeftBasis(*key[1:]) if key[0] == "peft" else RandomBasis(*key[1:])
+            _LIVE[key] = basis
+        return basis
+
+
+def _role_number(role: str) -> int:
+    """The 64-bit number of a role: the first bytes of its SHA-256, little-endian."""
+    return int(np.frombuffer(hashlib.sha256(role.encode()).digest()[:8], dtype="<u8")[0])

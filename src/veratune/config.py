@@ -1,0 +1,165 @@
+"""VeraConfig: everything that defines an adapter besides its trained vectors."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from veratune.errors import ConfigError, near
+
+Init = Literal["kaiming_uniform", "kaiming_normal", "uniform"]
+Sharing = Literal["shared", "per_shape", "unique"]
+BasisKind = Literal["random", "peft"]
+Vectors = Literal["both", "d", "b"]
+Fused = Literal["parts", "whole"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VeraConfig:
+    """How a model is adapted: y = W x + b * (B (d * (A x))).
+
+    Args:
+        rank: r, the rows of A and the columns of B. VeRA wants it high: 256 to 1024.
+        targets: the layers to adapt. Each entry is a layer's name or the end of one ("q_proj",
+            "c_attn.q"), a glob ("*.attn.*"), a regular expression for the whole name ("re:.*[qv]_proj"), or one of the
+            words "query", "key", "value", which stand for that projection under any family's name for
+            it. "all-linear" is every linear layer but the output head. None: query and value.
+        exclude: layers left out, in the same language.
+        layers: indices of the blocks to adapt (the first number in a layer's name). None: all.
+        rank_pattern: another rank for the layers that a pattern matches; the first match counts.
+        vectors: "both", or only "d" (b stays 1) or only "b" (d stays 1): the paper's Table 6a.
+        d_init: start value of d. None: 0.1, or 0 with vectors="d", so that ΔW starts at 0 either way.
+        dropout: probability with which an input of the adapter is dropped in training, in [0, 1).
+        basis: "random" (the counter-based generator) or "peft" (what Hugging Face PEFT draws).
+        init: distribution of A and B.
+        sharing: one pair for all layers ("shared"), one for each layer shape ("per_shape"), or one for
+            each layer ("unique").
+        seed: of the basis, 0 to 2**64 - 1.
+        fused: a fused projection such as GPT-2's c_attn is adapted in its "parts" (q, k, v, each with
+            its own d and b) or as one "whole" matrix, as PEFT does.
+        head: modules trained in full and stored with the adapter, such as "classifier".
+        dtype: of the trained vectors.
+
+    Raises:
+        ConfigError: naming the setting, what was found and what is allowed.
+
+    >>> VeraConfig(rank=0)
+    Traceback (most recent call last):
+        ...
+    veratune.errors.ConfigError: rank is 0; it must be an integer of at least 1
+    """
+
+    rank: int = 256
+    targets: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    vectors: Vectors = "both"
+    d_init: float | None = None
+    dropout: float = 0.0
+    basis: BasisKind = "random"
+    init: Init = "kaiming_uniform"
+    sharing: Sharing = "shared"
+    seed: int = 0
+    fused: Fused = "parts"
+    head: tuple[str, ...] = ()
+    dtype: Dtype = "float32"
+
+    def __post_init__(self) -> None:
+        for field in ("targets", "exclude", "head"):
+            object.__setattr__(self, field, _words(field, getattr(self, field)))
+        if self.layers is not None:
+            found = (self.layers,) if _is_int(self.layers) else self.layers
+            if not isinstance(found, list | tuple) or not all(_is_int(i) and i >= 0 for i in found):
+                raise ConfigError(f"layers is {self.layers!r}; it must be a list of block indices from 0 up")
+            object.__setattr__(self, "layers", tuple(found))
+        _check_rank("rank", self.rank)
+        if not isinstance(self.rank_pattern, Mapping):
+            raise ConfigError(f"rank_pattern is {self.rank_pattern!r}; it must map patterns to ranks")
+        for pattern, rank in self.rank_pattern.items():
+            _check_rank(f"rank_pattern[{pattern!r}]", rank)
+        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
+        for field, choices in _CHOICES.items():
+            value = getattr(self, field)
+            if value not in choices:
+                raise ConfigError(
+                    f"{field} is {value!r}; it must be one of {', '.join(choices)}{near(str(value), choices)}"
+                )
+        if self.d_init is not None and not (_is_number(self.d_init) and math.isfinite(self.d_init)):
+            raise ConfigError(f"d_init is {self.d_init!r}; it must be a finite number")
+        if self.vectors == "b" and self.d_init is not None:
+            raise ConfigError("d_init is set, but vectors='b' has no d (it stays 1); leave d_init out")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout is {self.dropout!r}; it must be a probability in [0, 1)")
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**64:
+            raise ConfigError(f"seed is {self.seed!r}; it must be an integer from 0 to 2**64 - 1")
+        if self.basis == "peft":
+            self._check_peft()
+
+    def _check_peft(self) -> None:
+        for field, only in (("init", "kaiming_uniform"), ("sharing", "shared"), ("rank_pattern", {})):
+            if getattr(self, field) != only:
+                raise ConfigError(
+                    f"basis='peft' draws one kaiming_uniform pair for one rank, but {field} is "
+                    f"{getattr(self, field)!r}; leave {field} at its default or use basis='random'"
+                )
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed is {self.seed}; basis='peft' takes seeds below 2**63")
+
+    @property
+    def start_d(self) -> float:
+        """The value that d starts from."""
+        if self.d_init is not None:
+            return self.d_init
+        return 0.0 if self.vectors == "d" else 0.1
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as JSON types; the defaults too, so that a file means the same when a default changes."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> "VeraConfig":
+        """The inverse of `to_dict`; an unknown key is an error that names the nearest known one."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in settings:
+            if key not in known:
+                raise ConfigError(f"unknown setting {key!r} in an adapter's configuration{near(str(key), known)}")
+        return cls(**settings)
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "vectors": get_args(Vectors),
+    "basis": get_args(BasisKind),
+    "init": get_args(Init),
+    "sharing": get_args(Sharing),
+    "fused": get_args(Fused),
+    "dtype": get_args(Dtype),
+}
+
+
+def _words(field: str, value: Any) -> tuple[str, ...] | None:
+    if value is None and field == "targets":
+        return None
+    words = (value,) if isinstance(value, str) else value
+    if not isinstance(words, list | tuple) or not all(isinstance(w, str) and w for w in words):
+        raise ConfigError(f"{field} is {value!r}; it must be a list of layer names")
+    if field == "targets" and not words:
+        raise ConfigError("targets is empty; name at least one layer, or leave it out for query and value")
+    return tuple(words)
+
+
+def _check_rank(name: str, rank: Any) -> None:
+    if not _is_int(rank) or rank < 1:
+        raise ConfigError(f"{name} is {rank!r}; it must be an integer of at least 1")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+

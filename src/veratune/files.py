@@ -1,0 +1,46 @@
+"""save and load: an adapter between a model and the disk."""
+
+from pathlib import Path
+
+from torch import nn
+
+from veratune.adapter import Adapter, extract, install
+from veratune.errors import AdapterError, AdapterFileError
+from veratune.formats import native, peft
+
+
+def save(model: nn.Module, path: str | Path, name: str | None = None) -> int:
+    """Write one adapter of a model to a file of its own. Returns the file's size in bytes.
+
+    name: default the active adapter, or the only one. Saving while merged saves the adapter all the same.
+    Raises AdapterError for an unknown name, OutputError if the file cannot be written; then nothing changed.
+    """
+    path = Path(path)
+    if path.suffix != native.SUFFIX:
+        raise AdapterError(f"{path}: an adapter's file is called something{native.SUFFIX}")
+    return native.write(extract(model, name), path)
+
+
+def load(
+    model: nn.Module, path: str | Path, name: str | None = None, *, trainable: bool = False, check_base: bool = True
+) -> str:
+    """Put an adapter from a file into a model and make it the active one. Returns its name.
+
+    path: a veratune file, or the folder of a PEFT VeRA checkpoint. name: default the file's own, without
+    its suffix. trainable: whether to train it further. check_base: see `veratune.adapter.install`.
+    Raises AdapterFileError (damaged, tampered with, another basis), BaseModelError (another base model) or
+    AdapterError (the name is taken); then the model is as it was.
+    """
+    path = Path(path)
+    install(model, read(path, model), name or path.stem, trainable=trainable, check_base=check_base)
+    return name or path.stem
+
+
+def read(path: str | Path, model: nn.Module) -> Adapter:
+    """An adapter from a veratune file or a PEFT folder; `model` tells a PEFT checkpoint its layers' sizes."""
+    path = Path(path)
+    if path.is_dir():
+        if not (path / peft.CONFIG).exists():
+            raise AdapterFileError(f"{path}: a folder without {peft.CONFIG}; give an adapter file or a PEFT checkpoint")
+        return peft.read(path, model)
+    return native.read(path)

@@ -1,0 +1,1 @@
+"""The modules that take an adapted layer's place in a model."""

@@ -1,0 +1,315 @@
+"""VeraLayer: the module that stands where an adapted layer stood, and what it holds for each adapter.
+
+    VeraLayer (abstract)
+    ├── VeraLinear                a linear layer, dense, transposed, fused or quantized
+    ├── VeraMultiheadAttention    torch's attention block, which reads its weights without calling them
+    └── VeraHead                  a module trained in full, one copy for each adapter
+
+The layer that came in stays whole under `base`: taking VeraLayer away again gives the very same module
+back. Its tensors keep their names in `state_dict`, so that checkpoints of the base model still load and
+`save_pretrained` still writes them.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veratune.basis.basis import Basis
+from veratune.config import VeraConfig
+from veratune.errors import AdapterError, ShapeError, UnsupportedError
+from veratune.functional import delta_weight, vera_linear
+from veratune.layers.quantized import is_dense
+
+_BASE = "base."
+_OWN = ("base.", "vera.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Rows start..stop of one weight matrix of a layer, which have a d and a b of their own.
+
+    name: "" for a whole layer, or the part's name in a fused one ("q"); parameter: the weight's name in
+    the base layer; in_features: n.
+    """
+
+    name: str
+    parameter: str
+    start: int
+    stop: int
+    in_features: int
+
+    @property
+    def out_features(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def key(self) -> str:
+        """The part's name as a module's name, which may not be empty."""
+        return self.name or "whole"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """What merging a layer in its own precision lost.
+
+    layer: its name; delta_norm: the Frobenius norm of ΔW; lost: the norm of what rounding changed in
+    it, as a fraction of that (0 is nothing, 1 is as much as all of it).
+    """
+
+    layer: str
+    delta_norm: float
+    lost: float
+
+
+class Rows:
+    """Which adapter each row of a batch speaks with; None is the bare base model."""
+
+    def __init__(self, names: Iterable[str | None]) -> None:
+        self.names = tuple(names)
+
+    def positions(self, batch: int, layer: str) -> dict[str, list[int]]:
+        """The rows of each adapter in a batch that may repeat every row (beams, windows, flattened tokens).
+
+        Raises ShapeError when the batch is no multiple of the rows.
+        """
+        repeat, left = divmod(batch, len(self.names))
+        if left or not repeat:
+            raise ShapeError(
+                f"layer '{layer}' got a batch of {batch} rows; rows() named {len(self.names)} adapters, "
+                "so that many rows or a multiple of it is wanted"
+            )
+        found: dict[str, list[int]] = {}
+        for i, name in enumerate(self.names):
+            if name is not None:
+                found.setdefault(name, []).extend(range(i * repeat, (i + 1) * repeat))
+        return found
+
+
+class VeraVectors(nn.Module):
+    """The vectors d and b of one adapter at one part of a layer, and the basis that they scale.
+
+    layer: the full name, such as "h.0.attn.c_attn:q". Where the config trains one vector only, the other
+    is None and stands for ones.
+    """
+
+    d: nn.Parameter | None
+    b: nn.Parameter | None
+
+    def __init__(self, layer: str, part: Part, rank: int, basis: Basis, config: VeraConfig, device: torch.device) -> None:
+        super().__init__()
+        self.layer, self.part, self.rank, self.basis, self.config = layer, part, rank, basis, config
+        dtype = getattr(torch, config.dtype)
+        for name, size, value, absent in (("d", rank, config.start_d, "b"), ("b", part.out_features, 0.0, "d")):
+            vector = None if config.vectors == absent else nn.Parameter(torch.full((size,), value, dtype=dtype, device=device))
+            self.register_parameter(name, vector)
+
+    @property
+    def scale(self) -> float:
+        return self.basis.scale(self.rank, self.part.in_features)
+
+    def pair(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(A, B) at this layer's size."""
+        part = self.part
+        return self.basis.pair(self.layer, part.out_features, part.in_features, self.rank, device, dtype)
+
+    def drop(self, x: Tensor) -> Tensor:
+        """x with this adapter's dropout."""
+        return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The adapter's share of the output, scale * b * (B (d * (A x)))."""
+        A, B = self.pair(x.device, product_dtype(x))
+        return vera_linear(self.drop(x), A, B, self.d, self.b, self.scale)
+
+    def delta_weight(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """ΔW of this part, (m, n)."""
+        return delta_weight(*self.pair(device, dtype), self.d, self.b, self.scale)
+
+
+class VeraLayer(nn.Module, abc.ABC):
+    """A layer with adapters. Attributes it does not have are those of the layer it stands for.
+
+    base: the layer that came in; name: its path in the model; active: the adapter that computes, or None;
+    rows: the adapters of a mixed batch, which go before `active`; merged: the adapter that is inside W.
+    """
+
+    def __init__(self, base: nn.Module, name: str) -> None:
+        super().__init__()
+        self.base = base
+        self.vera = nn.ModuleDict()
+        self.name = name
+        self.active: str | None = None
+        self.rows: Rows | None = None
+        self.merged: str | None = None
+        self.training = base.training
+        self.register_state_dict_post_hook(_names_out)
+        self.register_load_state_dict_pre_hook(_names_in)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(super().__getattr__("base"), name)
+
+    @property
+    def current(self) -> str | None:
+        """The adapter that computes for the whole batch, if one does."""
+        return self.active if self.merged is None and self.active in self.vera else None
+
+
+class VeraWeightLayer(VeraLayer):
+    """A VeraLayer over weight matrices: what linear layers and attention blocks have in common."""
+
+    def __init__(self, base: nn.Module, name: str) -> None:
+        super().__init__(base, name)
+        self._kept: dict[str, Tensor] = {}
+
+    def add(self, adapter: str, vectors: VeraVectors) -> None:
+        """Give an adapter its vectors at one part; an adapter's parts come by rising rows and do not overlap."""
+        if adapter not in self.vera:
+            self.vera[adapter] = nn.ModuleDict()
+        self.vera[adapter][vectors.part.key] = vectors
+
+    def vectors(self, adapter: str) -> list[VeraVectors]:
+        """The adapter's vectors in this layer, by rising rows; none if it leaves the layer alone."""
+        return list(self.vera[adapter].values()) if adapter in self.vera else []  # type: ignore[operator]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the layer stores Wᵀ, as Hugging Face's Conv1D does."""
+        return False
+
+    def weight_of(self, parameter: str) -> nn.Parameter:
+        """A weight of the base layer, as stored."""
+        return self.base.get_parameter(parameter)
+
+    def deltas(self, adapter: str) -> dict[str, Tensor]:
+        """ΔW for each weight that the adapter changes, in the layout of the weight, parts put in place.
+
+        In float32, or in float64 where the weight is.
+        """
+        out: dict[str, Tensor] = {}
+        for vectors in self.vectors(adapter):
+            weight = self.weight_of(vectors.part.parameter)
+            delta = vectors.delta_weight(weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
+            rows = weight.shape[1] if self.transposed else weight.shape[0]
+            if vectors.part.out_features != rows:
+                delta = F.pad(delta, (0, 0, vectors.part.start, rows - vectors.part.stop))
+            delta = delta.T if self.transposed else delta
+            held = out.get(vectors.part.parameter)
+            out[vectors.part.parameter] = delta if held is None else held + delta
+        return out
+
+    def check_mergeable(self, adapter: str) -> None:
+        """Raise UnsupportedError, with the reason, where W + ΔW cannot be stored."""
+        for vectors in self.vectors(adapter):
+            weight = self.weight_of(vectors.part.parameter)
+            if not is_dense(weight):
+                raise UnsupportedError(
+                    f"layer '{self.name}' stores its weight as {type(weight).__name__} of {weight.dtype}; W + ΔW would "
+                    "have to be quantized again and lose ΔW. Load the base model in 16 or 32 bits to merge"
+                )
+
+    @torch.no_grad()
+    def merge(self, adapter: str) -> list[Rounding]:
+        """W <- W + ΔW, summed in fp32 and rounded once. W is kept, so that `unmerge` gives back its bits."""
+        report = []
+        for parameter, delta in self.deltas(adapter).items():
+            weight = self.weight_of(parameter)
+            before = weight.data.clone()
+            self._kept[parameter] = before
+            weight.data.copy_(before.to(delta.dtype) + delta)
+            lost = (weight.data.to(delta.dtype) - before.to(delta.dtype) - delta).norm()
+            norm = delta.norm()
+            report.append(Rounding(f"{self.name}.{parameter}", norm.item(), (lost / norm).item() if norm > 0 else 0.0))
+        self.merged = adapter
+        return report
+
+    @torch.no_grad()
+    def unmerge(self, restore: bool = True) -> None:
+        """Give W back bit for bit, or, without `restore`, forget it and stay merged."""
+        for parameter, before in self._kept.items():
+            if restore:
+                self.weight_of(parameter).data.copy_(before)
+        self._kept = {}
+        self.merged = None
+
+
+class VeraHead(VeraLayer):
+    """A module trained in full, such as a classifier: every adapter has a copy, None has the original."""
+
+    def add(self, adapter: str, module: nn.Module) -> None:
+        """Give an adapter its copy."""
+        self.vera[adapter] = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.rows is None:
+            name = self.active
+            module = self.vera[name] if name is not None and name in self.vera else self.base
+            return module(*args, **kwargs)
+        return by_adapter(self, args, kwargs, lambda name: self.vera[name] if name in self.vera else self.base)
+
+
+def by_adapter(layer: VeraLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], module_of: Any, dim: int = 0) -> Any:
+    """Run a mixed batch in one call for each adapter and put the rows back in their order.
+
+    args, kwargs: of the layer; tensors whose dimension `dim` is the batch are split, all else is passed on.
+    module_of: the callable of an adapter's name (None: the base). Returns a tensor, or a tuple of them.
+    """
+    assert layer.rows is not None
+    first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+    if first is None:
+        raise AdapterError(f"layer '{layer.name}' was called without a tensor; rows() cannot tell its batch")
+    batch = first.shape[dim]
+    positions: dict[str | None, list[int]] = dict(layer.rows.positions(batch, layer.name))
+    named = {i for found in positions.values() for i in found}
+    positions[None] = [i for i in range(batch) if i not in named]
+    results, order = [], []
+    for name, found in positions.items():
+        if not found:
+            continue
+        index = torch.tensor(found, device=first.device)
+
+        def pick(value: Any, index: Tensor = index) -> Any:
+            if isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == batch:
+                return value.index_select(dim, index)
+            return value
+
+        results.append(module_of(name)(*map(pick, args), **{k: pick(v) for k, v in kwargs.items()}))
+        order.extend(found)
+    back = torch.tensor(order, device=first.device).argsort()
+
+    def join(pieces: list[Any]) -> Any:
+        return None if pieces[0] is None else torch.cat(pieces, dim).index_select(dim, back)
+
+    if isinstance(results[0], tuple):
+        return tuple(join(list(pieces)) for pieces in zip(*results, strict=True))
+    return join(results)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a matrix product with x runs in: autocast's where it is on, else x's own."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _names_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """The base layer's tensors are written under the names they had before the layer was adapted."""
+    for key in [k for k in state if k.startswith(prefix + _BASE)]:
+        state[prefix + key[len(prefix) + len(_BASE) :]] = state.pop(key)
+
+
+def _names_in(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """The inverse of `_names_out`; names that already say `base` are taken too."""
+    for key in [k for k in state if k.startswith(prefix) and not k[len(prefix) :].startswith(_OWN)]:
+        state[prefix + _BASE + key[len(prefix) :]] = state.pop(key)
+
+

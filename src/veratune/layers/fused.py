@@ -1,0 +1,63 @@
+"""The parts of fused projections: one weight that holds several projections, rows of one after rows of the other.
+
+Only projections whose parts are whole blocks of rows are known here. GPT-NeoX, BLOOM, Falcon and DeBERTa v1
+interleave q, k and v head by head: they are adapted as one matrix.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from veratune.layers.base import Part
+
+QKV = ("q", "k", "v")
+
+# The last word of the layer's name -> its parts: GPT-2; timm and DINO; ModernBERT, MPT; Phi-3; Phi-3, GLM.
+FUSED: dict[str, tuple[str, ...]] = {
+    "c_attn": QKV,
+    "qkv": QKV,
+    "Wqkv": QKV,
+    "qkv_proj": QKV,
+    "gate_up_proj": ("gate", "up"),
+}
+
+
+def fused_parts(name: str, module: nn.Module, parent: nn.Module | None, rows: int, columns: int) -> tuple[Part, ...] | None:
+    """The parts of a linear layer, or None if it is not a fused projection that is known here.
+
+    name: the layer's path; parent: the module that holds it, asked for its head counts where k and v are
+    smaller than q; rows, columns: m and n.
+    """
+    names = FUSED.get(name.rsplit(".", 1)[-1])
+    if names is None:
+        return None
+    if names == QKV and rows == 2 * columns:  # GPT-2's cross-attention reads k and v from the encoder
+        names = ("k", "v")
+    sizes = _sizes(names, rows, columns, parent)
+    if sizes is None:
+        return None
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return tuple(Part(n, "weight", start, start + size, columns) for n, start, size in zip(names, starts, sizes, strict=True))
+
+
+def attention_parts(module: nn.MultiheadAttention) -> tuple[Part, ...]:
+    """The projections of torch's attention block: q, k, v, in one weight or in three, and out_proj."""
+    width = module.embed_dim
+    if module.in_proj_weight is not None:
+        parts = [Part(n, "in_proj_weight", i * width, (i + 1) * width, width) for i, n in enumerate(QKV)]
+    else:
+        sizes = (width, module.kdim, module.vdim)
+        parts = [Part(n, f"{n}_proj_weight", 0, width, size) for n, size in zip(QKV, sizes, strict=True)]
+    return (*parts, Part("out_proj", "out_proj.weight", 0, width, width))
+
+
+def _sizes(names: tuple[str, ...], rows: int, columns: int, parent: Any) -> list[int] | None:
+    if names != QKV or rows == 3 * columns:
+        return [rows // len(names)] * len(names) if rows % len(names) == 0 else None
+    config = getattr(parent, "config", None)
+    heads = getattr(config, "num_attention_heads", None)
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    if not heads or rows % (heads + 2 * groups):
+        return None
+    head = rows // (heads + 2 * groups)
+    return [heads * head, groups * head, groups * head]

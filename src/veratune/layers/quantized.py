@@ -1,0 +1,28 @@
+"""Quantized linear layers: their sizes, and their weights as numbers.
+
+bitsandbytes' and torchao's linears are adapted as any linear is (VeraLinear calls them); what differs is
+that the stored weight is not the matrix W.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def is_dense(weight: Tensor) -> bool:
+    """Whether a stored weight is the plain matrix W itself: floating point, not packed, not sharded."""
+    return weight.is_floating_point() and type(weight.data) is Tensor and type(weight) in (nn.Parameter, Tensor)
+
+
+def dense_weight(module: nn.Module, parameter: str = "weight") -> Tensor | None:
+    """W of a layer as floating point numbers, dequantized where needed; None where that cannot be told here."""
+    weight = module.get_parameter(parameter)
+    if is_dense(weight):
+        return weight.data
+    kind = type(module).__name__
+    if kind == "Linear4bit" and getattr(weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    if kind == "Linear8bitLt" and weight.dtype == torch.int8 and getattr(weight, "SCB", None) is not None:
+        return weight.data.float() * (weight.SCB.float()[:, None] / 127)
+    return None
