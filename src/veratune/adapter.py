@@ -5,11 +5,12 @@ This is what every file format reads and writes, and all that training and servi
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veratune.attach import active, adapters, attach, heads_of, vectors_of
+from veratune.attach import active, adapters, attach, describe, heads_of, task_of, vectors_of
 from veratune.basis.basis import Basis, basis_of
 from veratune.config import VeraConfig
 from veratune.errors import AdapterError, AdapterFileError, BaseModelError, TargetError, near
@@ -27,7 +28,8 @@ class Adapter:
     config: how it was made. shapes: (m, n) of each adapted layer. d, b: the vectors by layer name; empty
     where the config does not train them. head: tensors of modules trained in full, by full name.
     base_id: the base model's name or path as it was loaded. probe: 64 of the base model's weights, spread
-    evenly over the first adapted layer (by name); None where they could not be read.
+    evenly over the first adapted layer (by name); None where they could not be read. task: what the adapter
+    is for, as JSON types (see veratune.tasks); empty if it was not trained by veratune.
     """
 
     config: VeraConfig
@@ -37,6 +39,7 @@ class Adapter:
     head: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     base_id: str = ""
     probe: Tensor | None = None
+    task: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         config = self.config
@@ -109,6 +112,7 @@ def extract(model: nn.Module, name: str | None = None) -> Adapter:
         },
         base_id=base_id(model),
         probe=probe(model, find_sites(model, configs[name])),
+        task=task_of(model, name),
     )
 
 
@@ -139,14 +143,8 @@ def install(model: nn.Module, adapter: Adapter, name: str, *, trainable: bool = 
         _check_probe(model, adapter, list(sites.values()))
     _check_head(model, adapter)
     attach(model, adapter.config, name, trainable=trainable)
-    with torch.no_grad():
-        for vectors in vectors_of(model, name):
-            if vectors.d is not None:
-                vectors.d.copy_(adapter.d[vectors.layer])
-            if vectors.b is not None:
-                vectors.b.copy_(adapter.b[vectors.layer])
-        for path, module in heads_of(model, name).items():
-            module.load_state_dict(_of_head(adapter, path))
+    describe(model, name, adapter.task)
+    update(model, adapter, name)
 
 
 def update(model: nn.Module, adapter: Adapter, name: str) -> None:

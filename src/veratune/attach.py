@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -32,9 +32,10 @@ _NOTE = "_veratune"
 
 @dataclasses.dataclass
 class _Note:
-    """What hangs on an adapted model: the adapters' configs, who is active, and how it was before."""
+    """What hangs on an adapted model: the adapters' configs and tasks, who is active, and how it was before."""
 
     configs: dict[str, VeraConfig] = dataclasses.field(default_factory=dict)
+    tasks: dict[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     active: str | None = None
     trained: list[nn.Parameter] = dataclasses.field(default_factory=list)
     slowed: list[nn.Module] = dataclasses.field(default_factory=list)
@@ -199,6 +200,7 @@ def remove(model: nn.Module, name: str) -> None:
         if name in layer.vera:
             del layer.vera[name]
     del note.configs[name]
+    note.tasks.pop(name, None)
     _put_back(model, lambda layer: layer.base if not len(layer.vera) else layer)
     if not note.configs:
         _forget(model, note)
@@ -239,6 +241,20 @@ def active(model: nn.Module) -> str | None:
     """The adapter that computes; None is the bare base model."""
     note = _note(model)
     return note.active if note else None
+
+
+def describe(model: nn.Module, name: str, task: Mapping[str, Any]) -> None:
+    """Note what an adapter is for (JSON types: task, columns, label names); it goes into the adapter's file."""
+    note = _adapted(model)
+    _check_known(note, name)
+    note.tasks[name] = dict(task)
+
+
+def task_of(model: nn.Module, name: str) -> Mapping[str, Any]:
+    """What `describe` noted; empty if nothing was."""
+    note = _adapted(model)
+    _check_known(note, name)
+    return note.tasks.get(name, {})
 
 
 def vectors_of(model: nn.Module, name: str) -> list[VeraVectors]:

@@ -8,6 +8,7 @@ Tensors: `d/<layer>`, `b/<layer>`, and `head/<name>` when a head was trained. Me
     basis     fingerprint of the frozen matrices
     base      id and probe (base64 of bfloat16) of the base model
     shapes    [m, n] of each layer, layers in alphabetical order
+    task      what the adapter is for: the task's name, its columns and labels
     digest    SHA-256 of the rest of this object and of every tensor's name, dtype, shape and bytes
 
 Equal adapters give equal bytes. Reading trusts nothing: see `decode`.
@@ -70,6 +71,7 @@ def encode(adapter: Adapter) -> bytes:
         "basis": adapter.basis.fingerprint(),
         "base": {"id": adapter.base_id, "probe": _to_text(adapter.probe)},
         "shapes": [list(adapter.shapes[layer]) for layer in sorted(adapter.shapes)],
+        "task": dict(adapter.task),
     }
     about["digest"] = _digest(about, tensors)
     return safetensors.torch.save(tensors, {_ENTRY: _canonical(about)})
@@ -96,7 +98,7 @@ def decode(data: bytes) -> Adapter:
         config = VeraConfig.from_dict(about["config"])
         shapes = [(int(m), int(n)) for m, n in about["shapes"]]
         base_id, probe = str(about["base"]["id"]), _from_text(about["base"]["probe"])
-        fingerprint = str(about["basis"])
+        fingerprint, task = str(about["basis"]), dict(about["task"])
     except VeratuneError as error:
         raise AdapterFileError(f"its configuration is not valid: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -116,7 +118,7 @@ def decode(data: bytes) -> Adapter:
     for layer, (m, n) in by_layer.items():
         if m < 1 or n < 1 or max(m, n) * config.rank > _LARGEST_BASIS:
             raise AdapterFileError(f"layer '{layer}' claims the size {n} -> {m} at rank {config.rank}, which no layer has")
-    adapter = Adapter(config, by_layer, found["d"], found["b"], found["head"], base_id, probe)
+    adapter = Adapter(config, by_layer, found["d"], found["b"], found["head"], base_id, probe, task)
     if adapter.basis.fingerprint() != fingerprint:
         raise BasisError(
             f"the basis drawn here (seed {config.seed}, basis={config.basis!r}) is not the one the adapter was trained "

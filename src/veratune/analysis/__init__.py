@@ -1,0 +1,1 @@
+"""Measures and plots, of adapters and of models without weights."""

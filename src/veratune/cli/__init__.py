@@ -1,0 +1,1 @@
+"""The `veratune` command."""

@@ -1,0 +1,72 @@
+"""veratune chat"""
+
+import sys
+from collections.abc import Sequence
+
+from veratune.cli.eval_ import add_loading
+from veratune.cli.parsing import Parser, new_parser, parse
+from veratune.errors import ConfigError
+
+HELP = "/base switches the adapter off and on, /new starts over, /quit ends"
+
+
+def parser() -> Parser:
+    out = new_parser("chat", f"Talk to a base model with an adapter. In the conversation: {HELP}.")
+    add_loading(out)
+    out.add_argument("--prompt", type=str | None, default=None, help="answer this one message and end")
+    out.add_argument("--system", type=str | None, default=None, help="system message, if not the one that the adapter remembers")
+    out.add_argument("--max_new_tokens", type=int, default=512, help="longest answer, in tokens")
+    out.add_argument("--temperature", type=float, default=0.0, help="randomness of the answers; 0 is greedy")
+    return out
+
+
+def run(argv: Sequence[str]) -> int:
+    flags = parse(parser(), argv)
+    if flags.temperature < 0:
+        raise ConfigError(f"temperature is {flags.temperature}; it must be at least 0")
+    from veratune.attach import active, use
+    from veratune.tasks.language import Instruction
+    from veratune.training.evaluate import NAME, load_for
+    from veratune.training.generate import stream_answer
+
+    loaded = load_for(
+        flags.model, flags.adapter, task=flags.task, dtype=flags.base_dtype, quantize=flags.quantize,
+        check_base=flags.check_base, device=flags.device,
+    )  # fmt: skip
+    if not isinstance(loaded.task, Instruction):
+        raise ConfigError(f"the adapter was trained for {loaded.task.name}, which does not converse; pass --task instruction to insist")
+    if flags.system is not None:
+        loaded.task.system = flags.system
+    talk: list[dict[str, str]] = []
+
+    def reply(text: str) -> None:
+        talk.append({"role": "user", "content": text})
+        answer = stream_answer(
+            loaded.model, loaded.tokenizer, loaded.task.with_system(talk),  # type: ignore[attr-defined]
+            max_new_tokens=flags.max_new_tokens, temperature=flags.temperature,
+        )  # fmt: skip
+        talk.append({"role": "assistant", "content": answer})
+
+    if flags.prompt is not None:
+        reply(flags.prompt)
+        return 0
+    print(HELP, file=sys.stderr)
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            return 0
+        if text == "/quit":
+            return 0
+        if text == "/new":
+            talk.clear()
+        elif text == "/base":
+            if flags.adapter is None:
+                print("there is no adapter: this is the base model", file=sys.stderr)
+                continue
+            use(loaded.model, None if active(loaded.model) else NAME)
+            print("adapter on" if active(loaded.model) else "adapter off: the bare base model", file=sys.stderr)
+        elif text.startswith("/"):
+            print(f"unknown command {text!r}: {HELP}", file=sys.stderr)
+        elif text:
+            reply(text)

@@ -1,0 +1,40 @@
+"""veratune export"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from veratune.cli.parsing import Parser, new_parser, parse
+
+
+def parser() -> Parser:
+    out = new_parser("export", "Write an adapter for other tools.")
+    out.add_argument("file", type=str, help="adapter file")
+    out.add_argument(
+        "--to",
+        type=Literal["peft", "peft-lora", "safetensors"],
+        required=True,
+        help="peft: a PEFT VeRA folder; peft-lora: a PEFT LoRA folder; safetensors: veratune's own file, in another dtype",
+    )
+    out.add_argument("--out", type=str, required=True, help="an empty folder (peft, peft-lora) or a file (safetensors)")
+    out.add_argument("--dtype", type=Literal["float32", "bfloat16", "float16"] | None, default=None, help="of the vectors (safetensors)")
+    return out
+
+
+def run(argv: Sequence[str]) -> int:
+    flags = parse(parser(), argv)
+    import torch
+
+    from veratune.errors import ConfigError
+    from veratune.formats import native, peft
+
+    if flags.dtype is not None and flags.to != "safetensors":
+        raise ConfigError(f"--dtype is for --to safetensors; {flags.to} is written in float32")
+    adapter = native.read(flags.file)
+    if flags.to == "safetensors":
+        native.write(adapter if flags.dtype is None else adapter.to(getattr(torch, flags.dtype)), flags.out)
+    elif flags.to == "peft":
+        peft.write_vera(adapter, flags.out)
+    else:
+        peft.write_lora(adapter, flags.out)
+    print(flags.out)
+    return 0

@@ -1,0 +1,107 @@
+"""veratune train"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from veratune.cli.parsing import Parser, new_parser, parse, print_json, split
+from veratune.config import VeraConfig
+from veratune.errors import ConfigError
+from veratune.training.settings import TrainSettings
+
+SKIPPED = {"seed", "dtype"}  # the run has flags of its own for these
+
+
+def parser() -> Parser:
+    out = new_parser("train", "Fine-tune a model with VeRA and write the adapter, a file of kilobytes.")
+    out.add_argument("--config", type=str, help="YAML file of these settings; flags overrule it")
+    out.add_argument("--sweep", type=str, default="", help="train for every value, as lr=1e-3,4e-3;rank=64,256, and rank the runs")
+    out.add_argument("--json", type=bool, default=False, help="print the result as one JSON object")
+    out.add_class_arguments(TrainSettings)
+    out.add_class_arguments(VeraConfig, skip=SKIPPED)
+    return out
+
+
+def run(argv: Sequence[str]) -> int:
+    flags = parse(parser(), argv)
+    settings, vera = split(flags, TrainSettings), split(flags, VeraConfig)
+    vera = dataclasses.replace(vera, seed=settings.basis_seed)
+    from veratune.training.run import sweep, train
+
+    console = Console(quiet=flags.json or os.environ.get("RANK", "0") != "0", highlight=False)
+    if flags.sweep:
+        results = sweep(settings, vera, _grid(flags.sweep), _show(console))
+        if flags.json:
+            print_json([{"settings": chosen, **dataclasses.asdict(result)} for chosen, result in results])
+        console.print(_ranking(results))
+        console.print(f"The best adapter: {settings.out}/adapter.safetensors")
+        return 0
+    result = train(settings, vera, _show(console))
+    if flags.json and os.environ.get("RANK", "0") == "0":
+        print_json(dataclasses.asdict(result))
+    console.print(report(result))
+    console.print(f"Try it:  veratune eval --model {settings.model} --adapter {result.path} --data ...", soft_wrap=True)
+    return 0
+
+
+def report(result: Any) -> Table:
+    """A training run's result as a table."""
+    table = Table(title="VeRA fine-tuning", title_justify="left")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for name, value in result.after.items():
+        table.add_row(name, f"{result.before.get(name, math.nan):.4f}", f"{value:.4f}")
+    table.add_section()
+    table.add_row("trained in d and b", "", f"{result.trained:,}")
+    table.add_row("trained in the head", "", f"{result.head:,}")
+    table.add_row("adapter file", "", f"{result.bytes / 1024:,.1f} KiB")
+    table.add_row("optimizer steps", "", f"{result.steps:,}")
+    table.add_row("training time", "", f"{result.seconds:,.0f} s")
+    table.add_row("peak memory", "", f"{result.peak_memory / 2**30:,.2f} GiB")
+    table.caption = result.path
+    return table
+
+
+def _ranking(results: list[tuple[dict[str, Any], Any]]) -> Table:
+    table = Table(title="Sweep, best first", title_justify="left")
+    names, scores = list(results[0][0]), list(results[0][1].after)
+    for name in names + scores:
+        table.add_column(name, justify="right")
+    for chosen, result in results:
+        table.add_row(*(f"{chosen[n]}" for n in names), *(f"{result.after[s]:.4f}" for s in scores))
+    return table
+
+
+def _grid(text: str) -> dict[str, list[Any]]:
+    grid = {}
+    for entry in filter(None, text.split(";")):
+        name, equals, values = entry.partition("=")
+        if not equals or not values:
+            raise ConfigError(f"--sweep has {entry!r}; name=value,value is wanted, several apart by ';'")
+        grid[name.strip().replace("-", "_")] = [_value(value) for value in values.split(",")]
+    return grid
+
+
+def _value(text: str) -> Any:
+    try:
+        return float(text) if not text.lstrip("-").isdigit() else int(text)
+    except ValueError:
+        return yaml.safe_load(text)
+
+
+def _show(console: Console) -> Any:
+    def show(pieces: list[tuple[str, bool]]) -> None:
+        text = Text("One training example; the loss is on what is ", style="dim").append("green", "green").append(":\n")
+        for piece, on in pieces:
+            text.append(piece, "green" if on else "default")
+        console.print(text)
+
+    return show

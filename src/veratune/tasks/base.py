@@ -1,0 +1,122 @@
+"""Task: what training and evaluation ask of a kind of data, and the base model's loading."""
+
+import abc
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import AutoTokenizer, BitsAndBytesConfig, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from veratune.errors import ConfigError, DataError, UnsupportedError
+
+Quantize = Literal["4bit", "8bit"]
+Metrics = Callable[[Any], dict[str, float]]
+
+
+class Task(abc.ABC):
+    """One kind of data, bound to its columns.
+
+    name: as users type it; roles: usual column names by role; optional: roles that may be absent; metric:
+    the score that decides, as Trainer names it; greater_is_better: its direction.
+    """
+
+    name: ClassVar[str]
+    roles: ClassVar[Mapping[str, tuple[str, ...]]]
+    optional: ClassVar[frozenset[str]] = frozenset()
+    metric: ClassVar[str] = "loss"
+    greater_is_better: ClassVar[bool] = False
+
+    def __init__(self, columns: Mapping[str, str] | None = None, max_length: int = 512) -> None:
+        """columns: the data's column for each role that has an unusual name; max_length: tokens an example keeps."""
+        if max_length < 1:
+            raise ConfigError(f"max_length is {max_length}; it must be at least 1 token")
+        self.columns = dict(columns or {})
+        self.max_length = max_length
+
+    def learn(self, rows: Dataset) -> None:  # noqa: B027 (most tasks have nothing to learn)
+        """Take from the training rows what the model's construction needs, such as the label names."""
+
+    def describe(self) -> dict[str, Any]:
+        """What an adapter's file remembers of the task, as JSON types; the inverse of `from_description`."""
+        return {"name": self.name, "columns": self.columns, "max_length": self.max_length}
+
+    @abc.abstractmethod
+    def load_model(self, model: str, **options: Any) -> PreTrainedModel:
+        """The base model with this task's output; `options` as in `load_pretrained`."""
+
+    def heads(self, model: nn.Module) -> tuple[str, ...]:
+        """The modules of the output that are trained in full."""
+        return ()
+
+    @abc.abstractmethod
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """Rows as token ids and labels. Raises DataError for a missing column or a bad label."""
+
+    @abc.abstractmethod
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """What makes a batch of encoded rows."""
+
+    def metrics(self) -> Metrics | None:
+        """Scores from Trainer's predictions, or None where the loss is all."""
+        return None
+
+    @abc.abstractmethod
+    def preview(self, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+        """One encoded example as pieces of text, each with whether the loss is on it."""
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model, with a padding token. Raises DataError if it cannot be had."""
+    with _loading(model):
+        tokenizer = AutoTokenizer.from_pretrained(**_source(model))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_pretrained(
+    auto: Any, model: str, dtype: str = "float32", quantize: Quantize | None = None, **options: Any
+) -> PreTrainedModel:
+    """A base model from a folder, a GGUF file or a hub id.
+
+    auto: the transformers Auto class; dtype: of the frozen weights; quantize: bitsandbytes' 4-bit NF4 or 8-bit.
+    Raises DataError when it cannot be had.
+    """
+    extra: dict[str, Any] = {}
+    if model.endswith(".gguf"):
+        if quantize:
+            raise UnsupportedError(f"{model} is quantized already; convert it to a folder of safetensors to use --quantize")
+        extra["quantization_config"] = GgufConfig(dequantize=True)
+    elif quantize == "4bit":
+        extra["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
+        )
+    elif quantize == "8bit":
+        extra["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    with _loading(model):
+        return auto.from_pretrained(**_source(model), dtype=getattr(torch, dtype), **extra, **options)
+
+
+def _source(model: str) -> dict[str, str]:
+    if model.endswith(".gguf"):
+        path = Path(model)
+        if not path.is_file():
+            raise DataError(f"{model}: no such file")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    return {"pretrained_model_name_or_path": model}
+
+
+@contextlib.contextmanager
+def _loading(model: str) -> Any:
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise DataError(f"{model}: a folder without config.json; give a folder that save_pretrained wrote")
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        hint = "" if Path(model).exists() else " Without network, pass the path of a local folder."
+        raise DataError(f"base model {model!r} cannot be loaded: {reason[:300]}{hint}") from error

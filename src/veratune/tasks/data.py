@@ -1,0 +1,119 @@
+"""Rows of data from local files, folders and Hugging Face data sets."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
+
+from veratune.errors import DataError, near
+
+# What the file's ending says about its content: the builder of `datasets`, and its options.
+READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"delimiter": "\t"}),
+    ".parquet": ("parquet", {}),
+    ".txt": ("text", {}),
+}
+SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
+
+
+def load_rows(source: str, split: str = "train", config: str | None = None) -> Dataset:
+    """The rows of one split.
+
+    source: a file (jsonl, json, csv, tsv, parquet, txt), a folder of such files named after their splits,
+    or the id of a Hugging Face data set. config: that data set's configuration, such as "mrpc" of "glue".
+    Raises DataError: not found, another format, no such split, unreadable, or empty.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = _in_folder(path, split)
+    if path.is_file():
+        if config is not None:
+            raise DataError(f"{path} is a file; a configuration ({config!r}) is only for data set ids")
+        rows = _read_file(path)
+    else:
+        if path.suffix in READERS or path.is_absolute() or source.startswith((".", "~")):
+            raise DataError(f"{source}: no such file or folder")
+        rows = _from_hub(source, split, config)
+    if len(rows) == 0:
+        raise DataError(f"{path if path.is_file() else source}: the data set is empty; at least one row is wanted")
+    return rows
+
+
+def has_split(source: str, split: str) -> bool:
+    """Whether a folder has a file for a split; asked before an optional split is loaded."""
+    path = Path(source)
+    try:
+        return path.is_dir() and _in_folder(path, split).is_file()
+    except DataError:
+        return False
+
+
+def pick_columns(
+    rows: Dataset, roles: Mapping[str, tuple[str, ...]], wanted: Mapping[str, str], optional: frozenset[str] = frozenset()
+) -> dict[str, str]:
+    """The column for each role: the one that was asked for, or the first usual name that is there.
+
+    roles: usual column names by role; wanted: columns by role, as the user said. Returns column by role;
+    optional roles may be absent. Raises DataError naming the missing column and the columns there are.
+    """
+    there = rows.column_names
+    for role in wanted:
+        if role not in roles:
+            raise DataError(f"columns names the role {role!r}; this task has {', '.join(roles)}{near(role, roles)}")
+    found = {}
+    for role, usual in roles.items():
+        if role in wanted:
+            if wanted[role] not in there:
+                raise DataError(f"no column {wanted[role]!r} for {role}; the data has {', '.join(there)}{near(wanted[role], there)}")
+            found[role] = wanted[role]
+        else:
+            column = next((name for name in usual if name in there and name not in wanted.values()), None)
+            if column is not None:
+                found[role] = column
+            elif role not in optional:
+                raise DataError(
+                    f"no column for {role} (looked for {', '.join(usual)}); the data has {', '.join(there)}: say which with "
+                    f"--columns.{role} NAME"
+                )
+    return found
+
+
+def _in_folder(folder: Path, split: str) -> Path:
+    for name in SPLITS.get(split, (split,)):
+        for ending in READERS:
+            if (folder / f"{name}{ending}").is_file():
+                return folder / f"{name}{ending}"
+    files = sorted(p.name for p in folder.iterdir() if p.suffix in READERS)
+    raise DataError(f"{folder}: no file for the split {split!r}; it has {', '.join(files) or 'no data files'}")
+
+
+def _read_file(path: Path) -> Dataset:
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: unknown kind of file; {', '.join(READERS)} can be read")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty; at least one row is wanted")
+    builder, options = reader
+    try:
+        return load_dataset(builder, data_files=str(path), split="train", **options)
+    except Exception as error:  # every builder has its own exceptions for bad content
+        cause = str(error.__cause__ or error).splitlines()[0]
+        raise DataError(f"{path}: cannot be read as {builder}: {cause}") from error
+
+
+def _from_hub(source: str, split: str, config: str | None) -> Dataset:
+    try:
+        loaded = load_dataset(source, config, split=split)
+    except (DatasetNotFoundError, HfHubHTTPError, ConnectionError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{source!r} is no local file or folder, and as a data set id it could not be fetched: {reason}") from error
+    except ValueError as error:
+        raise DataError(f"data set {source!r}: {str(error).splitlines()[0]}") from error
+    assert not isinstance(loaded, DatasetDict)
+    return loaded

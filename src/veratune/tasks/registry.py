@@ -1,0 +1,27 @@
+"""Every task by its name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from veratune.errors import AdapterFileError, ConfigError, near
+from veratune.tasks.base import Task
+from veratune.tasks.language import CausalLM, Instruction
+from veratune.tasks.text_classification import TextClassification, TextRegression
+
+TASKS: dict[str, type[Task]] = {t.name: t for t in (TextClassification, TextRegression, Instruction, CausalLM)}
+
+
+def task_class(name: str) -> type[Task]:
+    """The class of a task. Raises ConfigError for an unknown name."""
+    if name not in TASKS:
+        raise ConfigError(f"unknown task {name!r}; there are {', '.join(TASKS)}{near(name, TASKS)}")
+    return TASKS[name]
+
+
+def from_description(description: Mapping[str, Any]) -> Task:
+    """The task that an adapter's file remembers. Raises AdapterFileError if it is none that is known here."""
+    settings = dict(description)
+    try:
+        return task_class(settings.pop("name"))(**settings)
+    except (KeyError, TypeError, ConfigError) as error:
+        raise AdapterFileError(f"the adapter's task {dict(description)!r} is not known here: {error}") from None

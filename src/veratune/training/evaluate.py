@@ -1,0 +1,132 @@
+"""Score an adapter, or its base model alone, on rows of data."""
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from veratune.adapter import Adapter, install
+from veratune.attach import use
+from veratune.errors import ConfigError, UnsupportedError
+from veratune.files import read
+from veratune.formats import native
+from veratune.tasks.base import Quantize, Task, load_tokenizer
+from veratune.tasks.data import load_rows
+from veratune.tasks.language import Instruction
+from veratune.tasks.registry import from_description, task_class
+from veratune.training.generate import answer, exact_match
+
+NAME = "default"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A base model with an adapter in it (none: the bare model), its tokenizer, and the adapter's task."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    adapter: Adapter | None
+
+
+def load_for(
+    model: str,
+    adapter: str | None,
+    *,
+    task: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    dtype: str = "float32",
+    quantize: Quantize | None = None,
+    check_base: bool = True,
+    device: Literal["auto", "cpu"] = "auto",
+) -> Loaded:
+    """A base model and an adapter from disk, ready to be used.
+
+    task: default the one that the adapter's file remembers, else instruction; columns: go before the
+    remembered ones. Raises VeratuneError for files that do not fit.
+    """
+    known = native.read(adapter) if adapter is not None and adapter.endswith(native.SUFFIX) else None
+    if task is None and known is not None and known.task:
+        job = from_description(known.task)
+    else:
+        job = task_class(task or Instruction.name)()
+    job.columns |= dict(columns or {})
+    if getattr(job, "labels", None) == [] and job.name == "text-classification":
+        raise ConfigError("text-classification needs the label names, which only an adapter trained by veratune remembers")
+    base = job.load_model(model, dtype=dtype, quantize=quantize)
+    tokenizer = load_tokenizer(model)
+    base.config.pad_token_id = tokenizer.pad_token_id
+    if device == "auto" and torch.cuda.is_available() and quantize is None:
+        base.to("cuda")
+    if adapter is not None:
+        known = known or read(adapter, base)
+        install(base, known, NAME, check_base=check_base)
+    return Loaded(model=base.eval(), tokenizer=tokenizer, task=job, adapter=known)
+
+
+def evaluate(
+    loaded: Loaded,
+    data: str,
+    *,
+    split: str = "validation",
+    data_config: str | None = None,
+    batch_size: int = 16,
+    generate: bool = False,
+    max_new_tokens: int = 128,
+) -> dict[str, float]:
+    """The task's scores on rows of data, in the forms that `load_rows` takes.
+
+    generate: also answer every row greedily and count exact matches with its last turn (task instruction).
+    Raises DataError, or UnsupportedError for generate with another task.
+    """
+    rows = load_rows(data, split, data_config)
+    encoded = loaded.task.encode(rows, loaded.tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_eval_batch_size=batch_size,
+            prediction_loss_only=loaded.task.metrics() is None,
+            report_to=[],
+            use_cpu=loaded.model.device.type == "cpu",
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(
+            model=loaded.model,
+            args=arguments,
+            data_collator=loaded.task.collator(loaded.tokenizer),
+            eval_dataset=encoded,
+            processing_class=loaded.tokenizer,
+            compute_metrics=loaded.task.metrics(),
+        )
+        result = scores(trainer.evaluate())
+    if loaded.task.metrics() is None:
+        result["perplexity"] = math.exp(min(result["loss"], 700.0))
+    if generate:
+        if not isinstance(loaded.task, Instruction):
+            raise UnsupportedError(f"generate answers conversations; task {loaded.task.name!r} has none")
+        talks = loaded.task.messages(rows)
+        answers = answer(
+            loaded.model, loaded.tokenizer, [t[:-1] for t in talks], max_new_tokens=max_new_tokens, batch_size=batch_size
+        )
+        result["exact_match"] = exact_match(answers, [t[-1]["content"] for t in talks])
+    return result
+
+
+def evaluate_both(loaded: Loaded, data: str, **options: Any) -> tuple[dict[str, float], dict[str, float]]:
+    """The scores of the bare base model and of the adapter, in that order."""
+    use(loaded.model, None)
+    base = evaluate(loaded, data, **options)
+    use(loaded.model, NAME)
+    return base, evaluate(loaded, data, **options)
+
+
+def scores(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Trainer's metrics without its prefix and its timings."""
+    times = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch")
+    named = {k.removeprefix("eval_"): v for k, v in metrics.items()}
+    return {k: v for k, v in named.items() if k not in times}

@@ -1,0 +1,288 @@
+"""train: from settings to an adapter's file."""
+
+import dataclasses
+import itertools
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from torch import nn
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from veratune.adapter import extract
+from veratune.attach import attach, count_trained, describe
+from veratune.config import VeraConfig
+from veratune.errors import ConfigError, OutputError, near
+from veratune.formats import native
+from veratune.formats.atomic import empty_folder, write_atomic
+from veratune.tasks.base import Task, load_tokenizer
+from veratune.tasks.data import has_split, load_rows
+from veratune.tasks.registry import task_class
+from veratune.training.evaluate import scores
+from veratune.training.settings import TrainSettings
+from veratune.training.trainer import ADAPTER, VeraTrainer, last_checkpoint
+
+RUN = "run.yaml"
+RESULTS = "results.json"
+BEFORE = "before.json"
+_NAME = "default"
+_FREE = {"resume", "preview", "report_to", "out"}  # settings that may change when a run is resumed
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run gave.
+
+    path: the adapter's file; bytes: its size; trained: values in d and b; head: values trained in the head;
+    before, after: evaluation scores (empty without evaluation data); loss: mean training loss of the last
+    logged step; steps; seconds: of training; peak_memory: bytes, of the process (on a GPU: of the GPU).
+    """
+
+    path: str
+    bytes: int
+    trained: int
+    head: int
+    before: dict[str, float]
+    after: dict[str, float]
+    loss: float
+    steps: int
+    seconds: float
+    peak_memory: int
+
+
+Show = Callable[[list[tuple[str, bool]]], None]
+
+
+def train(settings: TrainSettings, vera: VeraConfig, show: Show | None = None) -> TrainResult:
+    """Fine-tune a base model with VeRA and write the adapter to `settings.out`.
+
+    show: called with previews of the first training examples (pieces of text, and whether the loss is on
+    them). Raises VeratuneError for every mistake in settings, data or model, before anything is written.
+    """
+    torch.manual_seed(settings.seed)
+    vera = dataclasses.replace(vera, seed=settings.basis_seed)
+    out = Path(settings.out)
+    if _first_process():
+        _check_out(settings, vera, out)
+    task = build_task(settings)
+    rows, eval_rows = _load_data(settings)
+    task.learn(rows)
+    tokenizer = load_tokenizer(settings.model)
+    train_set = task.encode(rows, tokenizer)
+    eval_set = task.encode(eval_rows, tokenizer) if eval_rows is not None else None
+    if show is not None and _first_process():
+        for example in itertools.islice(train_set, settings.preview):
+            show(task.preview(example, tokenizer))
+
+    set_seed(settings.seed)
+    options = {"dtype": settings.base_dtype, "quantize": settings.quantize}
+    model = task.load_model(settings.model, **options)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if not vera.head:
+        vera = dataclasses.replace(vera, head=task.heads(model))
+    attach(model, vera, _NAME)
+    describe(model, _NAME, task.describe())
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    if _first_process():
+        _open_out(settings, vera, out)
+    trainer = _trainer(settings, model, task, tokenizer, train_set, eval_set, out)
+    before = _before(trainer, eval_set is not None, out)
+    set_seed(settings.seed)  # what was drawn so far must not matter to a resumed run
+    start = time.perf_counter()
+    checkpoint = last_checkpoint(out / "checkpoints") if settings.resume else None
+    trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - start
+    after = {} if eval_set is None else scores(trainer.evaluate())
+    adapter = extract(model, _NAME)
+    size = native.write(adapter, out / ADAPTER) if _first_process() else 0
+    result = TrainResult(
+        path=str(out / ADAPTER),
+        bytes=size,
+        trained=count_trained(model, _NAME),
+        head=sum(t.numel() for t in adapter.head.values()),
+        before=before,
+        after=after,
+        loss=trained.training_loss,
+        steps=trainer.state.global_step,
+        seconds=seconds,
+        peak_memory=peak_memory(),
+    )
+    if _first_process():
+        write_atomic(out / RESULTS, json.dumps(dataclasses.asdict(result), indent=2).encode())
+    return result
+
+
+def sweep(
+    settings: TrainSettings, vera: VeraConfig, grid: dict[str, list[Any]], show: Show | None = None
+) -> list[tuple[dict[str, Any], TrainResult]]:
+    """Train once for every combination of values; best first by the task's score.
+
+    grid: values by setting, of TrainSettings or VeraConfig. Each run has a folder of its own in
+    `settings.out`; one that is finished already is not trained again. The best adapter is copied to
+    `settings.out`. Raises ConfigError for a name that is no setting, or without evaluation data.
+    """
+    metric, greater = task_class(settings.task).metric, task_class(settings.task).greater_is_better
+    known = {f.name for f in dataclasses.fields(TrainSettings)} - _FREE | {f.name for f in dataclasses.fields(VeraConfig)}
+    for name in grid:
+        if name not in known:
+            raise ConfigError(f"sweep names {name!r}, which is no setting{near(name, known)}")
+    if settings.eval_data is None and not has_split(settings.data, settings.eval_split):
+        raise ConfigError("a sweep ranks by an evaluation score; give --eval_data")
+    out = Path(settings.out)
+    results = []
+    for values in itertools.product(*grid.values()):
+        chosen = dict(zip(grid, values, strict=True))
+        folder = out / "sweep" / ",".join(f"{k}={v}" for k, v in chosen.items()).replace("/", "_")
+        finished = folder / RESULTS
+        if finished.is_file():
+            results.append((chosen, TrainResult(**json.loads(finished.read_text()))))
+            continue
+        own = {k: v for k, v in chosen.items() if k in settings.to_dict()}
+        resumed = (folder / RUN).is_file()
+        run = dataclasses.replace(settings, out=str(folder), resume=resumed, **own)
+        other = dataclasses.replace(vera, **{k: v for k, v in chosen.items() if k not in own})
+        results.append((chosen, train(run, other, show)))
+    results.sort(key=lambda entry: entry[1].after.get(metric, float("nan")), reverse=greater)
+    best = native.read(results[0][1].path)
+    native.write(best, out / ADAPTER)
+    return results
+
+
+def build_task(settings: TrainSettings) -> Task:
+    """The task with the run's columns and lengths."""
+    options = {"system": settings.system} if settings.system else {}
+    return task_class(settings.task)(settings.columns, settings.max_length, **options)
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process (on a GPU: the GPU) has held."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _load_data(settings: TrainSettings) -> tuple[Dataset, Dataset | None]:
+    rows = load_rows(settings.data, settings.split, settings.data_config)
+    if settings.eval_data is not None:
+        return rows, load_rows(settings.eval_data, settings.eval_split, settings.data_config)
+    if has_split(settings.data, settings.eval_split):
+        return rows, load_rows(settings.data, settings.eval_split)
+    if settings.patience:
+        raise ConfigError("patience stops on an evaluation score, but there is no evaluation data; give --eval_data")
+    return rows, None
+
+
+def _trainer(
+    settings: TrainSettings,
+    model: nn.Module,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    train_set: Dataset,
+    eval_set: Dataset | None,
+    out: Path,
+) -> VeraTrainer:
+    evaluates = eval_set is not None
+    every: dict[str, Any] = {"save_strategy": "epoch"}
+    if settings.checkpoints:
+        every = {"save_strategy": "steps", "save_steps": settings.checkpoints}
+    if evaluates:
+        every |= {"eval_strategy": every["save_strategy"], "eval_steps": settings.checkpoints or None}
+    arguments = TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.lr,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup,
+        save_total_limit=2,
+        load_best_model_at_end=evaluates and settings.keep == "best",
+        metric_for_best_model=task.metric,
+        greater_is_better=task.greater_is_better,
+        prediction_loss_only=task.metrics() is None,
+        logging_steps=10,
+        report_to=settings.report_to,
+        seed=settings.seed,
+        use_cpu=settings.device == "cpu",
+        bf16=settings.base_dtype == "bfloat16" and torch.cuda.is_available() and settings.device != "cpu",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        disable_tqdm=not sys.stderr.isatty() and "VERATUNE_PROGRESS" not in os.environ,
+        **every,
+    )
+    callbacks = [EarlyStoppingCallback(settings.patience)] if settings.patience else []
+    trainer = VeraTrainer(
+        model=model,
+        args=arguments,
+        data_collator=task.collator(tokenizer),
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        processing_class=tokenizer,
+        compute_metrics=task.metrics(),
+        callbacks=callbacks,
+        adapter=_NAME,
+        lr=settings.lr,
+        head_lr=settings.head_lr,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _before(trainer: VeraTrainer, evaluates: bool, out: Path) -> dict[str, float]:
+    """The scores before training; a resumed run finds them in its folder."""
+    kept = out / BEFORE
+    if not evaluates:
+        return {}
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    found = scores(trainer.evaluate())
+    if _first_process():
+        write_atomic(kept, json.dumps(found).encode())
+    return found
+
+
+def _check_out(settings: TrainSettings, vera: VeraConfig, out: Path) -> None:
+    """A new run wants an empty folder; a resumed one the settings it was started with."""
+    if not settings.resume:
+        if out.exists() and any(out.iterdir()):
+            raise OutputError(f"{out}: the output folder is not empty; choose another, empty it, or go on with --resume true")
+        return
+    run = out / RUN
+    if not run.is_file():
+        raise OutputError(f"{out}: there is no run to resume (no {RUN}); leave --resume out to start one")
+    before, now = yaml.safe_load(run.read_text()), _run(settings, vera)
+    changed = [k for k in sorted(set(before) | set(now)) if k not in _FREE | {"head"} and before.get(k) != now.get(k)]
+    if changed:
+        key = changed[0]
+        raise ConfigError(f"{out}: the run was started with {key} = {before.get(key)!r}, not {now.get(key)!r}; resume it unchanged")
+
+
+def _open_out(settings: TrainSettings, vera: VeraConfig, out: Path) -> None:
+    if not settings.resume:
+        empty_folder(out)
+        write_atomic(out / RUN, yaml.safe_dump(_run(settings, vera), sort_keys=False).encode())
+
+
+def _run(settings: TrainSettings, vera: VeraConfig) -> dict[str, Any]:
+    """The run's settings and the adapter's, flat, as --config reads them."""
+    own = {k: v for k, v in vera.to_dict().items() if k not in ("seed", "dtype")}
+    return {**{k: v for k, v in settings.to_dict().items() if k not in _FREE}, **own}
+
+
+def _first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0

@@ -1,0 +1,105 @@
+"""TrainSettings: one training run, as its flags and its run.yaml say it."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from veratune.errors import ConfigError
+
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """One training run.
+
+    Args:
+        model: the base model: a folder, a .gguf file, or a Hugging Face id.
+        task: text-classification, text-regression, instruction or causal-lm.
+        data: training rows: a file (jsonl, json, csv, tsv, parquet, txt), a folder of files named after
+            their splits, or a Hugging Face data set id.
+        out: folder for the adapter, checkpoints, logs and results; it must be empty unless resume is set.
+        data_config: configuration of the data set id, such as mrpc.
+        split: split of `data` to train on.
+        eval_data: rows to evaluate on after each epoch, in the same forms. Default: the split
+            `eval_split` of `data`, where `data` is a folder that has it; else no evaluation.
+        eval_split: split to evaluate on.
+        columns: the data's column for each role of the task, such as {"text": "sentence1"}.
+        max_length: tokens an example keeps.
+        system: system message before every conversation (task instruction).
+        lr: peak learning rate of the vectors d and b, per step. 0 trains the head alone.
+        head_lr: peak learning rate of the head, per step.
+        weight_decay: of AdamW, on vectors and head.
+        batch_size: examples in one forward pass of one process.
+        accumulation: forward passes per optimizer step.
+        epochs: passes over the data.
+        max_steps: optimizer steps; over 0 it goes before epochs.
+        warmup: share of all steps in which the learning rate rises, in [0, 1).
+        schedule: how the learning rate falls after that.
+        clip: largest norm of the gradient; 0 for none.
+        keep: the adapter of the best evaluation, or the last one.
+        patience: evaluations without a better score before the run stops; 0: never stops early.
+        seed: of data order, dropout and the head's start.
+        basis_seed: of the frozen matrices A and B.
+        base_dtype: of the frozen weights.
+        quantize: load the base with bitsandbytes in 4 or 8 bits.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        checkpoints: optimizer steps between checkpoints; 0: one after each epoch.
+        report_to: loggers that Trainer knows: tensorboard, wandb, trackio.
+        resume: go on from the last whole checkpoint in `out`.
+        preview: training examples to show first, with the part that the loss is on.
+        device: where to compute; auto takes a GPU if there is one.
+    """
+
+    model: str
+    task: str
+    data: str
+    out: str
+    data_config: str | None = None
+    split: str = "train"
+    eval_data: str | None = None
+    eval_split: str = "validation"
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    max_length: int = 512
+    system: str = ""
+    lr: float = 1e-2
+    head_lr: float = 1e-3
+    weight_decay: float = 0.0
+    batch_size: int = 16
+    accumulation: int = 1
+    epochs: float = 3.0
+    max_steps: int = 0
+    warmup: float = 0.06
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    clip: float = 1.0
+    keep: Literal["best", "last"] = "best"
+    patience: int = 0
+    seed: int = 0
+    basis_seed: int = 0
+    base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Literal["4bit", "8bit"] | None = None
+    gradient_checkpointing: bool = False
+    checkpoints: int = 0
+    report_to: list[str] = dataclasses.field(default_factory=list)
+    resume: bool = False
+    preview: int = 1
+    device: Literal["auto", "cpu"] = "auto"
+
+    def __post_init__(self) -> None:
+        for field, least in (("lr", 0), ("head_lr", 0), ("weight_decay", 0), ("clip", 0), ("epochs", 0)):
+            value = getattr(self, field)
+            if not math.isfinite(value) or value < least:
+                raise ConfigError(f"{field} is {value}; it must be a finite number of at least {least}")
+        for field, least in (
+            ("batch_size", 1), ("accumulation", 1), ("max_length", 1), ("max_steps", 0), ("patience", 0), ("checkpoints", 0), ("preview", 0),
+        ):  # fmt: skip
+            if getattr(self, field) < least:
+                raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least {least}")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"warmup is {self.warmup}; it is a share of all steps, in [0, 1)")
+        if self.system and self.task != "instruction":
+            raise ConfigError(f"system is set, but task {self.task!r} has no conversations; leave it out")
+        if self.epochs == 0 and self.max_steps == 0:
+            raise ConfigError("epochs and max_steps are both 0; one of them says how long to train")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

@@ -1,0 +1,64 @@
+"""VeraTrainer: Hugging Face's Trainer, with learning rates for vectors and head, and adapters as checkpoints."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from veratune.adapter import extract, update
+from veratune.attach import heads_of, vectors_of
+from veratune.errors import VeratuneError
+from veratune.formats import native
+
+ADAPTER = "adapter.safetensors"
+_STATE = "trainer_state.json"
+
+
+class VeraTrainer(Trainer):
+    """Trainer for one adapter of a model.
+
+    adapter: its name; lr, head_lr: peak learning rates of vectors and head. Checkpoints hold the adapter's
+    file, the optimizer and the random states, never the base model.
+    """
+
+    def __init__(self, *args: Any, adapter: str, lr: float, head_lr: float, **kwargs: Any) -> None:
+        self.adapter, self.lr, self.head_lr = adapter, lr, head_lr
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over two groups: d and b of every layer at lr, the head at head_lr."""
+        if self.optimizer is None:
+            vectors = [p for v in vectors_of(self.model, self.adapter) for p in v.parameters()]
+            head = [p for module in heads_of(self.model, self.adapter).values() for p in module.parameters()]
+            groups = [{"params": vectors, "lr": self.lr}, {"params": head, "lr": self.head_lr}]
+            self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=self.args.weight_decay)
+        return self.optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter's file into a folder; on several processes the first one writes."""
+        adapter = extract(self.model, self.adapter)  # every process: a sharded adapter is gathered here
+        if self.args.should_save:
+            native.write(adapter, Path(output_dir or self.args.output_dir) / ADAPTER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        update(self.model, native.read(Path(resume_from_checkpoint) / ADAPTER), self.adapter)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        update(self.model, native.read(Path(self.state.best_model_checkpoint) / ADAPTER), self.adapter)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest whole checkpoint: Trainer writes its state last, so one that was cut off has none."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[-1]), reverse=True)
+    for checkpoint in found:
+        try:
+            json.loads((checkpoint / _STATE).read_text())
+            native.read(checkpoint / ADAPTER)
+        except (OSError, ValueError, VeratuneError):
+            continue
+        return checkpoint
+    return None
