@@ -43,8 +43,7 @@ def vera_linear(x: Tensor, A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | N
     _check(A, B, d, b)
     _check_x(x, A)
     z = F.linear(x, A)
-    # The scale goes to the small vector, in that vector's own precision, before anything is rounded.
-    z = z * scale if d is None else z * (d * scale).to(z.dtype)
+    z = z * scale if d is None else z * _scaled(d, scale, z.dtype)
     y = F.linear(z, B)
     return y if b is None else y * b.to(y.dtype)
 
@@ -68,13 +67,18 @@ def vera_rows(
         raise ShapeError(f"index has shape {tuple(index.shape)}; x has {x.shape[0]} rows, so ({x.shape[0]},) is wanted")
     middle = (1,) * (x.dim() - 2)
 
-    def spread(vectors: Tensor, dtype: torch.dtype) -> Tensor:
-        return vectors.to(dtype)[index].view(len(index), *middle, vectors.shape[1])
+    def spread(vectors: Tensor) -> Tensor:
+        return vectors[index].view(len(index), *middle, vectors.shape[1])
 
     z = F.linear(x, A)
-    z = z * scale if d is None else z * spread(d * scale, z.dtype)
+    z = z * scale if d is None else z * spread(_scaled(d, scale, z.dtype))
     y = F.linear(z, B)
-    return y if b is None else y * spread(b, y.dtype)
+    return y if b is None else y * spread(b.to(y.dtype))
+
+
+def _scaled(d: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale * d in `dtype`: the scale goes to the small vector, at the higher precision of the two, rounded once."""
+    return (d.to(torch.promote_types(d.dtype, dtype)) * scale).to(dtype)
 
 
 def _check(A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None) -> None:

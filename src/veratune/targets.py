@@ -231,7 +231,7 @@ def _in_blocks(names: set[str], layers: tuple[int, ...]) -> set[str]:
 
 def _unmatched(model: nn.Module, setting: str, pattern: str, names: list[str]) -> str:
     last = {name.rpartition(".")[2] for name in names}
-    near_by = near(pattern, last | {".".join(name.split(".")[-2:]) for name in names} | set(ROLES) | {ALL_LINEAR})
+    near_by = near(pattern, last | {".".join(name.split(".")[-2:]) for name in names} | (set(ROLES) | {ALL_LINEAR}) - {pattern})
     known = near_by or f"; its layers are called {', '.join(sorted(last)[:12])}"
     for path, module in _walk(model):
         if path and (path == pattern or path.endswith("." + pattern)) and not is_linear(module):

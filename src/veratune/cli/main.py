@@ -1,6 +1,7 @@
 """veratune: find the command, run it, and end with 0 (done), 1 (a mistake in data or files) or 2 (in the command line)."""
 
 import importlib
+import logging
 import os
 import sys
 import warnings
@@ -72,6 +73,7 @@ def quiet() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(?!veratune)")
     warnings.showwarning = lambda message, *rest: print(f"warning: {message}", file=sys.stderr)
 

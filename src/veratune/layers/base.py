@@ -175,7 +175,7 @@ class VeraWeightLayer(VeraLayer):
         """Give an adapter its vectors at one part; an adapter's parts come by rising rows and do not overlap."""
         if adapter not in self.vera:
             self.vera[adapter] = nn.ModuleDict()
-        self.vera[adapter][vectors.part.key] = vectors
+        self.vera[adapter][vectors.part.key] = vectors.train(self.training)
 
     def vectors(self, adapter: str) -> list[VeraVectors]:
         """The adapter's vectors in this layer, by rising rows; none if it leaves the layer alone."""

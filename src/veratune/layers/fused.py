@@ -28,10 +28,11 @@ def fused_parts(name: str, module: nn.Module, parent: nn.Module | None, rows: in
     name: the layer's path; parent: the module that holds it, asked for its head counts where k and v are
     smaller than q; rows, columns: m and n.
     """
-    names = FUSED.get(name.rsplit(".", 1)[-1])
+    last = name.rpartition(".")[2]
+    names = FUSED.get(last)
     if names is None:
         return None
-    if names == QKV and rows == 2 * columns:  # GPT-2's cross-attention reads k and v from the encoder
+    if last == "c_attn" and rows == 2 * columns:  # GPT-2's cross-attention: q is a layer of its own
         names = ("k", "v")
     sizes = _sizes(names, rows, columns, parent)
     if sizes is None:

@@ -91,8 +91,6 @@ def train(settings: TrainSettings, vera: VeraConfig, show: Show | None = None) -
         vera = dataclasses.replace(vera, head=task.heads(model))
     attach(model, vera, _NAME)
     describe(model, _NAME, task.describe())
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
 
     if _first_process():
         _open_out(settings, vera, out)
@@ -218,6 +216,8 @@ def _trainer(
         logging_steps=10,
         report_to=settings.report_to,
         seed=settings.seed,
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         use_cpu=settings.device == "cpu",
         bf16=settings.base_dtype == "bfloat16" and torch.cuda.is_available() and settings.device != "cpu",
         dataloader_pin_memory=torch.cuda.is_available(),

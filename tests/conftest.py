@@ -1,0 +1,25 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+DATA = Path(os.environ.get("VERATUNE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(autouse=True)
+def _fixed():
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def data() -> Path:
+    """The folder of real data sets, or a skip: `data` tests run where it is."""
+    if not DATA.is_dir():
+        pytest.skip(f"no data sets at {DATA}; set VERATUNE_DATA to their folder")
+    return DATA

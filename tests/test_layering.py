@@ -1,0 +1,63 @@
+"""Every file imports only from the rooms below it, and nobody imports a package's __init__."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "veratune"
+
+# From the ground up: a file may import from its own room and from those before it.
+ROOMS = [
+    "errors", "config", "basis", "functional", "layers", "targets", "attach", "adapter", "formats", "files",
+    "tasks", "training", "analysis", "cli",
+]  # fmt: skip
+STRANGERS = {("training", "serving"), ("serving", "training")}
+FILES = sorted(p for p in SOURCE.rglob("*.py") if p != SOURCE / "__init__.py")
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "veratune":
+            found += [f"{node.module}.{a.name}" for a in node.names] if node.module == "veratune" else [node.module]
+        elif isinstance(node, ast.Import):
+            found += [a.name for a in node.names if a.name.partition(".")[0] == "veratune"]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_downward(path):
+    own = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    for module in imports(path):
+        if module == "veratune.__version__":
+            continue
+        assert room(module) in ROOMS, f"{path.name} imports {module}, a room that is not in the list"
+        assert ROOMS.index(room(module)) <= ROOMS.index(own), f"{own}/{path.name} imports upward: {module}"
+        assert (own, room(module)) not in STRANGERS
+        target = SOURCE.joinpath(*module.split(".")[1:])
+        assert not target.is_dir(), f"{path.name} imports the package {module} instead of a file in it"
+
+
+def test_no_pickle():
+    for path in FILES:
+        text = path.read_text()
+        assert "torch.load" not in text, path
+        assert "import pickle" not in text, path
+
+
+def test_the_mathematics_needs_no_heavy_package():
+    allowed = {"torch", "numpy", "safetensors", "veratune", "bitsandbytes"}
+    standard = __import__("sys").stdlib_module_names
+    for own in ROOMS[: ROOMS.index("tasks")]:
+        for path in [SOURCE / f"{own}.py", *(SOURCE / own).rglob("*.py")]:
+            if path.is_file():
+                for node in ast.walk(ast.parse(path.read_text())):
+                    names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                    names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                    for name in names:
+                        assert name.partition(".")[0] in allowed | set(standard), f"{path} imports {name}"
