@@ -53,7 +53,9 @@ def test_another_base_is_refused_by_layer_shape_or_weights():
     adapter = vt.extract(trained())
     with pytest.raises(BaseModelError, match=r"it has layer 'model.layers.0.self_attn.q_proj', GPT2LMHeadModel has not"):
         vt.install(fakes.gpt2(), adapter, "a")
-    with pytest.raises(BaseModelError, match="layer 'model.layers.0.self_attn.v_proj' is 32 -> 16 in the file and 32 -> 32 in Llama"):
+    with pytest.raises(
+        BaseModelError, match="layer 'model.layers.0.self_attn.v_proj' is 32 -> 16 in the file and 32 -> 32 in Llama"
+    ):
         vt.install(fakes.seeded(lambda: type(fakes.llama())(fakes.llama().config.__class__(
             **{**fakes.llama().config.to_dict(), "num_key_value_heads": 4}))), adapter, "a")  # fmt: skip
     torch.manual_seed(1)

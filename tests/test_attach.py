@@ -185,7 +185,7 @@ def test_merging_into_few_bits_says_what_was_lost():
     scramble(model, "a", size=1e-3)
     with pytest.warns(UserWarning, match=r"merging 'a' rounded away \d+% of ΔW"):
         report = vt.merge(model)
-    assert all(0.05 < entry.lost for entry in report)
+    assert all(entry.lost > 0.05 for entry in report)
     fine = scramble(vt.attach(fakes.llama(), vt.VeraConfig(rank=16), "a"), "a", size=1e-3)
     assert all(entry.lost < 1e-3 for entry in vt.merge(fine))
 
@@ -256,7 +256,11 @@ def test_names_that_torch_cannot_have(name):
 def test_a_failed_attach_leaves_no_trace():
     model = vt.attach(fakes.llama(), vt.VeraConfig(rank=4), "a")
     keys = list(model.state_dict())
-    for config, name in ((vt.VeraConfig(rank=2), "a"), (vt.VeraConfig(targets=["nope"]), "b"), (vt.VeraConfig(head=["nope"]), "c")):
+    for config, name in (
+        (vt.VeraConfig(rank=2), "a"),
+        (vt.VeraConfig(targets=["nope"]), "b"),
+        (vt.VeraConfig(head=["nope"]), "c"),
+    ):
         with pytest.raises((AdapterError, TargetError)):
             vt.attach(model, config, name)
     assert list(model.state_dict()) == keys

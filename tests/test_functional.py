@@ -60,7 +60,10 @@ def test_gradients():
     b.requires_grad_()
     assert torch.autograd.gradcheck(lambda x, d, b: vera_linear(x, A, B, d, b, 0.5), (x, d, b))
     assert torch.autograd.gradcheck(lambda d, b: delta_weight(A, B, d, b, 0.5), (d, b))
-    D, V = torch.randn(2, 3, dtype=torch.float64, requires_grad=True), torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    D, V = (
+        torch.randn(2, 3, dtype=torch.float64, requires_grad=True),
+        torch.randn(2, 5, dtype=torch.float64, requires_grad=True),
+    )
     index = torch.tensor([1, 0, 1])
     rows = torch.randn(3, 2, 7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, D, V: vera_rows(x, A, B, D, V, index, 0.5), (rows, D, V))

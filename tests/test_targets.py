@@ -106,11 +106,20 @@ def test_all_linear_leaves_the_output_alone():
     [
         ({"targets": ["quary"]}, "target 'quary' matches no layer of LlamaForCausalLM; did you mean 'query'?"),
         ({"targets": ["q_prj"]}, "target 'q_prj' matches no layer of LlamaForCausalLM; did you mean 'q_proj'"),
-        ({"exclude": ["zzz"]}, "exclude 'zzz' matches no layer of LlamaForCausalLM; its layers are called down_proj, gate_proj"),
+        (
+            {"exclude": ["zzz"]},
+            "exclude 'zzz' matches no layer of LlamaForCausalLM; its layers are called down_proj, gate_proj",
+        ),
         ({"rank_pattern": {"up_proj": 3}}, "rank_pattern 'up_proj' matches no layer of LlamaForCausalLM"),
         ({"layers": [7]}, r"layers names the blocks \[7\]; the model's are 0 to 1"),
-        ({"targets": ["embed_tokens"]}, "target 'embed_tokens' is a Embedding of LlamaForCausalLM; only linear layers can be adapted"),
-        ({"exclude": ["query", "value"]}, r"exclude \['query', 'value'\] leaves none of the layers that \['query', 'value'\] matched"),
+        (
+            {"targets": ["embed_tokens"]},
+            "target 'embed_tokens' is a Embedding of LlamaForCausalLM; only linear layers can be adapted",
+        ),
+        (
+            {"exclude": ["query", "value"]},
+            r"exclude \['query', 'value'\] leaves none of the layers that \['query', 'value'\] matched",
+        ),
         ({"head": ["lm_haed"]}, "head 'lm_haed' is no module of LlamaForCausalLM; did you mean 'lm_head'?"),
     ],
 )

@@ -201,7 +201,9 @@ def _check_head(model: nn.Module, adapter: Adapter) -> None:
         file = tuple(adapter.head[name].shape) if name in adapter.head else "nothing"
         own = tuple(wanted[name]) if name in wanted else "nothing"
         if file != own:
-            raise BaseModelError(f"head tensor '{name}': the file has {file}, the model has {own}; build the model with that head")
+            raise BaseModelError(
+                f"head tensor '{name}': the file has {file}, the model has {own}; build the model with that head"
+            )
 
 
 def _sites_or_mismatch(model: nn.Module, adapter: Adapter) -> list[Site]:

@@ -222,7 +222,7 @@ def detach(model: M, *, keep_merged: bool = False) -> M:
             layer.unmerge(restore=not keep_merged)
 
     def kept(layer: VeraLayer) -> nn.Module:
-        if keep_merged and isinstance(layer, VeraHead) and merged in layer.vera:
+        if keep_merged and merged is not None and isinstance(layer, VeraHead) and merged in layer.vera:
             return layer.vera[merged]
         return layer.base
 
@@ -304,7 +304,9 @@ def _check_known(note: _Note, name: str | None) -> None:
 
 def _check_new(note: _Note, name: str) -> None:
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
-        raise AdapterError(f"adapter name {name!r} cannot be used: torch wants module names without a dot and not its own words")
+        raise AdapterError(
+            f"adapter name {name!r} cannot be used: torch wants module names without a dot and not its own words"
+        )
     if name in note.configs:
         raise AdapterError(f"adapter {name!r} is attached already; remove it first or choose another name")
 
@@ -313,11 +315,17 @@ def _check_apart(model: nn.Module, sites: list[Site], heads: list[str]) -> None:
     """A module trained in full and an adapted layer may not lie inside one another, whichever adapter they are of."""
     taken = {layer.name: layer for layer in _layers(model)}
     for path in heads:
-        inside = [name for name, layer in taken.items() if isinstance(layer, VeraWeightLayer) and f"{name}.".startswith(f"{path}.")]
+        inside = [
+            name for name, layer in taken.items() if isinstance(layer, VeraWeightLayer) and f"{name}.".startswith(f"{path}.")
+        ]
         if inside:
-            raise UnsupportedError(f"head {path!r} holds the adapted layer '{inside[0]}'; a module is either adapted or trained in full")
+            raise UnsupportedError(
+                f"head {path!r} holds the adapted layer '{inside[0]}'; a module is either adapted or trained in full"
+            )
     for site in sites:
-        around = [name for name, layer in taken.items() if isinstance(layer, VeraHead) and f"{site.module}.".startswith(f"{name}.")]
+        around = [
+            name for name, layer in taken.items() if isinstance(layer, VeraHead) and f"{site.module}.".startswith(f"{name}.")
+        ]
         if around:
             raise UnsupportedError(f"layer '{site.name}' is inside the head '{around[0]}' of another adapter; exclude it")
 

@@ -72,7 +72,7 @@ class VeraConfig:
         for field in ("targets", "exclude", "head"):
             object.__setattr__(self, field, _words(field, getattr(self, field)))
         if self.layers is not None:
-            found = (self.layers,) if _is_int(self.layers) else self.layers
+            found: Any = (self.layers,) if _is_int(self.layers) else self.layers
             if not isinstance(found, list | tuple) or not all(_is_int(i) and i >= 0 for i in found):
                 raise ConfigError(f"layers is {self.layers!r}; it must be a list of block indices from 0 up")
             object.__setattr__(self, "layers", tuple(found))
@@ -85,9 +85,7 @@ class VeraConfig:
         for field, choices in _CHOICES.items():
             value = getattr(self, field)
             if value not in choices:
-                raise ConfigError(
-                    f"{field} is {value!r}; it must be one of {', '.join(choices)}{near(str(value), choices)}"
-                )
+                raise ConfigError(f"{field} is {value!r}; it must be one of {', '.join(choices)}{near(str(value), choices)}")
         if self.d_init is not None and not (_is_number(self.d_init) and math.isfinite(self.d_init)):
             raise ConfigError(f"d_init is {self.d_init!r}; it must be a finite number")
         if self.vectors == "b" and self.d_init is not None:
@@ -162,4 +160,3 @@ def _is_int(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-

@@ -48,9 +48,7 @@ def vera_linear(x: Tensor, A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | N
     return y if b is None else y * b.to(y.dtype)
 
 
-def vera_rows(
-    x: Tensor, A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None, index: Tensor, scale: float = 1.0
-) -> Tensor:
+def vera_rows(x: Tensor, A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None, index: Tensor, scale: float = 1.0) -> Tensor:
     """y[i] = scale * b[index[i]] * (B (d[index[i]] * (A x[i])))
 
     x: (N, *T, n), a batch of N rows; d: (k, r) and b: (k, m), the vectors of k adapters on one basis;

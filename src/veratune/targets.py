@@ -225,7 +225,9 @@ def _in_blocks(names: set[str], layers: tuple[int, ...]) -> set[str]:
     block = {name: int(found.group(1)) for name in names if (found := _INDEX.search(name))}
     missing = sorted(set(layers) - set(block.values()))
     if missing:
-        raise TargetError(f"layers names the blocks {missing}; the model's are {min(block.values(), default=0)} to {max(block.values(), default=0)}")
+        raise TargetError(
+            f"layers names the blocks {missing}; the model's are {min(block.values(), default=0)} to {max(block.values(), default=0)}"
+        )
     return {name for name in names if block.get(name) in layers}
 
 

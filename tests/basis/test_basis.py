@@ -35,7 +35,10 @@ def test_golden_fingerprints(seed, init, sharing, golden):
 
 def test_golden_values():
     A, B = pair(RandomBasis(0, "kaiming_uniform", "shared"), 2, 3, 2)
-    assert A.contiguous().view(torch.int32).tolist() == [[1014367104, 1030287392, -1087508528], [1057878794, -1091196840, 1053729592]]
+    assert A.contiguous().view(torch.int32).tolist() == [
+        [1014367104, 1030287392, -1087508528],
+        [1057878794, -1091196840, 1053729592],
+    ]
     assert B.contiguous().view(torch.int32).tolist() == [[1059359176, -1086948100], [1055712156, -1085573336]]
 
 

@@ -254,7 +254,9 @@ def test_kill_in_the_middle_of_saving_leaves_the_old_file_or_the_new_one(count, 
     native.write(small(), path)
     rng = random.Random(0)
     for _ in range(count):
-        process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."})
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."}
+        )
         assert process.stdout.readline() == b"ready\n"
         time.sleep(rng.uniform(0.002, 0.03))
         process.send_signal(signal.SIGKILL)

@@ -127,7 +127,9 @@ def edit(folder, **entries):
 def test_bad_checkpoints(tmp_path):
     folder = tmp_path / "peft"
     trained_by_peft(fakes.llama(), folder)
-    with pytest.raises(BaseModelError, match="it adapts 'model.layers.0.self_attn.[qv]_proj', which GPT2LMHeadModel does not have"):
+    with pytest.raises(
+        BaseModelError, match="it adapts 'model.layers.0.self_attn.[qv]_proj', which GPT2LMHeadModel does not have"
+    ):
         vt.load(fakes.gpt2(), folder)
     edit(folder, projection_prng_key=6)
     with pytest.raises(AdapterFileError, match="are not what seed 6 draws"):
@@ -167,4 +169,3 @@ def test_an_output_folder_in_use_is_left_alone(tmp_path):
     with pytest.raises(OSError, match="the output folder is not empty"):
         own.write_vera(vt.extract(model), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
-

@@ -22,7 +22,9 @@ def reference(model, base, q, k, v, **options):
     state = {name: p.double().clone() for name, p in base.named_parameters()}
     for name, delta in model[0].deltas("a").items():
         state[name] += delta.double()
-    copy = type(base)(8, 2, batch_first=True, kdim=base.kdim, vdim=base.vdim, bias=base.in_proj_bias is not None).double().eval()
+    copy = (
+        type(base)(8, 2, batch_first=True, kdim=base.kdim, vdim=base.vdim, bias=base.in_proj_bias is not None).double().eval()
+    )
     copy.load_state_dict(state)
     return copy(q.double(), k.double(), v.double(), **options)[0]
 

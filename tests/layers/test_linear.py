@@ -34,7 +34,11 @@ def reference(model, x, scramble_to=None):
         d = torch.ones(v.rank) if v.d is None else v.d
         b = torch.ones(m) if v.b is None else v.b
         delta = torch.diag(b.double()) @ B @ torch.diag(d.double()) @ A
-        gains = {"kaiming_uniform": (6 / n) ** 0.5 * (6 / v.rank) ** 0.5, "kaiming_normal": 2 / (n * v.rank) ** 0.5, "uniform": 0.01}
+        gains = {
+            "kaiming_uniform": (6 / n) ** 0.5 * (6 / v.rank) ** 0.5,
+            "kaiming_normal": 2 / (n * v.rank) ** 0.5,
+            "uniform": 0.01,
+        }
         weight = weight.clone()
         weight[v.part.start : v.part.stop] += gains[v.config.init] * delta
     bias = 0 if layer.base.bias is None else layer.base.bias.double()

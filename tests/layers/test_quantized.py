@@ -58,7 +58,9 @@ def test_training_goes_through(bits):
 def test_merging_is_refused_with_the_reason(bits):
     _, model = build(bits)
     vt.attach(model, vt.VeraConfig(rank=8, targets="all-linear"), "a")
-    with pytest.raises(UnsupportedError, match=r"layer '0' stores its weight as Params4bit|layer '0' stores its weight as Int8Params"):
+    with pytest.raises(
+        UnsupportedError, match=r"layer '0' stores its weight as Params4bit|layer '0' stores its weight as Int8Params"
+    ):
         vt.merge(model)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from veratune.adapter import PROBE, Adapter
 from veratune.basis.basis import RandomBasis, basis_of
@@ -117,7 +117,7 @@ def count(
     )
 
 
-def empty_model(model: str) -> nn.Module:
+def empty_model(model: str) -> PreTrainedModel:
     """A model on the meta device, with the architecture that its configuration names, or its backbone."""
     path = Path(model)
     if path.suffix == ".json" and not path.is_file():
@@ -126,17 +126,18 @@ def empty_model(model: str) -> nn.Module:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"no model configuration at {model!r}: {reason}. Give a config.json or a folder that holds one") from error
+        raise DataError(
+            f"no model configuration at {model!r}: {reason}. Give a config.json or a folder that holds one"
+        ) from error
     named = getattr(transformers, (config.architectures or [""])[0], None)
     with _META:
         return named(config) if named is not None else AutoModel.from_config(config)
 
 
-def _heads(model: nn.Module) -> list[nn.Module]:
+def _heads(model: PreTrainedModel) -> list[nn.Module]:
     """The task head of a classifier: what stands beside the backbone and is not the language model's output."""
     prefix = getattr(model, "base_model_prefix", "")
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if not prefix or not hasattr(model, prefix) or output is not None:
+    if not prefix or not hasattr(model, prefix) or model.get_output_embeddings() is not None:
         return []
     return [child for name, child in model.named_children() if name != prefix]
 
@@ -144,7 +145,9 @@ def _heads(model: nn.Module) -> list[nn.Module]:
 def _blank(vera: VeraConfig, shapes: dict[str, tuple[int, int]], ranks: dict[str, int], model: str) -> Adapter:
     d = {name: torch.zeros(ranks[name]) for name in shapes} if vera.vectors != "b" else {}
     b = {name: torch.zeros(m) for name, (m, _) in shapes.items()} if vera.vectors != "d" else {}
-    return Adapter(dataclasses.replace(vera, head=()), shapes, d, b, base_id=model, probe=torch.zeros(PROBE, dtype=torch.bfloat16))
+    return Adapter(
+        dataclasses.replace(vera, head=()), shapes, d, b, base_id=model, probe=torch.zeros(PROBE, dtype=torch.bfloat16)
+    )
 
 
 def _activations(config: PreTrainedConfig, batch: int, length: int, itemsize: int) -> int:

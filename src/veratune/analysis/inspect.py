@@ -79,7 +79,9 @@ def plot(adapter: Adapter, path: str | Path) -> None:
     axes[1].set_xlabel("block")
     axes[1].xaxis.get_major_locator().set_params(integer=True)
     config = adapter.config
-    axes[0].set_title(f"Trained vectors by block: rank {config.rank}, {len(adapter.shapes)} layers, d starts at {config.start_d:g}")
+    axes[0].set_title(
+        f"Trained vectors by block: rank {config.rank}, {len(adapter.shapes)} layers, d starts at {config.start_d:g}"
+    )
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:

@@ -14,7 +14,9 @@ def parser() -> Parser:
     out = new_parser("chat", f"Talk to a base model with an adapter. In the conversation: {HELP}.")
     add_loading(out)
     out.add_argument("--prompt", type=str | None, default=None, help="answer this one message and end")
-    out.add_argument("--system", type=str | None, default=None, help="system message, if not the one that the adapter remembers")
+    out.add_argument(
+        "--system", type=str | None, default=None, help="system message, if not the one that the adapter remembers"
+    )
     out.add_argument("--max_new_tokens", type=int, default=512, help="longest answer, in tokens")
     out.add_argument("--temperature", type=float, default=0.0, help="randomness of the answers; 0 is greedy")
     return out
@@ -34,7 +36,9 @@ def run(argv: Sequence[str]) -> int:
         check_base=flags.check_base, device=flags.device,
     )  # fmt: skip
     if not isinstance(loaded.task, Instruction):
-        raise ConfigError(f"the adapter was trained for {loaded.task.name}, which does not converse; pass --task instruction to insist")
+        raise ConfigError(
+            f"the adapter was trained for {loaded.task.name}, which does not converse; pass --task instruction to insist"
+        )
     if flags.system is not None:
         loaded.task.system = flags.system
     talk: list[dict[str, str]] = []

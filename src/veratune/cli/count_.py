@@ -15,10 +15,14 @@ def parser() -> Parser:
     out = new_parser("count", "Count what a method trains, stores and needs, from a model's configuration alone.")
     out.add_argument("--config", type=str, help="YAML file of these settings; flags overrule it")
     out.add_argument("--model", type=str, required=True, help="config.json, a folder that holds one, or a hub id")
-    out.add_argument("--method", type=Literal["vera", "lora", "bitfit", "head", "full"], default="vera", help="what to count for")
+    out.add_argument(
+        "--method", type=Literal["vera", "lora", "bitfit", "head", "full"], default="vera", help="what to count for"
+    )
     out.add_argument("--batch", type=int, default=1, help="sequences in a training step")
     out.add_argument("--length", type=int, default=512, help="tokens in a sequence")
-    out.add_argument("--base_dtype", type=Literal["float32", "bfloat16", "float16"], default="bfloat16", help="of the base weights")
+    out.add_argument(
+        "--base_dtype", type=Literal["float32", "bfloat16", "float16"], default="bfloat16", help="of the base weights"
+    )
     out.add_argument("--json", type=bool, default=False, help="print the figures as one JSON object")
     out.add_class_arguments(VeraConfig, skip={"seed", "dtype", "head", "dropout", "d_init"})
     return out

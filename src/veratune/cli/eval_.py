@@ -19,7 +19,9 @@ def parser() -> Parser:
     out.add_argument("--batch_size", type=int, default=16, help="examples in one forward pass")
     out.add_argument("--generate", type=bool, default=False, help="also answer every row greedily and count exact matches")
     out.add_argument("--max_new_tokens", type=int, default=128, help="longest generated answer, in tokens")
-    out.add_argument("--base", type=bool, default=True, help="score the bare base model too (classifiers: with an untrained head)")
+    out.add_argument(
+        "--base", type=bool, default=True, help="score the bare base model too (classifiers: with an untrained head)"
+    )
     out.add_argument("--json", type=bool, default=False, help="print the scores as one JSON object")
     return out
 
@@ -30,7 +32,9 @@ def add_loading(out: Parser) -> None:
     out.add_argument("--model", type=str, required=True, help="base model: a folder, a .gguf file, or a hub id")
     out.add_argument("--adapter", type=str | None, default=None, help="adapter file, or the folder of a PEFT VeRA checkpoint")
     out.add_argument("--task", type=str | None, default=None, help="task, if not the one that the adapter's file remembers")
-    out.add_argument("--base_dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of the base weights")
+    out.add_argument(
+        "--base_dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of the base weights"
+    )
     out.add_argument("--quantize", type=Literal["4bit", "8bit"] | None, default=None, help="load the base in 4 or 8 bits")
     out.add_argument("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU if there is one")
     out.add_argument("--check_base", type=bool, default=True, help="refuse an adapter of a base model with other weights")

@@ -16,7 +16,9 @@ def parser() -> Parser:
         help="peft: a PEFT VeRA folder; peft-lora: a PEFT LoRA folder; safetensors: veratune's own file, in another dtype",
     )
     out.add_argument("--out", type=str, required=True, help="an empty folder (peft, peft-lora) or a file (safetensors)")
-    out.add_argument("--dtype", type=Literal["float32", "bfloat16", "float16"] | None, default=None, help="of the vectors (safetensors)")
+    out.add_argument(
+        "--dtype", type=Literal["float32", "bfloat16", "float16"] | None, default=None, help="of the vectors (safetensors)"
+    )
     return out
 
 

@@ -11,7 +11,9 @@ from veratune.cli.parsing import Parser, new_parser, parse, print_json
 def parser() -> Parser:
     out = new_parser("inspect", "Check an adapter's file and show what is in it.")
     out.add_argument("file", type=str, help="adapter file")
-    out.add_argument("--plot", type=str | None, default=None, help="draw |d| and |b| by block into this image file (png, svg, pdf)")
+    out.add_argument(
+        "--plot", type=str | None, default=None, help="draw |d| and |b| by block into this image file (png, svg, pdf)"
+    )
     out.add_argument("--json", type=bool, default=False, help="print the figures as one JSON object")
     return out
 

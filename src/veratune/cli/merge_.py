@@ -8,7 +8,9 @@ from veratune.cli.parsing import Parser, new_parser, parse
 
 
 def parser() -> Parser:
-    out = new_parser("merge", "Write the base model with an adapter inside its weights: a plain model, at the base's own speed.")
+    out = new_parser(
+        "merge", "Write the base model with an adapter inside its weights: a plain model, at the base's own speed."
+    )
     add_loading(out)
     out.add_argument("--out", type=str, required=True, help="folder for the merged model; it must be empty")
     return out

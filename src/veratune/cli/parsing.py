@@ -19,7 +19,7 @@ from veratune.errors import ConfigError, near
 LISTS = ("targets", "exclude", "layers", "head", "report_to")
 
 
-class Usage(Exception):  # noqa: N818
+class Usage(Exception):
     """A command line that cannot be understood: exit status 2."""
 
 
@@ -127,7 +127,9 @@ def _from_file(parser: Parser, name: str) -> list[str]:
     words = []
     for key, value in settings.items():
         if key not in known:
-            raise ConfigError(f"{name}: unknown key {key!r}{near(str(key), known) or '; see veratune --help for the known ones'}")
+            raise ConfigError(
+                f"{name}: unknown key {key!r}{near(str(key), known) or '; see veratune --help for the known ones'}"
+            )
         if key in LISTS and isinstance(value, str):
             value = json.loads(_list(value))
         words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]

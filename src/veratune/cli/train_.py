@@ -22,7 +22,9 @@ SKIPPED = {"seed", "dtype"}  # the run has flags of its own for these
 def parser() -> Parser:
     out = new_parser("train", "Fine-tune a model with VeRA and write the adapter, a file of kilobytes.")
     out.add_argument("--config", type=str, help="YAML file of these settings; flags overrule it")
-    out.add_argument("--sweep", type=str, default="", help="train for every value, as lr=1e-3,4e-3;rank=64,256, and rank the runs")
+    out.add_argument(
+        "--sweep", type=str, default="", help="train for every value, as lr=1e-3,4e-3;rank=64,256, and rank the runs"
+    )
     out.add_argument("--json", type=bool, default=False, help="print the result as one JSON object")
     out.add_class_arguments(TrainSettings)
     out.add_class_arguments(VeraConfig, skip=SKIPPED)

@@ -33,7 +33,9 @@ def write_atomic(path: Path, data: bytes) -> None:
                 os.close(folder)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OutputError(f"{path}: could not write {len(data):,} bytes: {reason}; what was there before is untouched") from error
+        raise OutputError(
+            f"{path}: could not write {len(data):,} bytes: {reason}; what was there before is untouched"
+        ) from error
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):

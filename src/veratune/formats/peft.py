@@ -188,7 +188,9 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         return safetensors.torch.load((folder / WEIGHTS).read_bytes())
     except OSError as error:
         hint = "; it holds adapter_model.bin, a pickle, which is never read: save it again as safetensors"
-        raise AdapterFileError(f"{WEIGHTS}: {error.strerror}{hint if (folder / 'adapter_model.bin').exists() else ''}") from None
+        raise AdapterFileError(
+            f"{WEIGHTS}: {error.strerror}{hint if (folder / 'adapter_model.bin').exists() else ''}"
+        ) from None
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise AdapterFileError(f"{WEIGHTS} is not a whole safetensors file ({error})") from None
 

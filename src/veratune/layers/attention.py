@@ -31,7 +31,7 @@ class VeraMultiheadAttention(VeraWeightLayer):
             return self.base
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            narrow = self.base.out_proj.weight.dtype
+            narrow = self.weight_of("out_proj.weight").dtype
             wide = torch.promote_types(narrow, torch.float32)
             weights = {name: p.to(wide) for name, p in self.base.named_parameters()}
             for name, delta in self.deltas(adapter).items():

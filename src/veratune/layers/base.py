@@ -161,7 +161,8 @@ class VeraLayer(nn.Module, abc.ABC):
     @property
     def current(self) -> str | None:
         """The adapter that computes for the whole batch, if one does."""
-        return self.active if self.merged is None and self.active in self.vera else None
+        name = self.active
+        return name if name is not None and self.merged is None and name in self.vera else None
 
 
 class VeraWeightLayer(VeraLayer):
@@ -175,11 +176,16 @@ class VeraWeightLayer(VeraLayer):
         """Give an adapter its vectors at one part; an adapter's parts come by rising rows and do not overlap."""
         if adapter not in self.vera:
             self.vera[adapter] = nn.ModuleDict()
-        self.vera[adapter][vectors.part.key] = vectors.train(self.training)
+        self._own(adapter)[vectors.part.key] = vectors.train(self.training)
 
     def vectors(self, adapter: str) -> list[VeraVectors]:
         """The adapter's vectors in this layer, by rising rows; none if it leaves the layer alone."""
-        return list(self.vera[adapter].values()) if adapter in self.vera else []  # type: ignore[operator]
+        return list(self._own(adapter).values()) if adapter in self.vera else []  # type: ignore[arg-type]
+
+    def _own(self, adapter: str) -> nn.ModuleDict:
+        held = self.vera[adapter]
+        assert isinstance(held, nn.ModuleDict)
+        return held
 
     @property
     def transposed(self) -> bool:
@@ -268,7 +274,8 @@ def by_adapter(layer: VeraLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any
     if first is None:
         raise AdapterError(f"layer '{layer.name}' was called without a tensor; rows() cannot tell its batch")
     batch = first.shape[dim]
-    positions: dict[str | None, list[int]] = dict(layer.rows.positions(batch, layer.name))
+    positions: dict[str | None, list[int]] = {}
+    positions.update(layer.rows.positions(batch, layer.name))
     named = {i for found in positions.values() for i in found}
     positions[None] = [i for i in range(batch) if i not in named]
     results, order = [], []
@@ -311,5 +318,3 @@ def _names_in(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any)
     """The inverse of `_names_out`; names that already say `base` are taken too."""
     for key in [k for k in state if k.startswith(prefix) and not k[len(prefix) :].startswith(_OWN)]:
         state[prefix + _BASE + key[len(prefix) :]] = state.pop(key)
-
-

@@ -56,8 +56,8 @@ def _sizes(names: tuple[str, ...], rows: int, columns: int, parent: Any) -> list
     if names != QKV or rows == 3 * columns:
         return [rows // len(names)] * len(names) if rows % len(names) == 0 else None
     config = getattr(parent, "config", None)
-    heads = getattr(config, "num_attention_heads", None)
-    groups = getattr(config, "num_key_value_heads", None) or heads
+    heads: int = getattr(config, "num_attention_heads", None) or 0
+    groups: int = getattr(config, "num_key_value_heads", None) or heads
     if not heads or rows % (heads + 2 * groups):
         return None
     head = rows // (heads + 2 * groups)

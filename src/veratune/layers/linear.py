@@ -69,4 +69,3 @@ def add_parts(y: Tensor, shares: Sequence[tuple[Part, Tensor]]) -> Tensor:
         at = part.stop
     pieces.append(y[..., at:])
     return torch.cat(pieces, dim=-1)
-

@@ -4,6 +4,8 @@ bitsandbytes' and torchao's linears are adapted as any linear is (VeraLinear cal
 that the stored weight is not the matrix W.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ def is_dense(weight: Tensor) -> bool:
 
 def dense_weight(module: nn.Module, parameter: str = "weight") -> Tensor | None:
     """W of a layer as floating point numbers, dequantized where needed; None where that cannot be told here."""
-    weight = module.get_parameter(parameter)
+    weight: Any = module.get_parameter(parameter)
     if is_dense(weight):
         return weight.data
     kind = type(module).__name__

@@ -70,7 +70,9 @@ def pick_columns(
     for role, usual in roles.items():
         if role in wanted:
             if wanted[role] not in there:
-                raise DataError(f"no column {wanted[role]!r} for {role}; the data has {', '.join(there)}{near(wanted[role], there)}")
+                raise DataError(
+                    f"no column {wanted[role]!r} for {role}; the data has {', '.join(there)}{near(wanted[role], there)}"
+                )
             found[role] = wanted[role]
         else:
             column = next((name for name in usual if name in there and name not in wanted.values()), None)
@@ -112,7 +114,9 @@ def _from_hub(source: str, split: str, config: str | None) -> Dataset:
         loaded = load_dataset(source, config, split=split)
     except (DatasetNotFoundError, HfHubHTTPError, ConnectionError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"{source!r} is no local file or folder, and as a data set id it could not be fetched: {reason}") from error
+        raise DataError(
+            f"{source!r} is no local file or folder, and as a data set id it could not be fetched: {reason}"
+        ) from error
     except ValueError as error:
         raise DataError(f"data set {source!r}: {str(error).splitlines()[0]}") from error
     assert not isinstance(loaded, DatasetDict)

@@ -160,9 +160,7 @@ class CausalLM(LanguageTask):
 def render(talk: list[Message], tokenizer: PreTrainedTokenizerBase, answer_next: bool = False) -> str:
     """A conversation as the text that the model sees; answer_next: up to where its next answer starts."""
     template = None if tokenizer.chat_template else PLAIN_TEMPLATE
-    return str(
-        tokenizer.apply_chat_template(talk, chat_template=template, tokenize=False, add_generation_prompt=answer_next)
-    )
+    return str(tokenizer.apply_chat_template(talk, chat_template=template, tokenize=False, add_generation_prompt=answer_next))
 
 
 def _check_talk(number: int, talk: Any) -> list[Message]:

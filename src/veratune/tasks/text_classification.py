@@ -64,7 +64,9 @@ class TextClassification(Task):
     def heads(self, model: nn.Module) -> tuple[str, ...]:
         """What stands beside the backbone: "classifier", "score", a pooler."""
         backbone = getattr(model, "base_model_prefix", "")
-        return tuple(name for name, child in model.named_children() if name != backbone and any(True for _ in child.parameters()))
+        return tuple(
+            name for name, child in model.named_children() if name != backbone and any(True for _ in child.parameters())
+        )
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         columns = pick_columns(rows, self.roles, self.columns, self.optional)
@@ -119,9 +121,7 @@ class TextRegression(TextClassification):
         return Task.describe(self)
 
     def load_model(self, model: str, **options: Any) -> PreTrainedModel:
-        return load_pretrained(
-            AutoModelForSequenceClassification, model, num_labels=1, problem_type="regression", **options
-        )
+        return load_pretrained(AutoModelForSequenceClassification, model, num_labels=1, problem_type="regression", **options)
 
     def _targets(self, rows: Dataset, column: str) -> list[Any]:
         targets = []

@@ -61,7 +61,7 @@ def load_for(
     tokenizer = load_tokenizer(model)
     base.config.pad_token_id = tokenizer.pad_token_id
     if device == "auto" and torch.cuda.is_available() and quantize is None:
-        base.to("cuda")
+        base.cuda()  # type: ignore[call-arg]
     if adapter is not None:
         known = known or read(adapter, base)
         install(base, known, NAME, check_base=check_base)

@@ -27,7 +27,7 @@ def answer(
             prompts = [render(talk, tokenizer, answer_next=True) for talk in talks[start : start + batch_size]]
             inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
             with torch.inference_mode():
-                out = model.generate(
+                out = model.generate(  # type: ignore[operator]
                     **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
                 )
             for tokens in out[:, inputs["input_ids"].shape[1] :]:
@@ -45,10 +45,12 @@ def stream_answer(
     temperature: float = 0.0,
 ) -> str:
     """The model's next turn, printed as it comes, and returned. temperature: 0 is greedy."""
-    inputs = tokenizer(render(talk, tokenizer, answer_next=True), return_tensors="pt", add_special_tokens=False).to(model.device)
+    inputs = tokenizer(render(talk, tokenizer, answer_next=True), return_tensors="pt", add_special_tokens=False).to(
+        model.device
+    )
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with torch.inference_mode():
-        out = model.generate(
+        out = model.generate(  # type: ignore[operator]
             **inputs,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,

@@ -16,10 +16,10 @@ import yaml
 from datasets import Dataset
 from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import ProgressCallback
 
 from veratune.adapter import extract
-from veratune.attach import attach, count_trained, describe
+from veratune.attach import attach, count_trained, describe, vectors_of
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError, OutputError, near
 from veratune.formats import native
@@ -29,7 +29,7 @@ from veratune.tasks.data import has_split, load_rows
 from veratune.tasks.registry import task_class
 from veratune.training.evaluate import scores
 from veratune.training.settings import TrainSettings
-from veratune.training.trainer import ADAPTER, VeraTrainer, last_checkpoint
+from veratune.training.trainer import ADAPTER, Progress, VeraTrainer, last_checkpoint
 
 RUN = "run.yaml"
 RESULTS = "results.json"
@@ -91,6 +91,9 @@ def train(settings: TrainSettings, vera: VeraConfig, show: Show | None = None) -
         vera = dataclasses.replace(vera, head=task.heads(model))
     attach(model, vera, _NAME)
     describe(model, _NAME, task.describe())
+    if settings.lr == 0:  # the head alone: no gradient needs to go through the backbone
+        for vectors in vectors_of(model, _NAME):
+            vectors.requires_grad_(False)
 
     if _first_process():
         _open_out(settings, vera, out)
@@ -222,7 +225,6 @@ def _trainer(
         bf16=settings.base_dtype == "bfloat16" and torch.cuda.is_available() and settings.device != "cpu",
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
-        disable_tqdm=not sys.stderr.isatty() and "VERATUNE_PROGRESS" not in os.environ,
         **every,
     )
     callbacks = [EarlyStoppingCallback(settings.patience)] if settings.patience else []
@@ -239,7 +241,8 @@ def _trainer(
         lr=settings.lr,
         head_lr=settings.head_lr,
     )
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Progress)
     return trainer
 
 
@@ -269,7 +272,9 @@ def _check_out(settings: TrainSettings, vera: VeraConfig, out: Path) -> None:
     changed = [k for k in sorted(set(before) | set(now)) if k not in _FREE | {"head"} and before.get(k) != now.get(k)]
     if changed:
         key = changed[0]
-        raise ConfigError(f"{out}: the run was started with {key} = {before.get(key)!r}, not {now.get(key)!r}; resume it unchanged")
+        raise ConfigError(
+            f"{out}: the run was started with {key} = {before.get(key)!r}, not {now.get(key)!r}; resume it unchanged"
+        )
 
 
 def _open_out(settings: TrainSettings, vera: VeraConfig, out: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any, Literal
 from veratune.errors import ConfigError
 
 
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """One training run.

@@ -1,12 +1,15 @@
 """VeraTrainer: Hugging Face's Trainer, with learning rates for vectors and head, and adapters as checkpoints."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers import Trainer
+from transformers.trainer_callback import ProgressCallback
 
 from veratune.adapter import extract, update
 from veratune.attach import heads_of, vectors_of
@@ -28,27 +31,45 @@ class VeraTrainer(Trainer):
         self.adapter, self.lr, self.head_lr = adapter, lr, head_lr
         super().__init__(*args, **kwargs)
 
+    @property
+    def adapted(self) -> nn.Module:
+        """The model that holds the adapter."""
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over two groups: d and b of every layer at lr, the head at head_lr."""
         if self.optimizer is None:
-            vectors = [p for v in vectors_of(self.model, self.adapter) for p in v.parameters()]
-            head = [p for module in heads_of(self.model, self.adapter).values() for p in module.parameters()]
+            vectors = [p for v in vectors_of(self.adapted, self.adapter) for p in v.parameters()]
+            head = [p for module in heads_of(self.adapted, self.adapter).values() for p in module.parameters()]
             groups = [{"params": vectors, "lr": self.lr}, {"params": head, "lr": self.head_lr}]
             self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=self.args.weight_decay)
         return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter's file into a folder; on several processes the first one writes."""
-        adapter = extract(self.model, self.adapter)  # every process: a sharded adapter is gathered here
+        adapter = extract(self.adapted, self.adapter)  # every process: a sharded adapter is gathered here
         if self.args.should_save:
-            native.write(adapter, Path(output_dir or self.args.output_dir) / ADAPTER)
+            native.write(adapter, Path(output_dir or self.args.output_dir or ".") / ADAPTER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        update(self.model, native.read(Path(resume_from_checkpoint) / ADAPTER), self.adapter)
+        update(self.adapted, native.read(Path(resume_from_checkpoint) / ADAPTER), self.adapter)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        update(self.model, native.read(Path(self.state.best_model_checkpoint) / ADAPTER), self.adapter)
+        update(self.adapted, native.read(Path(self.state.best_model_checkpoint) / ADAPTER), self.adapter)
+
+
+class Progress(ProgressCallback):
+    """Trainer's progress bar, with its lines on standard error too: standard output is for results."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None:
+            shown = {k: v for k, v in (logs or {}).items() if k in ("epoch", "loss") or k.startswith("eval_")}
+            shown = {k: v for k, v in shown.items() if not k.endswith(("_second", "_time", "_runtime"))}
+            line = "  ".join(f"{k.removeprefix('eval_') if k != 'eval_loss' else k} {v:.4g}" for k, v in shown.items())
+            if "loss" in shown or "eval_loss" in shown:
+                tqdm.write(line, file=sys.stderr)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
