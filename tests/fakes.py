@@ -10,7 +10,10 @@ from torch import nn
 from veratune.attach import heads_of, vectors_of
 
 WORDS = "turn the light in kitchen on off please set timer for minutes good bad film I love hate this is a great awful movie"
-CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+
+# Models are trained, so their weights have a size; at the usual start of 0.02 such narrow ones compute next to nothing.
+LIVELY = 0.2
 
 
 def seeded(make):
@@ -21,15 +24,18 @@ def seeded(make):
 def bert(labels: int | None = None, **options) -> nn.Module:
     config = hf.BertConfig(
         vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
-        max_position_embeddings=64, num_labels=labels or 2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options,
+        max_position_embeddings=64, num_labels=labels or 2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=LIVELY, **options,
     )  # fmt: skip
     return seeded(lambda: hf.BertForSequenceClassification(config) if labels else hf.BertModel(config))
 
 
 def llama(**options) -> nn.Module:
     config = hf.LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=0, eos_token_id=1, pad_token_id=1, **options,
+        **{
+            "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+            "initializer_range": LIVELY, **options,
+        }
     )  # fmt: skip
     return seeded(lambda: hf.LlamaForCausalLM(config))
 
@@ -37,7 +43,7 @@ def llama(**options) -> nn.Module:
 def gpt2(layers: int = 2, width: int = 32) -> nn.Module:
     config = hf.GPT2Config(
         vocab_size=300, n_embd=width, n_layer=layers, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=1,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        resid_pdrop=0.0, initializer_range=LIVELY, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     return seeded(lambda: hf.GPT2LMHeadModel(config))
 
@@ -68,7 +74,7 @@ def tokenizer() -> hf.PreTrainedTokenizerFast:
     made = Tokenizer(models.BPE(unk_token=None))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+    special = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     made.train_from_iterator(
         [WORDS] * 3, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)

@@ -21,7 +21,8 @@ class Task(abc.ABC):
     """One kind of data, bound to its columns.
 
     name: as users type it; roles: usual column names by role; optional: roles that may be absent; metric:
-    the score that decides, as Trainer names it; greater_is_better: its direction.
+    the score that decides, as Trainer names it; greater_is_better: its direction; loss_per_token: whether the
+    model's loss is a mean over the tokens of the whole batch, all processes and accumulated passes together.
     """
 
     name: ClassVar[str]
@@ -29,6 +30,7 @@ class Task(abc.ABC):
     optional: ClassVar[frozenset[str]] = frozenset()
     metric: ClassVar[str] = "loss"
     greater_is_better: ClassVar[bool] = False
+    loss_per_token: ClassVar[bool] = False
 
     def __init__(self, columns: Mapping[str, str] | None = None, max_length: int = 512) -> None:
         """columns: the data's column for each role that has an unusual name; max_length: tokens an example keeps."""

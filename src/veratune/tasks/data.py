@@ -106,6 +106,8 @@ def _read_file(path: Path) -> Dataset:
         return load_dataset(builder, data_files=str(path), split="train", **options)
     except Exception as error:  # every builder has its own exceptions for bad content
         cause = str(error.__cause__ or error).splitlines()[0]
+        if "corresponds to no data" in cause:  # a file with a header and no rows
+            raise DataError(f"{path}: the data set is empty; at least one row is wanted") from None
         raise DataError(f"{path}: cannot be read as {builder}: {cause}") from error
 
 

@@ -20,8 +20,8 @@ IGNORED = -100  # the label that torch's cross entropy leaves out
 
 # For tokenizers without a chat template, such as GPT-2's.
 PLAIN_TEMPLATE = (
-    "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n"
-    "{% endfor %}{% if add_generation_prompt %}### assistant:\n{% endif %}"
+    "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}{{ eos_token if m.role == 'assistant' else '' }}{{ '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}### assistant:{{ '\n' }}{% endif %}"
 )
 
 Message = dict[str, str]
@@ -29,6 +29,8 @@ Message = dict[str, str]
 
 class LanguageTask(Task):
     """What all language modelling has in common: a causal model, padded batches, the loss as the score."""
+
+    loss_per_token = True
 
     def load_model(self, model: str, **options: Any) -> PreTrainedModel:
         return load_pretrained(AutoModelForCausalLM, model, **options)

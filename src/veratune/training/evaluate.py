@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from veratune.adapter import Adapter, install
 from veratune.attach import use
@@ -103,6 +104,7 @@ def evaluate(
             processing_class=loaded.tokenizer,
             compute_metrics=loaded.task.metrics(),
         )
+        trainer.remove_callback(PrinterCallback)  # it writes to standard output
         result = scores(trainer.evaluate())
     if loaded.task.metrics() is None:
         result["perplexity"] = math.exp(min(result["loss"], 700.0))

@@ -98,7 +98,7 @@ def train(settings: TrainSettings, vera: VeraConfig, show: Show | None = None) -
     if _first_process():
         _open_out(settings, vera, out)
     trainer = _trainer(settings, model, task, tokenizer, train_set, eval_set, out)
-    before = _before(trainer, eval_set is not None, out)
+    before = {} if eval_set is None else _before(trainer, out)
     set_seed(settings.seed)  # what was drawn so far must not matter to a resumed run
     start = time.perf_counter()
     checkpoint = last_checkpoint(out / "checkpoints") if settings.resume else None
@@ -225,6 +225,7 @@ def _trainer(
         bf16=settings.base_dtype == "bfloat16" and torch.cuda.is_available() and settings.device != "cpu",
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
+        disable_tqdm=False,
         **every,
     )
     callbacks = [EarlyStoppingCallback(settings.patience)] if settings.patience else []
@@ -238,22 +239,23 @@ def _trainer(
         compute_metrics=task.metrics(),
         callbacks=callbacks,
         adapter=_NAME,
+        loss_per_token=task.loss_per_token,
         lr=settings.lr,
         head_lr=settings.head_lr,
     )
-    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(ProgressCallback)  # it writes to standard output
     trainer.add_callback(Progress)
     return trainer
 
 
-def _before(trainer: VeraTrainer, evaluates: bool, out: Path) -> dict[str, float]:
+def _before(trainer: VeraTrainer, out: Path) -> dict[str, float]:
     """The scores before training; a resumed run finds them in its folder."""
     kept = out / BEFORE
-    if not evaluates:
-        return {}
     if kept.is_file():
         return json.loads(kept.read_text())
     found = scores(trainer.evaluate())
+    # Evaluation marks the model as prepared, and accelerate would then not wrap it for distributed training.
+    trainer.adapted.__dict__.pop("_is_accelerate_prepared", None)
     if _first_process():
         write_atomic(kept, json.dumps(found).encode())
     return found

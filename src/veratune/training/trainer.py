@@ -23,13 +23,23 @@ _STATE = "trainer_state.json"
 class VeraTrainer(Trainer):
     """Trainer for one adapter of a model.
 
-    adapter: its name; lr, head_lr: peak learning rates of vectors and head. Checkpoints hold the adapter's
-    file, the optimizer and the random states, never the base model.
+    adapter: its name; lr, head_lr: peak learning rates of vectors and head; loss_per_token: see Task.
+    Checkpoints hold the adapter's file, the optimizer and the random states, never the base model.
     """
 
-    def __init__(self, *args: Any, adapter: str, lr: float, head_lr: float, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, model: nn.Module, adapter: str, lr: float, head_lr: float, loss_per_token: bool, **kwargs: Any
+    ) -> None:
         self.adapter, self.lr, self.head_lr = adapter, lr, head_lr
-        super().__init__(*args, **kwargs)
+        # Trainer refuses a quantized model unless this mark says that there is an adapter on it.
+        model._hf_peft_config_loaded = True  # type: ignore[assignment]
+        try:
+            super().__init__(model, *args, **kwargs)
+        finally:
+            del model._hf_peft_config_loaded
+        # Trainer takes every model with **kwargs for one whose loss is a sum over tokens, divided by their number
+        # in the whole batch. A classifier's loss is a mean: so taken, it is multiplied by processes and accumulation.
+        self.model_accepts_loss_kwargs = loss_per_token
 
     @property
     def adapted(self) -> nn.Module:

@@ -1,0 +1,260 @@
+import dataclasses
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import veratune as vt
+from tests import fakes
+from veratune.errors import ConfigError, DataError, OutputError
+from veratune.formats import native
+from veratune.training.evaluate import evaluate, evaluate_both, load_for
+from veratune.training.run import sweep, train
+from veratune.training.settings import TrainSettings
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+VERA = vt.VeraConfig(rank=16, targets="all-linear")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with tiny models and data: sentiment by words, and sentences to answers."""
+    out = tmp_path_factory.mktemp("place")
+    fakes.folder(fakes.bert(), out / "bert")
+    fakes.folder(fakes.llama(), out / "llama")
+    fakes.folder(fakes.llama(hidden_size=64, intermediate_size=128, num_key_value_heads=4), out / "wide")
+    rng = random.Random(0)
+    good, bad = ["good", "great", "love"], ["bad", "awful", "hate"]
+    for split, count in (("train", 48), ("validation", 16)):
+        rows = []
+        for i in range(count):
+            words = [rng.choice(["this", "film", "movie", "is", "a"]) for _ in range(4)] + [rng.choice(good if i % 2 else bad)]
+            rng.shuffle(words)
+            rows.append({"text": " ".join(words), "label": "plus" if i % 2 else "minus", "score": float(i % 2)})
+        (out / "sentiment").mkdir(exist_ok=True)
+        (out / "sentiment" / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rows = [{"prompt": f"light {x}", "completion": f"set {x}"} for x in ("on", "off")] * 12
+    (out / "talk.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (out / "text.txt").write_text("turn the light on please\n" * 40)
+    return out
+
+
+def settings(place, out, **changes):
+    base = {
+        "model": str(place / "bert"), "task": "text-classification", "data": str(place / "sentiment"), "out": str(out),
+        "lr": 3e-2, "head_lr": 1e-2, "batch_size": 8, "epochs": 3, "max_length": 16, "device": "cpu", "preview": 0,
+    }  # fmt: skip
+    return TrainSettings(**(base | changes))
+
+
+def same_bits(one: Path, two: Path) -> bool:
+    return (one / "adapter.safetensors").read_bytes() == (two / "adapter.safetensors").read_bytes()
+
+
+def test_classification_learns_and_the_file_knows_its_task(place, tmp_path):
+    result = train(settings(place, tmp_path / "run", lr=0.1, head_lr=5e-2, epochs=20), VERA)
+    assert result.after["accuracy"] >= result.before["accuracy"] + 0.25
+    assert result.bytes == Path(result.path).stat().st_size
+    adapter = native.read(result.path)
+    assert adapter.task["labels"] == ["minus", "plus"]
+    assert result.trained == adapter.trained_values
+    assert result.head == sum(t.numel() for t in adapter.head.values()) == 2 * 32 + 2
+    loaded = load_for(str(place / "bert"), result.path, device="cpu")
+    base, after = evaluate_both(loaded, str(place / "sentiment"))
+    assert after["accuracy"] == result.after["accuracy"] > base["accuracy"]
+    run = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert run["rank"] == 16
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["after"] == result.after
+    checkpoints = [p for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert 1 <= len(checkpoints) <= 2
+    assert not any(p.name in ("model.safetensors", "pytorch_model.bin") for c in checkpoints for p in c.iterdir())
+
+
+def test_regression_and_language_tasks_learn(place, tmp_path):
+    result = train(settings(place, tmp_path / "a", task="text-regression", columns={"label": "score"}, epochs=8), VERA)
+    assert result.after["mse"] < result.before["mse"]
+    talk = {"model": str(place / "llama"), "task": "instruction", "data": str(place / "talk.jsonl"), "eval_data": str(place / "talk.jsonl")}
+    result = train(settings(place, tmp_path / "b", **talk, max_length=40, lr=0.1, epochs=40), dataclasses.replace(VERA, rank=64))
+    assert result.after["loss"] < 0.3 * result.before["loss"]
+    loaded = load_for(str(place / "llama"), result.path, device="cpu")
+    scores = evaluate(loaded, str(place / "talk.jsonl"), generate=True, max_new_tokens=8)
+    assert scores["exact_match"] == 1.0
+    text = {"model": str(place / "llama"), "task": "causal-lm", "data": str(place / "text.txt"), "eval_data": str(place / "text.txt")}
+    result = train(settings(place, tmp_path / "c", **text, epochs=6), VERA)
+    assert result.after["loss"] < result.before["loss"]
+
+
+@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
+def test_a_quantized_base_is_trained_through(place, tmp_path, quantize):
+    changes = {"model": str(place / "wide"), "task": "instruction", "data": str(place / "talk.jsonl"), "eval_data": str(place / "talk.jsonl")}
+    result = train(settings(place, tmp_path / "q", **changes, max_length=40, epochs=8, quantize=quantize), VERA)
+    assert result.after["loss"] < result.before["loss"]
+
+
+def test_the_head_alone_leaves_the_vectors(place, tmp_path):
+    result = train(settings(place, tmp_path / "run", lr=0.0, epochs=1), VERA)
+    adapter = native.read(result.path)
+    assert all((d == 0.1).all() for d in adapter.d.values())
+    assert not any(b.any() for b in adapter.b.values())
+
+
+def test_equal_runs_give_equal_bytes_and_seeds_differ(place, tmp_path):
+    for name, changes in (("a", {}), ("b", {}), ("c", {"seed": 1}), ("d", {"gradient_checkpointing": True})):
+        train(settings(place, tmp_path / name, epochs=1, **changes), VERA)
+    assert same_bits(tmp_path / "a", tmp_path / "b")
+    assert same_bits(tmp_path / "a", tmp_path / "d")
+    assert not same_bits(tmp_path / "a", tmp_path / "c")
+
+
+RUN = """
+import json, sys
+from veratune.config import VeraConfig
+from veratune.training.run import train
+from veratune.training.settings import TrainSettings
+import torch
+torch.set_num_threads(1)
+train(TrainSettings(**json.loads(sys.argv[1])), VeraConfig(**json.loads(sys.argv[2])))
+"""
+
+
+def start(one: TrainSettings, prefix=(), vera=None) -> subprocess.Popen:
+    words = [*(prefix or [sys.executable]), *([] if prefix else ["-c", RUN])]
+    config = vera or {"rank": 16, "targets": ["all-linear"], "dropout": 0.1}
+    env = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*words, json.dumps(dataclasses.asdict(one)), json.dumps(config)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors.decode()[-3000:]
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_resume_after_kill_ends_with_the_bits_of_an_unbroken_run(place, tmp_path, kills):
+    changes = {"epochs": 6, "checkpoints": 2}
+    whole, broken = settings(place, tmp_path / "whole", **changes), settings(place, tmp_path / "broken", **changes)
+    finish(start(whole))
+    for kill in range(kills):
+        process = start(dataclasses.replace(broken, resume=kill > 0))
+        wanted = f"checkpoint-{4 * (kill + 1)}"
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "broken" / "checkpoints" / wanted / "adapter.safetensors").exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finish(start(dataclasses.replace(broken, resume=True)))
+    assert same_bits(tmp_path / "whole", tmp_path / "broken")
+    whole_result, result = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("whole", "broken"))
+    assert (result["before"], result["after"]) == (whole_result["before"], whole_result["after"])
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(place, tmp_path):
+    one = settings(place, tmp_path / "run", epochs=2, checkpoints=3)
+    train(one, VERA)
+    first = (tmp_path / "run" / "adapter.safetensors").read_bytes()
+    last = max((tmp_path / "run" / "checkpoints").iterdir(), key=lambda p: int(p.name.split("-")[1]))
+    (last / "trainer_state.json").write_text("{")
+    train(dataclasses.replace(one, resume=True), VERA)
+    assert (tmp_path / "run" / "adapter.safetensors").read_bytes() == first
+
+
+def test_two_processes_give_the_result_of_one(place, tmp_path):
+    """The same global batch on 2 gloo processes: equal to 1e-5."""
+    script = tmp_path / "script.py"
+    script.write_text(RUN)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
+                "--master-port", str(port), str(script)]  # fmt: skip
+    vera = {"rank": 16, "targets": ["all-linear"]}
+    for task in ("text-classification", "instruction"):
+        changes = {"epochs": 3.0, "keep": "last"}
+        if task == "instruction":
+            changes |= {"model": str(place / "llama"), "data": str(place / "talk.jsonl"), "max_length": 40}
+        one = settings(place, tmp_path / f"{task}1", task=task, batch_size=8, **changes)
+        two = settings(place, tmp_path / f"{task}2", task=task, batch_size=4, **changes)
+        finish(start(one, vera=vera))
+        finish(start(two, torchrun, vera))
+        a, b = (native.read(tmp_path / f"{task}{n}" / "adapter.safetensors") for n in (1, 2))
+        for layer in a.d:
+            torch.testing.assert_close(a.d[layer], b.d[layer], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(a.b[layer], b.b[layer], rtol=1e-5, atol=1e-5)
+        for name in a.head:
+            torch.testing.assert_close(a.head[name], b.head[name], rtol=1e-5, atol=1e-5)
+
+
+def test_sweep_ranks_and_resumes(place, tmp_path):
+    one = settings(place, tmp_path / "s", epochs=2)
+    ranked = sweep(one, VERA, {"lr": [1e-6, 3e-2], "rank": [8]})
+    accuracy = [result.after["accuracy"] for _, result in ranked]
+    assert accuracy == sorted(accuracy, reverse=True)
+    best = (tmp_path / "s" / "adapter.safetensors").read_bytes()
+    assert best == Path(ranked[0][1].path).read_bytes()
+    again = sweep(one, VERA, {"lr": [1e-6, 3e-2], "rank": [8]})
+    assert [r for _, r in again] == [r for _, r in ranked]
+    with pytest.raises(ConfigError, match="sweep names 'lrr', which is no setting; did you mean 'lr'"):
+        sweep(one, VERA, {"lrr": [1]})
+
+
+def test_early_stopping_and_the_last_adapter(place, tmp_path):
+    stopped = train(settings(place, tmp_path / "a", lr=0.0, head_lr=0.0, epochs=8, patience=2), VERA)
+    assert stopped.steps == 18  # three evaluations: one to set the score, two without a better one
+    last = train(settings(place, tmp_path / "b", epochs=1, keep="last", report_to=["tensorboard"]), VERA)
+    assert last.steps == 6
+    assert list((tmp_path / "b").rglob("events.out.*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"task": "txt-classification"}, ConfigError, "unknown task 'txt-classification'; .*did you mean 'text-classification'"),
+        ({"columns": {"label": "nope"}}, DataError, "no column 'nope' for label"),
+        ({"model": "/nowhere"}, DataError, "base model '/nowhere' cannot be loaded"),
+        ({"patience": 2, "eval_split": "test"}, ConfigError, "patience stops on an evaluation score"),
+        ({"resume": True}, OutputError, r"there is no run to resume \(no run.yaml\)"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(place, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        train(settings(place, tmp_path / "run", **changes), VERA)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_in_use_and_a_changed_run(place, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").write_text("precious")
+    with pytest.raises(OutputError, match="the output folder is not empty; choose another, empty it, or go on with --resume true"):
+        train(settings(place, tmp_path / "run"), VERA)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine"]
+    train(settings(place, tmp_path / "b", epochs=1), VERA)
+    with pytest.raises(ConfigError, match="the run was started with lr = 0.03, not 0.5; resume it unchanged"):
+        train(settings(place, tmp_path / "b", epochs=1, lr=0.5, resume=True), VERA)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": float("nan")}, "lr is nan; it must be a finite number of at least 0"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"warmup": 1.0}, r"warmup is 1.0; it is a share of all steps, in \[0, 1\)"),
+        ({"epochs": 0}, "epochs and max_steps are both 0"),
+        ({"system": "x"}, "system is set, but task 'text-classification' has no conversations"),
+    ],
+)
+def test_bad_settings(place, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        settings(place, tmp_path, **changes)
