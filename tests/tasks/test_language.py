@@ -38,7 +38,9 @@ def test_every_turn_of_the_assistant_counts():
 def test_the_prompt_is_tokenized_as_it_is_when_the_model_answers():
     tokenizer = fakes.tokenizer()
     found = encode([PAIR], tokenizer)[0]
-    prompt = tokenizer(render([{"role": "user", "content": PAIR["prompt"]}], tokenizer, answer_next=True), add_special_tokens=False)
+    prompt = tokenizer(
+        render([{"role": "user", "content": PAIR["prompt"]}], tokenizer, answer_next=True), add_special_tokens=False
+    )
     assert found["input_ids"][: len(prompt["input_ids"])] == prompt["input_ids"]
 
 
@@ -52,7 +54,9 @@ def test_a_tokenizer_without_a_template_gets_a_plain_one():
     tokenizer = fakes.tokenizer()
     tokenizer.chat_template = None
     found = encode([{"messages": TALK}], tokenizer)[0]
-    assert tokenizer.decode(found["input_ids"]).startswith("### user:\nturn the light on\n### assistant:\ndone</s>\n### user:\noff\n")
+    assert tokenizer.decode(found["input_ids"]).startswith(
+        "### user:\nturn the light on\n### assistant:\ndone</s>\n### user:\noff\n"
+    )
     assert trained_text(found, tokenizer) == "done</s>\nok</s>\n"
 
 
@@ -84,7 +88,10 @@ def test_plain_text_is_cut_into_blocks():
     rows = Dataset.from_dict({"text": ["turn the light on", "", "off please"]})
     blocks = CausalLM(max_length=5).encode(rows, tokenizer)
     stream = [t for block in blocks for t in block["input_ids"]]
-    assert tokenizer.decode(stream) in ("turn the light on</s>off please</s>", "turn the light on</s>off please")  # a last token alone has nothing before it
+    assert tokenizer.decode(stream) in (
+        "turn the light on</s>off please</s>",
+        "turn the light on</s>off please",
+    )  # a last token alone has nothing before it
     assert all(len(block["input_ids"]) <= 5 for block in blocks)
     assert all(block["labels"] == block["input_ids"] for block in blocks)
     with pytest.raises(DataError, match="holds no text at all"):

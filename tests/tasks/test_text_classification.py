@@ -16,7 +16,12 @@ def rows(labels, **more):
 
 @pytest.mark.parametrize(
     ("labels", "names"),
-    [([0, 1, 0], ["0", "1"]), ([2, 0], ["0", "1", "2"]), (["no", "yes", "no"], ["no", "yes"]), ([True, False], ["False", "True"])],
+    [
+        ([0, 1, 0], ["0", "1"]),
+        ([2, 0], ["0", "1", "2"]),
+        (["no", "yes", "no"], ["no", "yes"]),
+        ([True, False], ["False", "True"]),
+    ],
 )
 def test_label_names_come_from_the_training_rows(labels, names):
     task = TextClassification()
@@ -60,14 +65,20 @@ def test_pairs_and_length():
 
 def test_text_must_be_text():
     with pytest.raises(DataError, match="row 1: column 'text' holds None, text is wanted"):
-        TextClassification(labels=["0", "1"]).encode(Dataset.from_dict({"text": ["a", None], "label": [0, 1]}), fakes.tokenizer())
+        TextClassification(labels=["0", "1"]).encode(
+            Dataset.from_dict({"text": ["a", None], "label": [0, 1]}), fakes.tokenizer()
+        )
 
 
 def test_scores():
     logits = np.array([[2.0, 1.0], [0.0, 3.0], [0.0, 3.0], [1.0, 0.0]])
-    score = TextClassification(labels=["a", "b"]).metrics()(SimpleNamespace(predictions=logits, label_ids=np.array([0, 1, 0, 0])))
+    score = TextClassification(labels=["a", "b"]).metrics()(
+        SimpleNamespace(predictions=logits, label_ids=np.array([0, 1, 0, 0]))
+    )
     assert score == {"accuracy": 0.75, "f1": pytest.approx(2 / 3), "matthews": pytest.approx(0.57735, abs=1e-5)}
-    score = TextRegression().metrics()(SimpleNamespace(predictions=np.array([[1.0], [2.0], [3.0]]), label_ids=np.array([2.0, 4.0, 6.0])))
+    score = TextRegression().metrics()(
+        SimpleNamespace(predictions=np.array([[1.0], [2.0], [3.0]]), label_ids=np.array([2.0, 4.0, 6.0]))
+    )
     assert score["pearson"] == pytest.approx(1)
     assert score["mse"] == pytest.approx(14 / 3)
     flat = TextRegression().metrics()(SimpleNamespace(predictions=np.ones((3, 1)), label_ids=np.array([2.0, 4.0, 6.0])))
@@ -85,7 +96,9 @@ def test_regression_targets():
 
 def test_heads_are_what_stands_beside_the_backbone():
     assert TextClassification().heads(fakes.bert(labels=2)) == ("classifier",)
-    assert TextClassification().heads(fakes.seeded(lambda: __import__("transformers").LlamaForSequenceClassification(fakes.llama().config))) == ("score",)
+    assert TextClassification().heads(
+        fakes.seeded(lambda: __import__("transformers").LlamaForSequenceClassification(fakes.llama().config))
+    ) == ("score",)
 
 
 def test_an_unknown_task_in_a_file():

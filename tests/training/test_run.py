@@ -74,7 +74,7 @@ def test_classification_learns_and_the_file_knows_its_task(place, tmp_path):
     run = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
     assert run["rank"] == 16
     assert json.loads((tmp_path / "run" / "results.json").read_text())["after"] == result.after
-    checkpoints = [p for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    checkpoints = list((tmp_path / "run" / "checkpoints").iterdir())
     assert 1 <= len(checkpoints) <= 2
     assert not any(p.name in ("model.safetensors", "pytorch_model.bin") for c in checkpoints for p in c.iterdir())
 
@@ -82,20 +82,37 @@ def test_classification_learns_and_the_file_knows_its_task(place, tmp_path):
 def test_regression_and_language_tasks_learn(place, tmp_path):
     result = train(settings(place, tmp_path / "a", task="text-regression", columns={"label": "score"}, epochs=8), VERA)
     assert result.after["mse"] < result.before["mse"]
-    talk = {"model": str(place / "llama"), "task": "instruction", "data": str(place / "talk.jsonl"), "eval_data": str(place / "talk.jsonl")}
-    result = train(settings(place, tmp_path / "b", **talk, max_length=40, lr=0.1, epochs=40), dataclasses.replace(VERA, rank=64))
+    talk = {
+        "model": str(place / "llama"),
+        "task": "instruction",
+        "data": str(place / "talk.jsonl"),
+        "eval_data": str(place / "talk.jsonl"),
+    }
+    result = train(
+        settings(place, tmp_path / "b", **talk, max_length=40, lr=0.1, epochs=40), dataclasses.replace(VERA, rank=64)
+    )
     assert result.after["loss"] < 0.3 * result.before["loss"]
     loaded = load_for(str(place / "llama"), result.path, device="cpu")
     scores = evaluate(loaded, str(place / "talk.jsonl"), generate=True, max_new_tokens=8)
     assert scores["exact_match"] == 1.0
-    text = {"model": str(place / "llama"), "task": "causal-lm", "data": str(place / "text.txt"), "eval_data": str(place / "text.txt")}
+    text = {
+        "model": str(place / "llama"),
+        "task": "causal-lm",
+        "data": str(place / "text.txt"),
+        "eval_data": str(place / "text.txt"),
+    }
     result = train(settings(place, tmp_path / "c", **text, epochs=6), VERA)
     assert result.after["loss"] < result.before["loss"]
 
 
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
 def test_a_quantized_base_is_trained_through(place, tmp_path, quantize):
-    changes = {"model": str(place / "wide"), "task": "instruction", "data": str(place / "talk.jsonl"), "eval_data": str(place / "talk.jsonl")}
+    changes = {
+        "model": str(place / "wide"),
+        "task": "instruction",
+        "data": str(place / "talk.jsonl"),
+        "eval_data": str(place / "talk.jsonl"),
+    }
     result = train(settings(place, tmp_path / "q", **changes, max_length=40, epochs=8, quantize=quantize), VERA)
     assert result.after["loss"] < result.before["loss"]
 
@@ -131,7 +148,10 @@ def start(one: TrainSettings, prefix=(), vera=None) -> subprocess.Popen:
     config = vera or {"rank": 16, "targets": ["all-linear"], "dropout": 0.1}
     env = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*words, json.dumps(dataclasses.asdict(one)), json.dumps(config)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*words, json.dumps(dataclasses.asdict(one)), json.dumps(config)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -221,7 +241,11 @@ def test_early_stopping_and_the_last_adapter(place, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"task": "txt-classification"}, ConfigError, "unknown task 'txt-classification'; .*did you mean 'text-classification'"),
+        (
+            {"task": "txt-classification"},
+            ConfigError,
+            "unknown task 'txt-classification'; .*did you mean 'text-classification'",
+        ),
         ({"columns": {"label": "nope"}}, DataError, "no column 'nope' for label"),
         ({"model": "/nowhere"}, DataError, "base model '/nowhere' cannot be loaded"),
         ({"patience": 2, "eval_split": "test"}, ConfigError, "patience stops on an evaluation score"),
@@ -237,7 +261,9 @@ def test_mistakes_are_found_before_anything_is_written(place, tmp_path, changes,
 def test_an_output_folder_in_use_and_a_changed_run(place, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").write_text("precious")
-    with pytest.raises(OutputError, match="the output folder is not empty; choose another, empty it, or go on with --resume true"):
+    with pytest.raises(
+        OutputError, match="the output folder is not empty; choose another, empty it, or go on with --resume true"
+    ):
         train(settings(place, tmp_path / "run"), VERA)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine"]
     train(settings(place, tmp_path / "b", epochs=1), VERA)

@@ -27,9 +27,10 @@ class LayerFigures:
 
 
 def figures(adapter: Adapter) -> list[LayerFigures]:
-    """Figures of each layer; None for a vector that is not trained."""
+    """Figures of each layer, blocks in the order of their numbers; None for a vector that is not trained."""
     out = []
-    for layer, (m, n) in adapter.shapes.items():
+    for layer in sorted(adapter.shapes, key=_natural):
+        m, n = adapter.shapes[layer]
         d, b = adapter.d.get(layer), adapter.b.get(layer)
         mean = None if b is None else b.float().abs().mean().item()
         out.append(LayerFigures(layer, m, n, rank_of(adapter.config, layer), _norm(d), _norm(b), mean))
@@ -88,6 +89,11 @@ def plot(adapter: Adapter, path: str | Path) -> None:
         raise OutputError(f"{path}: the picture could not be written: {error}") from error
     finally:
         pyplot.close(figure)
+
+
+def _natural(layer: str) -> list[tuple[int, str]]:
+    """A sort key by which block 2 comes before block 10."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"[.:]", layer)]
 
 
 def _norm(vector: Tensor | None) -> float | None:

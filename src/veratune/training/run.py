@@ -79,9 +79,6 @@ def train(settings: TrainSettings, vera: VeraConfig, show: Show | None = None) -
     tokenizer = load_tokenizer(settings.model)
     train_set = task.encode(rows, tokenizer)
     eval_set = task.encode(eval_rows, tokenizer) if eval_rows is not None else None
-    if show is not None and _first_process():
-        for example in itertools.islice(train_set, settings.preview):
-            show(task.preview(example, tokenizer))
 
     set_seed(settings.seed)
     options = {"dtype": settings.base_dtype, "quantize": settings.quantize}
@@ -97,6 +94,8 @@ def train(settings: TrainSettings, vera: VeraConfig, show: Show | None = None) -
 
     if _first_process():
         _open_out(settings, vera, out)
+        for example in itertools.islice(train_set, settings.preview if show is not None else 0):
+            show(task.preview(example, tokenizer))  # type: ignore[misc]
     trainer = _trainer(settings, model, task, tokenizer, train_set, eval_set, out)
     before = {} if eval_set is None else _before(trainer, out)
     set_seed(settings.seed)  # what was drawn so far must not matter to a resumed run
@@ -153,7 +152,7 @@ def sweep(
         resumed = (folder / RUN).is_file()
         run = dataclasses.replace(settings, out=str(folder), resume=resumed, **own)
         other = dataclasses.replace(vera, **{k: v for k, v in chosen.items() if k not in own})
-        results.append((chosen, train(run, other, show)))
+        results.append((chosen, train(run, other, None if results else show)))
     results.sort(key=lambda entry: entry[1].after.get(metric, float("nan")), reverse=greater)
     best = native.read(results[0][1].path)
     native.write(best, out / ADAPTER)

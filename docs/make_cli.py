@@ -1,0 +1,23 @@
+"""Write docs/cli.md from the commands' own help: python docs/make_cli.py (a test compares the two)."""
+
+import importlib
+import os
+from pathlib import Path
+
+PAGE = Path(__file__).parent / "cli.md"
+
+
+def page() -> str:
+    """The reference of every command and flag."""
+    from veratune.cli.main import COMMANDS, overview
+
+    os.environ["COLUMNS"] = "100"  # the width that help is wrapped to
+    lines = ["# The command line", "", "Made from the commands' own help by `make docs`.", "", "```", overview(), "```", ""]
+    for name in COMMANDS:
+        help_text = importlib.import_module(f"veratune.cli.{name}_").parser().format_help().rstrip()
+        lines += [f"## veratune {name}", "", "```", help_text, "```", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

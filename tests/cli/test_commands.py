@@ -1,0 +1,304 @@
+"""Every command as a user types it, in-process (the exit status is main's return value)."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+import transformers as hf
+import yaml
+from PIL import Image
+
+import veratune as vt
+from tests import fakes
+from tests.fakes import scramble
+from veratune.cli.main import COMMANDS, main
+from veratune.formats import native
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def run(capsys, *words: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    status = main([str(w) for w in words])
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return status, out, err
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli")
+    fakes.folder(fakes.llama(), out / "llama")
+    fakes.folder(fakes.gpt2(), out / "gpt2")
+    rows = [{"prompt": f"light {x}", "completion": f"set {x}"} for x in ("on", "off")] * 8
+    (out / "talk.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    model = hf.AutoModelForCausalLM.from_pretrained(out / "llama").eval()
+    vt.attach(model, vt.VeraConfig(rank=8), "a")
+    scramble(model, "a")
+    vt.save(model, out / "a.safetensors")
+    return out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_states_defaults(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: veratune {name}")
+    assert name == "import" or "default:" in out
+
+
+def test_overview(capsys):
+    assert run(capsys, "--help")[0] == 0
+    assert run(capsys)[0] == 2
+    assert run(capsys, "--version")[1] == f"veratune {vt.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["cuont"], "unknown command 'cuont'; did you mean 'count'"),
+        (["count", "--modle", "x"], "unknown flag '--modle'; did you mean '--model'"),
+        (["count", "--model", "x", "--rank", "many"], "rank"),
+        (["count", "--model", "x", "--method", "lroa"], "method"),
+        (["count", "--model", "x", "--rank", "0"], "rank is 0; it must be an integer of at least 1"),
+        (["count"], "model"),
+        (["train", "--config"], "--config wants the name of a YAML file"),
+        (["train", "--config", "/nowhere.yaml"], "/nowhere.yaml: cannot be read: No such file or directory"),
+    ],
+)
+def test_mistakes_in_the_command_line_end_with_2(words, message, capsys):
+    status, out, err = run(capsys, *words)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert not out
+
+
+LLAMA = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+}
+ROBERTA = {"vocab_size": 50265}
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "trainable"),
+    [
+        (hf.RobertaConfig(**ROBERTA), ["--rank", 1024, "--targets", "query,value"], 43_008),
+        (hf.RobertaConfig(**ROBERTA, architectures=["RobertaForMaskedLM"]), ["--rank", 1024], 43_008),
+        (hf.RobertaConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096), ["--rank", 256], 61_440),
+        (hf.GPT2Config(n_embd=1024, n_layer=24, n_head=16), ["--rank", 1024], 98_304),
+        (hf.GPT2Config(n_embd=1280, n_layer=36, n_head=20, architectures=["GPT2LMHeadModel"]), ["--rank", 1024], 165_888),
+        (hf.GPT2Config(n_embd=1280, n_layer=36, n_head=20), ["--rank", 1024, "--targets", "query,value"], 165_888),
+        (hf.GPT2Config(n_embd=1024, n_layer=24, n_head=16), ["--rank", 4, "--method", "lora"], 393_216),
+        (hf.LlamaConfig(**LLAMA, architectures=["LlamaForCausalLM"]), ["--rank", 1024, "--targets", "all-linear"], 1_589_248),
+        (hf.LlamaConfig(**LLAMA, architectures=["LlamaForCausalLM"]), ["--rank", 256, "--targets", "all-linear"], 1_417_216),
+        (
+            hf.LlamaConfig(**LLAMA, architectures=["LlamaForCausalLM"]),
+            ["--rank", 64, "--targets", "all-linear", "--method", "lora"], 159_907_840,
+        ),
+    ],
+)  # fmt: skip
+def test_count_gives_the_papers_figures(config, flags, trainable, tmp_path, capsys):
+    config.to_json_file(tmp_path / "config.json", use_diff=False)
+    status, out, _ = run(capsys, "count", "--model", tmp_path / "config.json", *flags, "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert found["trainable"] == trainable
+    assert found["bytes_fp32"] == 4 * trainable
+    assert found["bytes_bf16"] == 2 * trainable
+
+
+def test_count_knows_the_size_of_the_file_before_it_is_there(place, capsys):
+    found = json.loads(run(capsys, "count", "--model", place / "llama", "--rank", 8, "--json")[1])
+    assert abs(found["file_bytes"] - (place / "a.safetensors").stat().st_size) < 120  # the path in it differs
+    assert found["basis_bytes"] == 4 * (8 * 32 + 32 * 8)
+    full = json.loads(run(capsys, "count", "--model", place / "llama", "--method", "full", "--json")[1])
+    assert full["trainable"] == full["base_parameters"] == sum(p.numel() for p in fakes.llama().parameters())
+    assert json.loads(run(capsys, "count", "--model", place / "llama", "--method", "bitfit", "--json")[1])["trainable"] == 0
+    assert "trainable" in run(capsys, "count", "--model", place / "llama")[1]
+    status, _, err = run(capsys, "count", "--model", place / "nothing.json")
+    assert status == 1
+    assert "nothing.json: no such file" in err
+
+
+def test_count_of_a_classifier_keeps_the_head_apart(tmp_path, capsys):
+    fakes.bert(labels=3).save_pretrained(tmp_path)
+    for method, trainable in (
+        ("head", 99),
+        ("bitfit", sum(p.numel() for n, p in fakes.bert().named_parameters() if n.endswith("bias"))),
+    ):
+        found = json.loads(run(capsys, "count", "--model", tmp_path, "--method", method, "--json")[1])
+        assert (found["trainable"], found["head"]) == (trainable, 99)
+
+
+def test_train_eval_and_chat(place, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    settings = {
+        "model": str(place / "llama"), "task": "instruction", "data": str(place / "talk.jsonl"), "out": str(tmp_path / "run"),
+        "targets": "query,value", "rank": 16, "epochs": 2, "max_length": 40, "device": "cpu", "columns": {"prompt": "prompt"},
+    }  # fmt: skip
+    config.write_text(yaml.safe_dump(settings))
+    status, out, err = run(capsys, "train", "--config", config, "--rank", 8, "--eval-data", place / "talk.jsonl", "--json")
+    assert status == 0, err
+    result = json.loads(out)
+    assert native.read(result["path"]).config.rank == 8  # the flag overrules the file
+    assert "loss" in err  # progress goes to standard error
+    # what a run writes down can be run again
+    status, out, err = run(capsys, "train", "--config", tmp_path / "run" / "run.yaml", "--out", tmp_path / "again")
+    assert status == 0, err
+    assert (tmp_path / "again" / "adapter.safetensors").read_bytes() == (tmp_path / "run" / "adapter.safetensors").read_bytes()
+    assert "the loss is on what is green" in " ".join(out.split())
+
+    status, out, err = run(capsys, "eval", "--model", place / "llama", "--adapter", result["path"], "--data", place / "talk.jsonl",
+                           "--device", "cpu", "--generate", "--max-new-tokens", 4, "--json")  # fmt: skip
+    assert status == 0, err
+    scores = json.loads(out)
+    assert set(scores) == {"base", "adapter"}
+    assert scores["adapter"]["loss"] == pytest.approx(result["after"]["loss"], rel=1e-4)
+    assert scores["base"]["loss"] == pytest.approx(result["before"]["loss"], rel=1e-4)
+    assert "exact_match" in scores["adapter"]
+
+    chat = ("chat", "--model", place / "llama", "--adapter", result["path"], "--device", "cpu", "--max_new_tokens", 4)
+    status, out, err = run(capsys, *chat, "--prompt", "light on")
+    assert status == 0, err
+    assert out.strip()
+
+
+def test_chat_takes_turns_and_commands(place, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("light on\n/base\nlight on\n/new\n/what\n/quit\n"))
+    status, out, err = run(capsys, "chat", "--model", place / "llama", "--adapter", place / "a.safetensors", "--device", "cpu",
+                           "--max_new_tokens", 3)  # fmt: skip
+    assert status == 0
+    assert "adapter off: the bare base model" in err
+    assert "unknown command '/what'" in err
+    assert out.count(">") >= 5
+
+
+def test_a_sweep_ranks_its_runs(place, tmp_path, capsys):
+    words = ["train", "--model", place / "llama", "--task", "instruction", "--data", place / "talk.jsonl", "--eval_data",
+             place / "talk.jsonl", "--out", tmp_path / "s", "--epochs", 8, "--max_length", 40, "--device", "cpu", "--rank", 8]  # fmt: skip
+    status, out, err = run(capsys, *words, "--sweep", "lr=1e-6,5e-2")
+    assert status == 0, err
+    assert out.index("0.05") < out.index("1e-06")
+    assert (tmp_path / "s" / "adapter.safetensors").is_file()
+    status, _, err = run(capsys, *words, "--sweep", "lr")
+    assert status == 2
+    assert "--sweep has 'lr'; name=value,value is wanted" in err
+
+
+def test_an_unknown_key_of_a_file_names_the_nearest(place, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("model: x\nrnak: 3\n")
+    status, _, err = run(capsys, "train", "--config", tmp_path / "run.yaml")
+    assert status == 2
+    assert "unknown key 'rnak'; did you mean 'rank'" in err
+
+
+def test_mistakes_in_data_and_files_end_with_1(place, tmp_path, capsys):
+    base = ["train", "--model", place / "llama", "--task", "instruction", "--device", "cpu"]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "bad.safetensors").write_bytes(b"\0" * 50)
+    for words, message in (
+        ([*base, "--data", tmp_path / "no.jsonl", "--out", tmp_path / "o"], "no such file or folder"),
+        ([*base, "--data", tmp_path / "empty.jsonl", "--out", tmp_path / "o"], "the file is empty"),
+        ([*base, "--data", place / "talk.jsonl", "--out", tmp_path / "full"], "the output folder is not empty"),
+        ([*base, "--data", place / "talk.jsonl", "--out", tmp_path / "o", "--targets", "quary"], "did you mean 'query'"),
+        (["inspect", tmp_path / "bad.safetensors"], "not a whole safetensors file"),
+        (
+            ["eval", "--model", place / "gpt2", "--adapter", place / "a.safetensors", "--data", place / "talk.jsonl"],
+            "another base model",
+        ),
+        (
+            ["eval", "--model", "nobody/nothing", "--data", place / "talk.jsonl"],
+            "Without network, pass the path of a local folder",
+        ),
+    ):
+        status, out, err = run(capsys, *words)
+        assert (status, out) == (1, ""), err
+        assert message in err
+        assert not (tmp_path / "o").exists()
+
+
+def test_inspect_shows_and_draws(place, tmp_path, capsys):
+    status, out, _ = run(capsys, "inspect", place / "a.safetensors", "--json", "--plot", tmp_path / "a.png")
+    found = json.loads(out)
+    assert status == 0
+    assert found["trainable"] == sum(
+        v.numel() for x in (native.read(place / "a.safetensors"),) for m in (x.d, x.b) for v in m.values()
+    )
+    picture = Image.open(tmp_path / "a.png")
+    assert picture.size[0] > 500
+    assert len(picture.convert("RGB").getcolors(10**6)) > 20  # something is drawn
+    status, out, _ = run(capsys, "inspect", place / "a.safetensors")
+    assert "self_attn.q_proj" in out
+    status, _, err = run(capsys, "inspect", place / "a.safetensors", "--plot", tmp_path / "a.nonsense")
+    assert status == 1
+    assert "the picture could not be written" in err
+
+
+def test_merge_writes_a_plain_model(place, tmp_path, capsys):
+    status, out, err = run(capsys, "merge", "--model", place / "llama", "--adapter", place / "a.safetensors", "--out", tmp_path / "m",
+                           "--device", "cpu", "--task", "instruction")  # fmt: skip
+    assert status == 0, err
+    assert "4 weights merged in float32" in out
+    merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    model = hf.AutoModelForCausalLM.from_pretrained(place / "llama").eval()
+    vt.load(model, place / "a.safetensors")
+    tokens = torch.arange(2, 12)[None]
+    torch.testing.assert_close(merged(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert set(safetensors.torch.load_file(tmp_path / "m" / "model.safetensors")) == set(
+        safetensors.torch.load_file(place / "llama" / "model.safetensors")
+    )
+    status, _, err = run(capsys, "merge", "--model", place / "gpt2", "--adapter", place / "a.safetensors", "--out", tmp_path / "n",
+                         "--device", "cpu")  # fmt: skip
+    assert status == 1
+    assert not (tmp_path / "n").exists()
+
+
+def test_export_and_import(place, tmp_path, capsys):
+    source = place / "a.safetensors"
+    assert run(capsys, "export", source, "--to", "peft", "--out", tmp_path / "peft")[0] == 0
+    assert run(capsys, "export", source, "--to", "peft-lora", "--out", tmp_path / "lora")[0] == 0
+    assert (
+        run(capsys, "export", source, "--to", "safetensors", "--dtype", "bfloat16", "--out", tmp_path / "b.safetensors")[0] == 0
+    )
+    half = native.read(tmp_path / "b.safetensors")
+    assert {v.dtype for v in half.d.values()} == {torch.bfloat16}
+    status, _, err = run(capsys, "export", source, "--to", "peft", "--dtype", "bfloat16", "--out", tmp_path / "x")
+    assert status == 2
+    assert "--dtype is for --to safetensors" in err
+
+    model = vt.attach(hf.AutoModelForCausalLM.from_pretrained(place / "llama"), vt.VeraConfig(rank=8, basis="peft"), "p")
+    scramble(model, "p")
+    vt.save(model, tmp_path / "p.safetensors")
+    assert run(capsys, "export", tmp_path / "p.safetensors", "--to", "peft", "--out", tmp_path / "p")[0] == 0
+    status, _out, err = run(
+        capsys, "import", tmp_path / "p", "--model", place / "llama" / "config.json", "--out", tmp_path / "q.safetensors"
+    )
+    assert status == 0, err
+    one, two = native.read(tmp_path / "p.safetensors"), native.read(tmp_path / "q.safetensors")
+    assert all(torch.equal(one.d[k], two.d[k]) and torch.equal(one.b[k], two.b[k]) for k in one.d)
+    # The export of another basis cannot be had back from a seed, and is not taken for one that can.
+    status, _, err = run(capsys, "import", tmp_path / "peft", "--model", place / "llama", "--out", tmp_path / "r.safetensors")
+    assert status == 1
+    assert "are not what seed 0 draws" in err
+    assert not (tmp_path / "r.safetensors").exists()
+
+
+def test_the_installed_command():
+    out = subprocess.run(
+        [sys.executable, "-m", "veratune.cli.main", "count", "--model", "/nowhere.json"], capture_output=True, text=True
+    )
+    assert out.returncode == 1
+    assert out.stderr == "veratune: /nowhere.json: no such file\n"
