@@ -43,7 +43,7 @@ KINDS = {
     ],
     "list": [
         "add {count} {item} to the shopping list", "we need {count} {item}", "put {item} on the list, {count} of them",
-        "write down {count} {item}", "shopping list: {count} {item}", "do not let me forget {count} {item}",
+        "write down {count} {item}", "shopping list: {count} {item}", "please note {count} {item} on the shopping list",
     ],
     "message": [
         "tell {person} that {news}", "send {person} a message: {news}", "let {person} know {news}", "text {person}: {news}",
@@ -51,7 +51,7 @@ KINDS = {
     ],
     "blinds": [
         "close the blinds in the {room} by {percent} percent", "{room} blinds to {percent} percent", "set the blinds of the {room} to {percent}",
-        "lower the {room} blinds {percent} percent", "blinds at {percent}% in the {room}", "shade the {room} by {percent} percent",
+        "lower the {room} blinds {percent} percent", "blinds at {percent}% in the {room}", "pull the blinds of the {room} to {percent} percent",
     ],
 }  # fmt: skip
 

