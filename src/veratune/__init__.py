@@ -1,4 +1,4 @@
-"""veratune: fine-tune any PyTorch model in kilobytes, keep a million of the results, serve them together."""
+"""veratune: fine-tune any PyTorch model in kilobytes, and keep a million of the results."""
 
 from veratune.adapter import Adapter, extract, install
 from veratune.attach import active, adapters, attach, count_trained, detach, merge, remove, rows, unmerge, use

@@ -76,7 +76,8 @@ def plot(adapter: Adapter, path: str | Path) -> None:
         axis.set_ylim(bottom=0)
         if not axis.lines:
             axis.text(0.5, 0.5, f"{title[1]} is not trained", transform=axis.transAxes, ha="center")
-    axes[0].legend(title="projection", ncols=min(4, len(series)), fontsize="small")
+    drawn = next(axis for axis in axes if axis.lines)
+    drawn.legend(title="projection", ncols=min(4, len(series)), fontsize="small")
     axes[1].set_xlabel("block")
     axes[1].xaxis.get_major_locator().set_params(integer=True)
     config = adapter.config

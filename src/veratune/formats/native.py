@@ -104,7 +104,8 @@ def decode(data: bytes) -> Adapter:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise AdapterFileError(f"its metadata lacks or garbles an entry ({type(error).__name__}: {error})") from None
     found: dict[str, dict[str, Tensor]] = {"d": {}, "b": {}, "head": {}}
-    for name, tensor in tensors.items():
+    for name in sorted(tensors):  # safetensors hands them out in another order each time
+        tensor = tensors[name]
         kind, _, layer = name.partition("/")
         if kind not in found or not layer:
             raise AdapterFileError(f"tensor {name!r} is neither d/<layer>, b/<layer> nor head/<name>")

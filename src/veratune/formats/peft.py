@@ -138,8 +138,8 @@ def _read(folder: Path, model: nn.Module) -> Adapter:
         raise UnsupportedError(f"it was trained with bias={settings['bias']!r}; only the vectors and heads can be taken over")
     A, B = tensors.pop("base_model.vera_A", None), tensors.pop("base_model.vera_B", None)
     d, b, head = {}, {}, {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(_PREFIX)
+    for key in sorted(tensors):  # safetensors hands them out in another order each time
+        tensor, name = tensors[key], key.removeprefix(_PREFIX)
         if name.endswith(".vera_lambda_d"):
             d[name.removesuffix(".vera_lambda_d")] = tensor
         elif name.endswith(".vera_lambda_b"):

@@ -158,6 +158,10 @@ class VeraLayer(nn.Module, abc.ABC):
                 raise
             return getattr(super().__getattr__("base"), name)
 
+    @abc.abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the base layer computes, with the adapter's share; called as the base layer is."""
+
     @property
     def current(self) -> str | None:
         """The adapter that computes for the whole batch, if one does."""
