@@ -16,21 +16,12 @@ from hypothesis import strategies as st
 import veratune as vt
 from tests import fakes
 from tests.fakes import scramble
+from tests.formats.small import small
 from veratune.adapter import Adapter
 from veratune.errors import AdapterError, AdapterFileError, BasisError, VeratuneError
 from veratune.formats import native
 
 TOKENS = torch.arange(2, 26).view(3, 8)
-
-
-def small(**settings) -> Adapter:
-    config = vt.VeraConfig(rank=2, targets=["q"], **settings)
-    return Adapter(
-        config, {"x.q": (3, 4), "y.q": (3, 4)},
-        {"x.q": torch.tensor([0.5, -1.0]), "y.q": torch.tensor([0.25, 2.0])},
-        {"x.q": torch.tensor([1.0, 2.0, 3.0]), "y.q": torch.tensor([0.0, -0.5, 8.0])},
-        base_id="a base", probe=torch.arange(64).bfloat16(), task={"name": "instruction"},
-    )  # fmt: skip
 
 
 def same(one: Adapter, two: Adapter) -> bool:
@@ -237,7 +228,7 @@ def test_mutated_files_are_refused_or_say_the_same(count):
 
 WRITER = """
 import sys, torch
-from tests.formats.test_native import small
+from tests.formats.small import small
 from veratune.formats import native
 import dataclasses
 adapters = [dataclasses.replace(small(), base_id=name) for name in ("old", "new")]
