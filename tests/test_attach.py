@@ -198,8 +198,11 @@ def test_a_merged_model_refuses_what_it_cannot_do():
             act()
     with pytest.raises(AdapterError, match="merged"), vt.rows(model, ["alice"]):
         pass
-    with pytest.raises(AdapterError, match="'alice' is merged into the weights"):
+    keys = list(model.state_dict())
+    with pytest.raises(AdapterError, match="'alice' is merged into the weights; unmerge before adding 'carol'"):
         vt.attach(model, vt.VeraConfig(rank=2), "carol")
+    assert list(model.state_dict()) == keys
+    assert list(vt.adapters(model)) == ["alice", "bob"]
     vt.unmerge(model)
     with pytest.raises(AdapterError, match="no adapter is merged"):
         vt.unmerge(model)

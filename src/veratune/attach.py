@@ -57,7 +57,7 @@ def attach(model: M, config: VeraConfig | None = None, name: str = "default", *,
     """
     config = VeraConfig() if config is None else config
     note = _note(model) or _Note()
-    _check_new(note, name)
+    _check_new(model, note, name)
     sites = find_sites(model, config)
     heads = find_heads(model, config.head)
     _check_apart(model, sites, [path for path, _ in heads])
@@ -302,13 +302,16 @@ def _check_known(note: _Note, name: str | None) -> None:
         raise AdapterError(f"no adapter {name!r}; the model has {_known(note)}{near(str(name), note.configs)}")
 
 
-def _check_new(note: _Note, name: str) -> None:
+def _check_new(model: nn.Module, note: _Note, name: str) -> None:
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
         raise AdapterError(
             f"adapter name {name!r} cannot be used: torch wants module names without a dot and not its own words"
         )
     if name in note.configs:
         raise AdapterError(f"adapter {name!r} is attached already; remove it first or choose another name")
+    merged = _merged(model)
+    if merged is not None:
+        raise AdapterError(f"adapter {merged!r} is merged into the weights; unmerge before adding {name!r}")
 
 
 def _check_apart(model: nn.Module, sites: list[Site], heads: list[str]) -> None:

@@ -249,10 +249,17 @@ def test_early_stopping_and_the_last_adapter(place, tmp_path):
         ({"columns": {"label": "nope"}}, DataError, "no column 'nope' for label"),
         ({"model": "/nowhere"}, DataError, "base model '/nowhere' cannot be loaded"),
         ({"patience": 2, "eval_split": "test"}, ConfigError, "patience stops on an evaluation score"),
+        (
+            {"model": "LLAMA", "task": "causal-lm", "data": "TEXT", "lr": 0.0},
+            ConfigError,
+            "lr is 0, which trains the head alone, but task 'causal-lm' has no head; raise lr",
+        ),
         ({"resume": True}, OutputError, r"there is no run to resume \(no run.yaml\)"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(place, tmp_path, changes, error, message):
+    named = {"LLAMA": str(place / "llama"), "TEXT": str(place / "text.txt")}
+    changes = {key: named.get(value, value) if isinstance(value, str) else value for key, value in changes.items()}
     with pytest.raises(error, match=message):
         train(settings(place, tmp_path / "run", **changes), VERA)
     assert not (tmp_path / "run").exists()

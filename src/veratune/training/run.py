@@ -43,8 +43,8 @@ class TrainResult:
     """What a run gave.
 
     path: the adapter's file; bytes: its size; trained: values in d and b; head: values trained in the head;
-    before, after: evaluation scores (empty without evaluation data); loss: mean training loss of the last
-    logged step; steps; seconds: of training; peak_memory: bytes, of the process (on a GPU: of the GPU).
+    before, after: evaluation scores (empty without evaluation data); loss: mean training loss of the run (of
+    its resumed part); steps; seconds: of training; peak_memory: bytes, of the process (on a GPU: of the GPU).
     """
 
     path: str
@@ -86,6 +86,8 @@ def train(settings: TrainSettings, vera: VeraConfig, show: Show | None = None) -
     model.config.pad_token_id = tokenizer.pad_token_id
     if not vera.head:
         vera = dataclasses.replace(vera, head=task.heads(model))
+    if settings.lr == 0 and not vera.head:
+        raise ConfigError(f"lr is 0, which trains the head alone, but task {settings.task!r} has no head; raise lr")
     attach(model, vera, _NAME)
     describe(model, _NAME, task.describe())
     if settings.lr == 0:  # the head alone: no gradient needs to go through the backbone
@@ -94,8 +96,9 @@ def train(settings: TrainSettings, vera: VeraConfig, show: Show | None = None) -
 
     if _first_process():
         _open_out(settings, vera, out)
-        for example in itertools.islice(train_set, settings.preview if show is not None else 0):
-            show(task.preview(example, tokenizer))  # type: ignore[misc]
+        if show is not None:
+            for example in itertools.islice(train_set, settings.preview):
+                show(task.preview(example, tokenizer))
     trainer = _trainer(settings, model, task, tokenizer, train_set, eval_set, out)
     before = {} if eval_set is None else _before(trainer, out)
     set_seed(settings.seed)  # what was drawn so far must not matter to a resumed run
