@@ -62,7 +62,6 @@ def page(lines: list[dict[str, object]]) -> str:
             cells.append(f"{100 * statistics.mean(values):.1f}{spread}")
         trained = own[0]["head"] if "head" in method else own[0]["trained"]
         cells.append(f"{trained:,} (head)" if "head" in method else f"{trained:,} + {own[0]['head']:,} (head)")
-        cells.append(f"{statistics.mean(line['seconds'] for line in own):,.0f}")  # type: ignore[misc]
         rows.append("| " + " | ".join(cells) + " |")
     first = lines[0]
     return "\n".join(
@@ -71,9 +70,11 @@ def page(lines: list[dict[str, object]]) -> str:
             "GLUE MRPC, 3,668 training and 408 validation pairs; all-MiniLM-L6-v2 (22.7M parameters); 2 epochs, batch 16, 96 tokens; "
             "the adapter of the best epoch by accuracy. Mean ± standard deviation over the seeds, in percent. Answering \"equivalent\" "
             "to everything gives an accuracy of 68.4 and an F1 of 81.2.", "",
-            "| trained | seeds | accuracy | F1 | Matthews | values trained | seconds |", "|---|---|---|---|---|---|---|", *rows, "",
+            "| trained | seeds | accuracy | F1 | Matthews | values trained |", "|---|---|---|---|---|---|", *rows, "",
             f"VeRA: rank {ADAPTER['rank']}, all linear layers, learning rate {METHODS['VeRA']['lr']:g} for the vectors and "
-            f"{METHODS['VeRA']['head_lr']:g} for the head. Machine: {first['machine']}, {first['threads']} threads, torch "
+            f"{METHODS['VeRA']['head_lr']:g} for the head. Head alone: "
+            f"learning rate {METHODS['head alone']['head_lr']:g}. One learning rate each, chosen on the first seed or before: neither was "
+            f"tuned further. Machine: {first['machine']}, {first['threads']} threads, torch "
             f"{first['torch']}, transformers {first['transformers']}.", "",
             "Made by `python benchmarks/bench_mrpc_vera_against_head.py --data FOLDER`; one line a run in",
             "`benchmarks/results/mrpc_vera_against_head.jsonl`.", "",

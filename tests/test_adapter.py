@@ -71,6 +71,14 @@ def test_the_same_base_in_fewer_bits_is_welcome(dtype):
     vt.install(fakes.llama().to(dtype), vt.extract(trained()), "a")
 
 
+def test_a_file_tells_no_one_where_the_base_model_lay(tmp_path):
+    fakes.llama().save_pretrained(tmp_path / "my-llama")
+    model = type(fakes.llama()).from_pretrained(tmp_path / "my-llama")
+    assert vt.extract(trained(model)).base_id == "my-llama"
+    model.config._name_or_path = "org/model"
+    assert vt.extract(model).base_id == "org/model"
+
+
 def test_a_name_is_needed_when_there_are_several():
     model = trained()
     vt.attach(model, vt.VeraConfig(rank=2), "b")

@@ -5,6 +5,7 @@ This is what every file format reads and writes, and all that training and servi
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class Adapter:
 
     config: how it was made. shapes: (m, n) of each adapted layer. d, b: the vectors by layer name; empty
     where the config does not train them. head: tensors of modules trained in full, by full name.
-    base_id: the base model's name or path as it was loaded. probe: 64 of the base model's weights, spread
+    base_id: the base model's hub id or its folder's name. probe: 64 of the base model's weights, spread
     evenly over the first adapted layer (by name); None where they could not be read. task: what the adapter
     is for, as JSON types (see veratune.tasks); empty if it was not trained by veratune.
     """
@@ -161,8 +162,9 @@ def update(model: nn.Module, adapter: Adapter, name: str) -> None:
 
 
 def base_id(model: nn.Module) -> str:
-    """The base model's name or path, as transformers knows it; the class name for other models."""
-    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    """The base model's hub id, or its folder's name without the way there; the class name for other models."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return (Path(name).name if name and Path(name).exists() else name) or type(model).__name__
 
 
 def probe(model: nn.Module, sites: list[Site]) -> Tensor | None:

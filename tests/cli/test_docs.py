@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,21 @@ def test_the_reference_is_what_the_commands_say():
     make_cli = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_cli)
     assert make_cli.PAGE.read_text() == make_cli.page(), "run make docs"
+
+
+def test_the_figures_in_the_readme_are_those_that_were_measured():
+    line = json.loads((ROOT / "benchmarks" / "results" / "demo.jsonl").read_text())
+    readme = (ROOT / "README.md").read_text()
+    before, after = line["exact_match"]
+    for wanted in (
+        f"| held-out exact match | {before:.1%} | {after:.1%} |",
+        f"| trained values | | {line['trained']:,} |",
+        f"| adapter file | | {line['bytes']:,} bytes |",
+        *(f"| {name} would write | | {size:,} bytes |" for name, size in line["peft_bytes"].items()),
+        f"| training | | {line['training_seconds']} s |",
+        f"| peak memory | | {line['peak_memory'] / 2**30:.2f} GiB |",
+    ):
+        assert wanted in readme
 
 
 def test_links_between_pages_lead_somewhere():
