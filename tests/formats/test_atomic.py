@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from veratune.errors import OutputError
-from veratune.formats.atomic import empty_folder, write_atomic
+from veratune.formats.atomic import new_folder, write_atomic
 
 # A file size limit is how a full disk looks to a process: the write itself fails.
 FULL = """
@@ -42,8 +42,8 @@ def test_a_file_where_a_folder_should_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="could not write"):
         write_atomic(tmp_path / "file" / "a", b"x")
-    with pytest.raises(OutputError, match="not a folder that can be written"):
-        empty_folder(tmp_path / "file")
+    with pytest.raises(OutputError, match="not a folder that can be written"), new_folder(tmp_path / "file"):
+        pass
 
 
 def test_folders_are_made_and_modes_follow_the_umask(tmp_path):
@@ -52,8 +52,25 @@ def test_folders_are_made_and_modes_follow_the_umask(tmp_path):
     assert (tmp_path / "new" / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+    with new_folder(tmp_path / "x") as place:
+        (place / "thing").write_text("1")
+        assert not (tmp_path / "x").exists()
+    assert os.listdir(tmp_path) == ["x"]
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "y") as place:  # noqa: PT012
+        (place / "thing").write_text("1")
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == ["x"]
+    (tmp_path / "empty").mkdir()
+    with new_folder(tmp_path / "empty") as place:
+        (place / "thing").write_text("2")
+    assert (tmp_path / "empty" / "thing").read_text() == "2"
+
+
 def test_an_output_folder_must_be_empty(tmp_path):
-    assert empty_folder(tmp_path / "x") == tmp_path / "x"
-    (tmp_path / "x" / "thing").write_text("")
-    with pytest.raises(OutputError, match=r"the output folder is not empty \(it holds 'thing'\); choose another or empty it"):
-        empty_folder(tmp_path / "x")
+    (tmp_path / "thing").write_text("")
+    with (
+        pytest.raises(OutputError, match=r"the output folder is not empty \(it holds 'thing'\); choose another or empty it"),
+        new_folder(tmp_path),
+    ):
+        pass

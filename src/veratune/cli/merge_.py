@@ -22,29 +22,21 @@ def run(argv: Sequence[str]) -> int:
 
     from veratune.attach import detach, merge
     from veratune.errors import ConfigError
-    from veratune.formats.atomic import empty_folder
+    from veratune.formats.atomic import new_folder
     from veratune.training.evaluate import load_for
 
     if flags.adapter is None:
         raise ConfigError("merge needs --adapter: there is nothing to merge without one")
     folder = Path(flags.out)
-    created = not folder.exists()
-    empty_folder(folder)
-    try:
+    with new_folder(folder) as place:
         loaded = load_for(
             flags.model, flags.adapter, task=flags.task, dtype=flags.base_dtype, quantize=flags.quantize,
             check_base=flags.check_base, device=flags.device,
         )  # fmt: skip
         report = merge(loaded.model)
         detach(loaded.model, keep_merged=True)
-        loaded.model.save_pretrained(folder)
-        loaded.tokenizer.save_pretrained(folder)
-    except BaseException:
-        for path in folder.iterdir():
-            path.unlink()
-        if created:
-            folder.rmdir()
-        raise
+        loaded.model.save_pretrained(place)
+        loaded.tokenizer.save_pretrained(place)
     norm = math.sqrt(sum(entry.delta_norm**2 for entry in report))
     lost = math.sqrt(sum((entry.lost * entry.delta_norm) ** 2 for entry in report)) / norm if norm else 0.0
     print(f"{folder}: {len(report)} weights merged in {flags.base_dtype}; rounding changed {lost:.2%} of ΔW")

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from veratune.errors import OutputError
@@ -42,16 +44,37 @@ def write_atomic(path: Path, data: bytes) -> None:
                 os.unlink(temporary)
 
 
-def empty_folder(path: Path) -> Path:
-    """Make a folder for results. Raises OutputError if it exists and holds something."""
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder of files that is there whole or not at all: fill the one that is given; at the end it becomes `path`.
+
+    Raises OutputError if `path` is in use or cannot be written; whatever is raised, nothing new stays behind.
+    """
+    refuse_used(path)
+    temporary = None
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        found = next(path.iterdir(), None)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        yield Path(temporary)
+        os.chmod(temporary, 0o777 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{path}: could not be written: {error.strerror or error}; nothing was left there") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_used(path: Path, hint: str = "choose another or empty it") -> None:
+    """Raise OutputError if a folder for results holds something already, or is no folder. hint: what to do then."""
+    try:
+        found = next(path.iterdir(), None) if path.exists() else None
     except OSError as error:
         raise OutputError(f"{path}: not a folder that can be written: {error.strerror or error}") from error
     if found is not None:
-        raise OutputError(f"{path}: the output folder is not empty (it holds '{found.name}'); choose another or empty it")
-    return path
+        raise OutputError(f"{path}: the output folder is not empty (it holds '{found.name}'); {hint}")
 
 
 def _umask() -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from veratune.adapter import Adapter, base_id
 from veratune.config import VeraConfig
 from veratune.errors import AdapterFileError, BaseModelError, UnsupportedError, VeratuneError, near
-from veratune.formats.atomic import empty_folder, write_atomic
+from veratune.formats.atomic import new_folder
 from veratune.targets import PART, layers_of, linear_shape, rank_of
 
 CONFIG = "adapter_config.json"
@@ -115,10 +115,10 @@ def _write(adapter: Adapter, folder: str | Path, settings: dict[str, Any], tenso
         "inference_mode": True,
         "task_type": None,
     }
-    path = empty_folder(Path(folder))
     data = safetensors.torch.save({k: v.contiguous().clone() for k, v in tensors.items()}, {"format": "pt"})
-    write_atomic(path / WEIGHTS, data)
-    write_atomic(path / CONFIG, json.dumps(settings, indent=2, sort_keys=True).encode())
+    with new_folder(Path(folder)) as path:
+        (path / WEIGHTS).write_bytes(data)
+        (path / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True))
 
 
 def _refuse_parts(adapter: Adapter, what: str) -> None:

@@ -37,7 +37,7 @@ class VeraLinear(VeraWeightLayer):
         for name, found in rows.positions(x.shape[0], self.name).items():
             for vectors in self.vectors(name):
                 config = vectors.config
-                alike = (vectors.part, id(vectors.basis), vectors.rank, config.dropout, config.vectors)
+                alike = (vectors.part, id(vectors.basis), vectors.rank, config.dropout, config.vectors, config.dtype)
                 groups.setdefault(alike, []).append((vectors, found))
         for group in groups.values():
             index = torch.tensor([i for _, found in group for i in found], device=x.device)

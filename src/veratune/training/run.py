@@ -23,7 +23,7 @@ from veratune.attach import attach, count_trained, describe, vectors_of
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError, OutputError, near
 from veratune.formats import native
-from veratune.formats.atomic import empty_folder, write_atomic
+from veratune.formats.atomic import refuse_used, write_atomic
 from veratune.tasks.base import Task, load_tokenizer
 from veratune.tasks.data import has_split, load_rows
 from veratune.tasks.registry import task_class
@@ -266,8 +266,7 @@ def _before(trainer: VeraTrainer, out: Path) -> dict[str, float]:
 def _check_out(settings: TrainSettings, vera: VeraConfig, out: Path) -> None:
     """A new run wants an empty folder; a resumed one the settings it was started with."""
     if not settings.resume:
-        if out.exists() and any(out.iterdir()):
-            raise OutputError(f"{out}: the output folder is not empty; choose another, empty it, or go on with --resume true")
+        refuse_used(out, "choose another, empty it, or go on with --resume true")
         return
     run = out / RUN
     if not run.is_file():
@@ -283,7 +282,6 @@ def _check_out(settings: TrainSettings, vera: VeraConfig, out: Path) -> None:
 
 def _open_out(settings: TrainSettings, vera: VeraConfig, out: Path) -> None:
     if not settings.resume:
-        empty_folder(out)
         write_atomic(out / RUN, yaml.safe_dump(_run(settings, vera), sort_keys=False).encode())
 
 
