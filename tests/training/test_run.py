@@ -105,16 +105,17 @@ def test_regression_and_language_tasks_learn(place, tmp_path):
     assert result.after["loss"] < result.before["loss"]
 
 
-@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
-def test_a_quantized_base_is_trained_through(place, tmp_path, quantize):
+@pytest.mark.parametrize("base", [{"quantize": "4bit"}, {"quantize": "8bit"}, {"base_dtype": "bfloat16"}])
+def test_a_base_of_few_bits_is_trained_through(place, tmp_path, base):
     changes = {
         "model": str(place / "wide"),
         "task": "instruction",
         "data": str(place / "talk.jsonl"),
         "eval_data": str(place / "talk.jsonl"),
     }
-    result = train(settings(place, tmp_path / "q", **changes, max_length=40, epochs=8, quantize=quantize), VERA)
+    result = train(settings(place, tmp_path / "q", **changes, max_length=40, epochs=8, **base), VERA)
     assert result.after["loss"] < result.before["loss"]
+    assert {v.dtype for v in native.read(result.path).d.values()} == {torch.float32}
 
 
 def test_the_head_alone_leaves_the_vectors(place, tmp_path):
