@@ -73,8 +73,8 @@ def page(lines: list[dict[str, object]]) -> str:
             "| trained | seeds | accuracy | F1 | Matthews | values trained |", "|---|---|---|---|---|---|", *rows, "",
             f"VeRA: rank {ADAPTER['rank']}, all linear layers, learning rate {METHODS['VeRA']['lr']:g} for the vectors and "
             f"{METHODS['VeRA']['head_lr']:g} for the head. Head alone: "
-            f"learning rate {METHODS['head alone']['head_lr']:g}. One learning rate each, chosen on the first seed or before: neither was "
-            f"tuned further. Machine: {first['machine']}, {first['threads']} threads, torch "
+            f"learning rate {METHODS['head alone']['head_lr']:g}. Both were chosen on seed 0, VeRA's targets and rates out of three tries, "
+            f"the head's out of two ([log](log.md)). Epochs are chosen, and scores taken, on the validation pairs. Machine: {first['machine']}, {first['threads']} threads, torch "
             f"{first['torch']}, transformers {first['transformers']}.", "",
             "Made by `python benchmarks/bench_mrpc_vera_against_head.py --data FOLDER`; one line a run in",
             "`benchmarks/results/mrpc_vera_against_head.jsonl`.", "",

@@ -6,10 +6,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_reference_is_what_the_commands_say():
-    spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
-    make_cli = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_cli)
+    make_cli = load(ROOT / "docs" / "make_cli.py")
     assert make_cli.PAGE.read_text() == make_cli.page(), "run make docs"
 
 
@@ -26,6 +31,14 @@ def test_the_figures_in_the_readme_are_those_that_were_measured():
         f"| peak memory | | {line['peak_memory'] / 2**30:.2f} GiB |",
     ):
         assert wanted in readme
+
+
+def test_the_page_on_mrpc_is_made_of_its_lines():
+    bench = load(ROOT / "benchmarks" / "bench_mrpc_vera_against_head.py")
+    lines = [json.loads(line) for line in bench.LINES.read_text().splitlines()]
+    assert bench.PAGE.read_text() == bench.page(lines)
+    cells = dict(re.findall(r"\| (head alone|VeRA) \| 3 \| ([\d.]+ ± [\d.]+)", bench.page(lines)))
+    assert f"accuracy {cells['VeRA']} against {cells['head alone']}" in (ROOT / "README.md").read_text()
 
 
 def test_links_between_pages_lead_somewhere():
