@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -70,7 +71,7 @@ def test_ddp_and_fsdp2_equal_one_process(tmp_path):
         path = tmp_path / f"{kind}.safetensors"
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
                    "--master-port", str(port), str(script), kind, str(path)]  # fmt: skip
-        env = {**os.environ, "PYTHONPATH": ".", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
         assert done.returncode == 0, f"{kind}: {done.stderr[-3000:]}"
         from veratune.formats import native
