@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,22 @@ class VeraTrainer(Trainer):
         """The model that holds the adapter."""
         assert isinstance(self.model, nn.Module)
         return self.model
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.state.global_step == 0 and not self.is_deepspeed_enabled:
+            passed_by = [
+                v.layer
+                for v in vectors_of(self.adapted, self.adapter)
+                if any(p.requires_grad and p.grad is None for p in v.parameters())
+            ]
+            if passed_by:
+                warnings.warn(
+                    f"{len(passed_by)} adapted layers, the first '{passed_by[0]}', took no part in the first step: the model does "
+                    "not call them, or reads their weights past the adapter. Exclude them, or they train nothing",
+                    stacklevel=2,
+                )
+        return loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over two groups: d and b of every layer at lr, the head at head_lr."""

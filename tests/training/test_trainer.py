@@ -1,0 +1,40 @@
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import TrainingArguments
+
+import veratune as vt
+from veratune.training.trainer import VeraTrainer
+
+
+class Reader(nn.Module):
+    """Calls one of its layers and reads the weight of the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x, labels=None):
+        y = nn.functional.linear(self.called(x), self.read.weight)
+        return {"loss": (y - labels[:, None]).square().mean(), "logits": y}
+
+
+def trainer(model, folder):
+    rows = Dataset.from_dict({"x": torch.randn(4, 4).tolist(), "labels": [0.0, 1.0, 0.0, 1.0]})
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=1, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
+    )
+    return VeraTrainer(model=model, args=arguments, train_dataset=rows, adapter="a", lr=0.1, head_lr=0.1, loss_per_token=False)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_layer_that_is_passed_by_is_named(tmp_path):
+    torch.manual_seed(0)
+    model = vt.attach(Reader(), vt.VeraConfig(rank=2, targets=["called", "read"]), "a")
+    with pytest.warns(UserWarning, match="1 adapted layers, the first 'read', took no part in the first step"):
+        trainer(model, tmp_path).train()
+    model = vt.attach(Reader(), vt.VeraConfig(rank=2, targets=["called"]), "a")
+    before = vt.extract(model).b["called"].clone()
+    trainer(model, tmp_path).train()  # no warning: warnings are errors here
+    assert not torch.equal(vt.extract(model).b["called"], before)
