@@ -9,7 +9,6 @@ import collections
 import contextlib
 import copy
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -21,7 +20,7 @@ from veratune.basis.basis import Basis, basis_of
 from veratune.config import VeraConfig
 from veratune.errors import AdapterError, ConfigError, UnsupportedError, near
 from veratune.layers.attention import VeraMultiheadAttention
-from veratune.layers.base import Rounding, Rows, VeraHead, VeraLayer, VeraVectors, VeraWeightLayer
+from veratune.layers.base import Rounding, Rows, VeraHead, VeraLayer, VeraVectors, VeraWeightLayer, lost_in_all
 from veratune.layers.linear import VeraLinear
 from veratune.layers.quantized import is_dense
 from veratune.targets import Site, find_heads, find_sites, is_attention
@@ -167,11 +166,10 @@ def merge(model: nn.Module, name: str | None = None) -> list[Rounding]:
                 )
     use(model, name)
     report = [entry for layer in layers for entry in layer.merge(name)]
-    norm = math.sqrt(sum(entry.delta_norm**2 for entry in report))
-    lost = math.sqrt(sum((entry.lost * entry.delta_norm) ** 2 for entry in report))
-    if norm and lost / norm > 0.05:
+    lost = lost_in_all(report)
+    if lost > 0.05:
         warnings.warn(
-            f"merging {name!r} rounded away {lost / norm:.0%} of ΔW: the base model's dtype is too coarse for it. "
+            f"merging {name!r} rounded away {lost:.0%} of ΔW: the base model's dtype is too coarse for it. "
             "Load the base in float32 to merge without loss",
             stacklevel=2,
         )
@@ -390,13 +388,15 @@ def _keep_off_fast_path(model: nn.Module, note: _Note) -> None:
     A layer with a hook does not take that path; an encoder that would hand out nested tensors for it must not.
     """
     for module in model.modules():
+        if not isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
+            continue
         adapted = any(isinstance(inner, VeraLayer) for inner in module.modules())
         if not adapted or any(module is known for known in note.slowed):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             module.register_forward_pre_hook(_off_fast_path)
             note.slowed.append(module)
-        elif isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
+        elif getattr(module, "use_nested_tensor", False):
             module.use_nested_tensor = False
             note.slowed.append(module)
 

@@ -172,7 +172,7 @@ def parts_of(model: nn.Module, path: str, module: nn.Module, config: VeraConfig)
     if config.fused == "whole":
         return whole
     parent = model.get_submodule(path.rpartition(".")[0])
-    return fused_parts(path, module, parent, rows, columns) or whole
+    return fused_parts(path, parent, rows, columns) or whole
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from veratune.cli.eval_ import add_loading
+from veratune.cli.eval_ import add_loading, load
 from veratune.cli.parsing import Parser, new_parser, parse
 from veratune.errors import ConfigError
 
@@ -28,13 +28,10 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError(f"temperature is {flags.temperature}; it must be at least 0")
     from veratune.attach import active, use
     from veratune.tasks.language import Instruction
-    from veratune.training.evaluate import NAME, load_for
+    from veratune.training.evaluate import NAME
     from veratune.training.generate import stream_answer
 
-    loaded = load_for(
-        flags.model, flags.adapter, task=flags.task, dtype=flags.base_dtype, quantize=flags.quantize,
-        check_base=flags.check_base, device=flags.device,
-    )  # fmt: skip
+    loaded = load(flags)
     if not isinstance(loaded.task, Instruction):
         raise ConfigError(
             f"the adapter was trained for {loaded.task.name}, which does not converse; pass --task instruction to insist"

@@ -1,12 +1,16 @@
 """veratune eval"""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
 from veratune.cli.parsing import Parser, new_parser, parse, print_json
+
+if TYPE_CHECKING:
+    from veratune.training.evaluate import Loaded
 
 
 def parser() -> Parser:
@@ -40,14 +44,21 @@ def add_loading(out: Parser) -> None:
     out.add_argument("--check_base", type=bool, default=True, help="refuse an adapter of a base model with other weights")
 
 
+def load(flags: Namespace, **more: Any) -> "Loaded":
+    """What the flags of `add_loading` ask for."""
+    from veratune.training.evaluate import load_for
+
+    return load_for(
+        flags.model, flags.adapter, task=flags.task, dtype=flags.base_dtype, quantize=flags.quantize,
+        check_base=flags.check_base, device=flags.device, **more,
+    )  # fmt: skip
+
+
 def run(argv: Sequence[str]) -> int:
     flags = parse(parser(), argv)
-    from veratune.training.evaluate import evaluate, evaluate_both, load_for
+    from veratune.training.evaluate import evaluate, evaluate_both
 
-    loaded = load_for(
-        flags.model, flags.adapter, task=flags.task, columns=flags.columns, dtype=flags.base_dtype,
-        quantize=flags.quantize, check_base=flags.check_base, device=flags.device,
-    )  # fmt: skip
+    loaded = load(flags, columns=flags.columns)
     options = {name: getattr(flags, name) for name in ("split", "data_config", "batch_size", "generate", "max_new_tokens")}
     if flags.adapter is None:
         scores = {"base": evaluate(loaded, flags.data, **options)}

@@ -1,9 +1,8 @@
 """veratune merge"""
 
-import math
 from collections.abc import Sequence
 
-from veratune.cli.eval_ import add_loading
+from veratune.cli.eval_ import add_loading, load
 from veratune.cli.parsing import Parser, new_parser, parse
 
 
@@ -23,21 +22,16 @@ def run(argv: Sequence[str]) -> int:
     from veratune.attach import detach, merge
     from veratune.errors import ConfigError
     from veratune.formats.atomic import new_folder
-    from veratune.training.evaluate import load_for
+    from veratune.layers.base import lost_in_all
 
     if flags.adapter is None:
         raise ConfigError("merge needs --adapter: there is nothing to merge without one")
     folder = Path(flags.out)
     with new_folder(folder) as place:
-        loaded = load_for(
-            flags.model, flags.adapter, task=flags.task, dtype=flags.base_dtype, quantize=flags.quantize,
-            check_base=flags.check_base, device=flags.device,
-        )  # fmt: skip
+        loaded = load(flags)
         report = merge(loaded.model)
         detach(loaded.model, keep_merged=True)
         loaded.model.save_pretrained(place)
         loaded.tokenizer.save_pretrained(place)
-    norm = math.sqrt(sum(entry.delta_norm**2 for entry in report))
-    lost = math.sqrt(sum((entry.lost * entry.delta_norm) ** 2 for entry in report)) / norm if norm else 0.0
-    print(f"{folder}: {len(report)} weights merged in {flags.base_dtype}; rounding changed {lost:.2%} of ΔW")
+    print(f"{folder}: {len(report)} weights merged in {flags.base_dtype}; rounding changed {lost_in_all(report):.2%} of ΔW")
     return 0

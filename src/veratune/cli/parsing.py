@@ -65,11 +65,11 @@ def parse(parser: Parser, argv: Sequence[str]) -> Namespace:
     return parser.parse_args(words)
 
 
-def split(settings: Namespace, kind: type[Any], **more: Any) -> Any:
+def split(settings: Namespace, kind: type[Any]) -> Any:
     """The dataclass `kind` out of a namespace that may hold more than its fields."""
     names = {f.name for f in dataclasses.fields(kind)}
     found = {k: _plain(v) for k, v in vars(settings).items() if k in names}
-    return kind(**found | more)
+    return kind(**found)
 
 
 def print_json(value: Any) -> None:

@@ -34,7 +34,6 @@ def parser() -> Parser:
 def run(argv: Sequence[str]) -> int:
     flags = parse(parser(), argv)
     settings, vera = split(flags, TrainSettings), split(flags, VeraConfig)
-    vera = dataclasses.replace(vera, seed=settings.basis_seed)
     from veratune.training.run import sweep, train
 
     console = Console(quiet=flags.json or os.environ.get("RANK", "0") != "0", highlight=False)

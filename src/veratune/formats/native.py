@@ -85,9 +85,8 @@ def decode(data: bytes) -> Adapter:
     Raises AdapterFileError, or BasisError where the matrices made here would be others.
     """
     try:
-        safetensors.deserialize(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (safetensors.SafetensorError, ValueError, KeyError, RecursionError, OverflowError) as error:
         raise AdapterFileError(f"not a whole safetensors file ({error}); was it cut off?") from None
     about = _about(header)

@@ -12,6 +12,7 @@ back. Its tensors keep their names in `state_dict`, so that checkpoints of the b
 
 import abc
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -64,6 +65,14 @@ class Rounding:
     layer: str
     delta_norm: float
     lost: float
+
+
+def lost_in_all(report: Iterable[Rounding]) -> float:
+    """What merging lost over all layers, as a fraction of the norm of all ΔW; 0 if there is no ΔW."""
+    entries = list(report)
+    norm = math.sqrt(sum(entry.delta_norm**2 for entry in entries))
+    lost = math.sqrt(sum((entry.lost * entry.delta_norm) ** 2 for entry in entries))
+    return lost / norm if norm else 0.0
 
 
 class Rows:
@@ -261,23 +270,24 @@ class VeraHead(VeraLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.rows is None:
-            name = self.active
-            module = self.vera[name] if name is not None and name in self.vera else self.base
-            return module(*args, **kwargs)
-        return by_adapter(self, args, kwargs, lambda name: self.vera[name] if name in self.vera else self.base)
+            return self._of(self.active)(*args, **kwargs)
+        return by_adapter(self, args, kwargs, self._of)
+
+    def _of(self, adapter: str | None) -> nn.Module:
+        return self.vera[adapter] if adapter is not None and adapter in self.vera else self.base
 
 
-def by_adapter(layer: VeraLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], module_of: Any, dim: int = 0) -> Any:
+def by_adapter(layer: VeraLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], module_of: Any) -> Any:
     """Run a mixed batch in one call for each adapter and put the rows back in their order.
 
-    args, kwargs: of the layer; tensors whose dimension `dim` is the batch are split, all else is passed on.
+    args, kwargs: of the layer; tensors whose dimension 0 is the batch are split, all else is passed on.
     module_of: the callable of an adapter's name (None: the base). Returns a tensor, or a tuple of them.
     """
     assert layer.rows is not None
     first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
     if first is None:
         raise AdapterError(f"layer '{layer.name}' was called without a tensor; rows() cannot tell its batch")
-    batch = first.shape[dim]
+    batch = first.shape[0]
     positions: dict[str | None, list[int]] = {}
     positions.update(layer.rows.positions(batch, layer.name))
     named = {i for found in positions.values() for i in found}
@@ -289,8 +299,8 @@ def by_adapter(layer: VeraLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any
         index = torch.tensor(found, device=first.device)
 
         def pick(value: Any, index: Tensor = index) -> Any:
-            if isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == batch:
-                return value.index_select(dim, index)
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
+                return value.index_select(0, index)
             return value
 
         results.append(module_of(name)(*map(pick, args), **{k: pick(v) for k, v in kwargs.items()}))
@@ -298,7 +308,7 @@ def by_adapter(layer: VeraLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any
     back = torch.tensor(order, device=first.device).argsort()
 
     def join(pieces: list[Any]) -> Any:
-        return None if pieces[0] is None else torch.cat(pieces, dim).index_select(dim, back)
+        return None if pieces[0] is None else torch.cat(pieces).index_select(0, back)
 
     if isinstance(results[0], tuple):
         return tuple(join(list(pieces)) for pieces in zip(*results, strict=True))

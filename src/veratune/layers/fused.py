@@ -22,7 +22,7 @@ FUSED: dict[str, tuple[str, ...]] = {
 }
 
 
-def fused_parts(name: str, module: nn.Module, parent: nn.Module | None, rows: int, columns: int) -> tuple[Part, ...] | None:
+def fused_parts(name: str, parent: nn.Module | None, rows: int, columns: int) -> tuple[Part, ...] | None:
     """The parts of a linear layer, or None if it is not a fused projection that is known here.
 
     name: the layer's path; parent: the module that holds it, asked for its head counts where k and v are

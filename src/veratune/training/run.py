@@ -27,14 +27,13 @@ from veratune.formats.atomic import refuse_used, write_atomic
 from veratune.tasks.base import Task, load_tokenizer
 from veratune.tasks.data import has_split, load_rows
 from veratune.tasks.registry import task_class
-from veratune.training.evaluate import scores
+from veratune.training.evaluate import NAME, scores
 from veratune.training.settings import TrainSettings
 from veratune.training.trainer import ADAPTER, Progress, VeraTrainer, last_checkpoint
 
 RUN = "run.yaml"
 RESULTS = "results.json"
 BEFORE = "before.json"
-_NAME = "default"
 _FREE = {"resume", "preview", "report_to", "out"}  # settings that may change when a run is resumed
 
 
@@ -68,7 +67,6 @@ def train(settings: TrainSettings, vera: VeraConfig, show: Show | None = None) -
     show: called with previews of the first training examples (pieces of text, and whether the loss is on
     them). Raises VeratuneError for every mistake in settings, data or model, before anything is written.
     """
-    torch.manual_seed(settings.seed)
     vera = dataclasses.replace(vera, seed=settings.basis_seed)
     out = Path(settings.out)
     if _first_process():
@@ -88,10 +86,10 @@ def train(settings: TrainSettings, vera: VeraConfig, show: Show | None = None) -
         vera = dataclasses.replace(vera, head=task.heads(model))
     if settings.lr == 0 and not vera.head:
         raise ConfigError(f"lr is 0, which trains the head alone, but task {settings.task!r} has no head; raise lr")
-    attach(model, vera, _NAME)
-    describe(model, _NAME, task.describe())
+    attach(model, vera, NAME)
+    describe(model, NAME, task.describe())
     if settings.lr == 0:  # the head alone: no gradient needs to go through the backbone
-        for vectors in vectors_of(model, _NAME):
+        for vectors in vectors_of(model, NAME):
             vectors.requires_grad_(False)
 
     if _first_process():
@@ -107,12 +105,12 @@ def train(settings: TrainSettings, vera: VeraConfig, show: Show | None = None) -
     trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     after = {} if eval_set is None else scores(trainer.evaluate())
-    adapter = extract(model, _NAME)
+    adapter = extract(model, NAME)
     size = native.write(adapter, out / ADAPTER) if _first_process() else 0
     result = TrainResult(
         path=str(out / ADAPTER),
         bytes=size,
-        trained=count_trained(model, _NAME),
+        trained=count_trained(model, NAME),
         head=sum(t.numel() for t in adapter.head.values()),
         before=before,
         after=after,
@@ -240,7 +238,7 @@ def _trainer(
         processing_class=tokenizer,
         compute_metrics=task.metrics(),
         callbacks=callbacks,
-        adapter=_NAME,
+        adapter=NAME,
         loss_per_token=task.loss_per_token,
         lr=settings.lr,
         head_lr=settings.head_lr,
