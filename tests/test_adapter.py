@@ -22,7 +22,7 @@ def test_out_of_one_model_and_into_another():
     adapter = vt.extract(model)
     other = fakes.llama()
     vt.install(other, adapter, "b")
-    assert torch.equal(other(TOKENS).logits, model(TOKENS).logits)
+    torch.testing.assert_close(other(TOKENS).logits, model(TOKENS).logits)
     assert not any(p.requires_grad for p in other.parameters())
     vt.install(other, adapter, "c", trainable=True)
     assert sum(p.numel() for p in other.parameters() if p.requires_grad) == adapter.trained_values

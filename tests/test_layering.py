@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "veratune"
 
 # From the ground up: a file may import from its own room and from those before it.
 ROOMS = [
-    "errors", "config", "basis", "functional", "layers", "targets", "attach", "adapter", "formats", "files",
+    "errors", "config", "basis", "plans", "projection", "functional", "layers", "targets", "attach", "adapter", "formats", "files",
     "tasks", "training", "analysis", "cli",
 ]  # fmt: skip
 STRANGERS = {("training", "serving"), ("serving", "training")}

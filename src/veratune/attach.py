@@ -66,6 +66,11 @@ def attach(model: M, config: VeraConfig | None = None, name: str = "default", *,
             f"dropout is {config.dropout}, but {type(model).__name__} is adapted inside nn.MultiheadAttention, where the "
             "adapter has no input of its own to drop; set dropout to 0 or exclude those layers"
         )
+    if config.plan not in ("auto", "merged") and any(is_attention(base) for base in bases.values()):
+        raise ConfigError(
+            f"plan={config.plan!r}, but {type(model).__name__} is adapted inside nn.MultiheadAttention, which takes W + ΔW "
+            "only; use plan='auto' or exclude those layers"
+        )
     basis = basis_of(config, {site.name: site.shape for site in sites})
     made = []
     for site in sites:
@@ -81,11 +86,12 @@ def attach(model: M, config: VeraConfig | None = None, name: str = "default", *,
         setattr(model, _NOTE, note)
     for parameter in note.trained:
         parameter.requires_grad_(False)
+    kinds = {path: VeraMultiheadAttention if is_attention(base) else VeraLinear for path, base in bases.items()}
+    layers = _layers_at(model, {**kinds, **{path: VeraHead for path, _ in copies}})
     for site, vectors in made:
-        kind = VeraMultiheadAttention if is_attention(bases[site.module]) else VeraLinear
-        _layer_at(model, site.module, kind).add(name, vectors)
+        layers[site.module].add(name, vectors)
     for path, module in copies:
-        _layer_at(model, path, VeraHead).add(name, module)
+        layers[path].add(name, module)
     note.configs[name] = config
     _keep_off_fast_path(model, note)
     use(model, name)
@@ -347,17 +353,15 @@ def _reserve(basis: Basis, sites: list[Site], bases: dict[str, nn.Module]) -> No
         basis.reserve(layers, device, dtype)
 
 
-def _layer_at(model: nn.Module, path: str, kind: type[VeraLayer]) -> Any:
-    """The VeraLayer at a path; made, and put in every place where the layer stood, if it is the first adapter's."""
-    module = model.get_submodule(path)
-    if isinstance(module, VeraLayer):
-        return module
-    layer = kind(module, path)
-    for parent in list(model.modules()):
+def _layers_at(model: nn.Module, kinds: Mapping[str, type[VeraLayer]]) -> dict[str, Any]:
+    """The VeraLayers at these paths; one that is new stands in every place where its module stood."""
+    found = {path: model.get_submodule(path) for path in kinds}
+    made = {module: kinds[path](module, path) for path, module in found.items() if not isinstance(module, VeraLayer)}
+    for parent in [m for m in model.modules() if not isinstance(m, VeraLayer)]:
         for name, child in list(parent._modules.items()):
-            if child is module and parent is not layer:
-                setattr(parent, name, layer)
-    return layer
+            if child in made:
+                setattr(parent, name, made[child])
+    return {path: module if isinstance(module, VeraLayer) else made[module] for path, module in found.items()}
 
 
 def _put_back(model: nn.Module, choose: Callable[[VeraLayer], nn.Module]) -> None:

@@ -13,6 +13,8 @@ BasisKind = Literal["random", "peft"]
 Vectors = Literal["both", "d", "b"]
 Fused = Literal["parts", "whole"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Plan = Literal["auto", "factored", "projected", "merged", "dense"]
+PLANS = get_args(Plan)[1:]
 
 ALL_LINEAR = "all-linear"
 
@@ -42,6 +44,8 @@ class VeraConfig:
             its own d and b) or as one "whole" matrix, as PEFT does.
         head: modules trained in full and stored with the adapter, such as "classifier".
         dtype: of the trained vectors.
+        plan: the order in which the products are taken (the table in `veratune.plans`). "auto" takes the
+            cheapest for each call; the numbers are the same. It is not stored in an adapter's file.
 
     Raises:
         ConfigError: naming the setting, what was found and what is allowed.
@@ -67,6 +71,7 @@ class VeraConfig:
     fused: Fused = "parts"
     head: tuple[str, ...] = ()
     dtype: Dtype = "float32"
+    plan: Plan = dataclasses.field(default="auto", metadata={"stored": False})
 
     def __post_init__(self) -> None:
         for field in ("targets", "exclude", "head"):
@@ -94,6 +99,11 @@ class VeraConfig:
             raise ConfigError(f"dropout is {self.dropout!r}; it must be a probability in [0, 1)")
         if not _is_int(self.seed) or not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed is {self.seed!r}; it must be an integer from 0 to 2**64 - 1")
+        if self.dropout and self.plan in ("projected", "merged"):
+            raise ConfigError(
+                f"plan={self.plan!r} computes (W + ΔW) x, but with dropout={self.dropout} ΔW reads another x than W; "
+                "use plan='factored' or 'dense', or leave it at 'auto'"
+            )
         if self.basis == "peft":
             self._check_peft()
 
@@ -115,13 +125,18 @@ class VeraConfig:
         return 0.0 if self.vectors == "d" else 0.1
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings as JSON types; the defaults too, so that a file means the same when a default changes."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        """What an adapter is, as JSON types; the defaults too, so that a file means the same when a default changes.
+
+        How it is computed (`plan`) is no part of it.
+        """
+        stored = [field.name for field in dataclasses.fields(self) if field.metadata.get("stored", True)]
+        values = {name: getattr(self, name) for name in stored}
+        return {k: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "VeraConfig":
         """The inverse of `to_dict`; an unknown key is an error that names the nearest known one."""
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = [field.name for field in dataclasses.fields(cls) if field.metadata.get("stored", True)]
         for key in settings:
             if key not in known:
                 raise ConfigError(f"unknown setting {key!r} in an adapter's configuration{near(str(key), known)}")
@@ -135,6 +150,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "sharing": get_args(Sharing),
     "fused": get_args(Fused),
     "dtype": get_args(Dtype),
+    "plan": get_args(Plan),
 }
 
 

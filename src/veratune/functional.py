@@ -3,13 +3,22 @@
 Throughout: T is any number of leading dimensions, n = in_features, m = out_features, r = rank. A (r, n)
 and B (m, r) are frozen; d (r,) and b (m,) are trained, and None stands for a vector of ones. `scale` is
 the basis' factor s. Products run in the dtype of x (of autocast, where it is on).
+
+The orders in which the products can be taken are in `plans`. Most gradients are written out here, since autograd's own
+would keep a result of every step; those can be taken once, not twice.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
-from veratune.errors import ShapeError
+from veratune.errors import ShapeError, UnsupportedError
+from veratune.plans import Call, Choice, choose, settle
+from veratune.projection import project
 
 
 def delta_weight(A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None, scale: float = 1.0) -> Tensor:
@@ -24,15 +33,29 @@ def delta_weight(A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None, scale
     torch.Size([6, 8])
     """
     _check(A, B, d, b)
-    inner = A if d is None else d.to(A.dtype)[:, None] * A
-    product = (B.to(A.dtype) @ inner) * scale
-    return product if b is None else b.to(A.dtype)[:, None] * product
+    with torch.autocast(A.device.type, enabled=False):
+        return _DeltaWeight.apply(A, B, d, b, scale)
 
 
-def vera_linear(x: Tensor, A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None, scale: float = 1.0) -> Tensor:
-    """y = scale * b * (B (d * (A x)))
+def vera_linear(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    d: Tensor | None,
+    b: Tensor | None,
+    scale: float = 1.0,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    plan: str = "auto",
+    reader: int | None = None,
+) -> Tensor:
+    """y = scale * b * (B (d * (A x))), and W x + bias before it where a weight is given
 
-    x: (*T, n) activations. Returns (*T, m). Gradients flow to x, d and b only.
+    x: (*T, n) activations; weight: W (m, n), frozen, in the dtype of the products, and bias: (m,).
+    plan: the order of the products, one of `plans`; "auto" takes the cheapest that the precision allows.
+    reader: the number of a layer that may share A x with others that read the same x (see `projection`).
+    Returns (*T, m). Gradients flow to x, d, b and bias.
     Raises ShapeError naming the argument, what was found and what was wanted.
     Source: VeRA, arXiv 2310.11454, equation 2.
 
@@ -42,10 +65,37 @@ def vera_linear(x: Tensor, A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | N
     """
     _check(A, B, d, b)
     _check_x(x, A)
-    z = F.linear(x, A)
-    z = z * scale if d is None else z * _scaled(d, scale, z.dtype)
-    y = F.linear(z, B)
-    return y if b is None else y * b.to(y.dtype)
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError("weight asks for a gradient, but vera_linear takes W as frozen; add the layer's own output instead")
+    x = x.to(A.dtype)
+    choice = plan_of(x, A, B, (d, b), plan, in_weight=weight is not None and carries(weight.dtype), own_weight=weight is not None)
+    if choice.plan == "factored" and choice.keep:
+        return _step_by_step(x, weight, bias, A, B, d, b, scale)
+    return _VeraLinear.apply(x, weight, bias, A, B, d, b, scale, choice.plan, choice.keep, reader)
+
+
+def plan_of(
+    x: Tensor, A: Tensor, B: Tensor, vectors: tuple[Tensor | None, Tensor | None], plan: str, *, in_weight: bool, own_weight: bool
+) -> Choice:
+    """The order in which `vera_linear` takes its products for this x, with its memory policy."""
+    grad = torch.is_grad_enabled()
+    call = Call(
+        T=x.numel() // x.shape[-1],
+        m=B.shape[0],
+        n=A.shape[1],
+        r=A.shape[0],
+        size=A.element_size(),
+        grad_x=grad and x.requires_grad,
+        grad_vectors=grad and any(v is not None and v.requires_grad for v in vectors),
+        in_weight=in_weight,
+        own_weight=own_weight,
+    )
+    return choose(call, x.device) if plan == "auto" else settle(call, plan)
+
+
+def carries(dtype: torch.dtype) -> bool:
+    """Whether W + ΔW in this dtype keeps a small ΔW; 16 bits round it away."""
+    return dtype in (torch.float32, torch.float64)
 
 
 def vera_rows(x: Tensor, A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None, index: Tensor, scale: float = 1.0) -> Tensor:
@@ -74,9 +124,137 @@ def vera_rows(x: Tensor, A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | Non
     return y if b is None else y * spread(b.to(y.dtype))
 
 
-def _scaled(d: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def _step_by_step(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None, scale: float
+) -> Tensor:
+    """Equation 2 as it stands, each step known to autograd: the least to do where T is small."""
+    inner = F.linear(x, A)
+    if weight is not None and d is not None and b is not None and d.dtype == b.dtype == inner.dtype and carries(d.dtype):
+        return torch.addcmul(F.linear(x, weight, bias), F.linear(inner * d, B), b, value=scale)
+    outer = F.linear(inner * _scaled(d, scale, inner.dtype), B)
+    if b is None:
+        return outer if weight is None else F.linear(x, weight, bias) + outer
+    b = b.to(outer.dtype)
+    return outer * b if weight is None else torch.addcmul(F.linear(x, weight, bias), outer, b)
+
+
+class _VeraLinear(Function):
+    """Every plan of `plans`, forward and backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        d: Tensor | None,
+        b: Tensor | None,
+        scale: float,
+        plan: str,
+        keep: bool,
+        reader: int | None,
+    ) -> Tensor:
+        kept: list[Tensor | None]
+        if plan == "factored":
+            inner = project(x, A, reader)
+            y = _add_product(F.linear(x, weight, bias) if weight is not None else None, inner, _trained(B, d, b, scale).t())
+            kept = [inner, None]
+        else:
+            inside = _with_delta(weight if plan != "dense" else None, A, B, d, b, scale)
+            if plan == "dense" and weight is not None:
+                y = _add_product(F.linear(x, weight, bias), x, inside.t())
+            else:
+                y = F.linear(x, inside, bias)
+            kept = [project(x, A, reader) if plan == "projected" else x, inside if keep else None]
+        ctx.save_for_backward(*kept, weight, A, B, d, b)
+        ctx.scale, ctx.plan = scale, plan
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        seen, kept, weight, A, B, d, b = ctx.saved_tensors
+        scale, plan = ctx.scale, ctx.plan
+        need_x, _, need_bias, _, _, need_d, need_b, *_ = ctx.needs_input_grad
+        flat = grad.reshape(-1, grad.shape[-1])
+        seen = seen.reshape(-1, seen.shape[-1])
+        grad_x = grad_d = grad_b = None
+        if plan == "factored":
+            if need_x:
+                grad_x = grad.matmul(weight) if weight is not None else None
+                grad_x = _add_product(grad_x, grad.matmul(_trained(B, d, b, scale)), A)
+            if need_d or need_b:
+                grad_d, grad_b = _from_product(flat.t() @ seen, B, d, b, scale)
+        else:
+            if need_x:
+                inside = kept if kept is not None else _with_delta(weight if plan != "dense" else None, A, B, d, b, scale)
+                grad_x = grad.matmul(inside)
+                if plan == "dense" and weight is not None:
+                    grad_x = _add_product(grad_x, grad, weight)
+            if need_d or need_b:
+                product = flat.t() @ seen
+                grad_d, grad_b = _from_product(product if plan == "projected" else product @ A.t(), B, d, b, scale)
+        grad_bias = flat.sum(0) if need_bias else None
+        return grad_x, None, grad_bias, None, None, grad_d if need_d else None, grad_b if need_b else None, None, None, None, None
+
+
+class _DeltaWeight(Function):
+    """ΔW, of which nothing but the vectors is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+        ctx.save_for_backward(A, B, d, b)
+        ctx.scale = scale
+        return _with_delta(None, A, B, d, b, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        A, B, d, b = ctx.saved_tensors
+        grad_d, grad_b = _from_product(grad @ A.t(), B, d, b, ctx.scale)
+        return None, None, grad_d if ctx.needs_input_grad[2] else None, grad_b if ctx.needs_input_grad[3] else None, None
+
+
+def _trained(B: Tensor, d: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+    """scale * diag(b) B diag(d), in B's dtype."""
+    out = B * _scaled(d, scale, B.dtype)
+    return out if b is None else out.mul_(b.to(B.dtype)[:, None])
+
+
+def _with_delta(weight: Tensor | None, A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+    """W + ΔW, or ΔW alone; laid out in memory as W is."""
+    left = _trained(B.to(A.dtype), d, b, scale)
+    if weight is None:
+        return left @ A
+    if weight.stride(0) == 1 and weight.stride(1) != 1:
+        return torch.addmm(weight.t(), A.t(), left.t()).t()
+    return torch.addmm(weight, left, A)
+
+
+def _add_product(y: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """y + left @ right, in y's memory; left: (*T, k), right: (k, columns)."""
+    if y is None:
+        return left.matmul(right)
+    y.view(-1, y.shape[-1]).addmm_(left.reshape(-1, left.shape[-1]), right)
+    return y
+
+
+def _from_product(P: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None, scale: float) -> tuple[Tensor | None, Tensor | None]:
+    """(grad d, grad b) = scale * (bᵀ (B ∘ P), (B ∘ P) d)"""
+    wide = next(torch.promote_types(P.dtype, v.dtype) for v in (d, b) if v is not None)
+    Q = P.to(wide) * B.to(wide)
+    grad_d = None if d is None else (Q.sum(0) if b is None else b.to(wide) @ Q).mul_(scale).to(d.dtype)
+    grad_b = None if b is None else (Q.sum(1) if d is None else Q @ d.to(wide)).mul_(scale).to(b.dtype)
+    return grad_d, grad_b
+
+
+def _scaled(d: Tensor | None, scale: float, dtype: torch.dtype) -> Any:
     """scale * d in `dtype`: the scale goes to the small vector, at the higher precision of the two, rounded once."""
-    return (d.to(torch.promote_types(d.dtype, dtype)) * scale).to(dtype)
+    if d is None:
+        return scale
+    return d * scale if d.dtype == dtype else (d.to(torch.promote_types(d.dtype, dtype)) * scale).to(dtype)
 
 
 def _check(A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None) -> None:

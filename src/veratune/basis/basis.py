@@ -85,7 +85,11 @@ class Basis(abc.ABC):
 
     def bytes_held(self) -> int:
         """Bytes of all matrices in memory, over all devices and dtypes."""
-        return sum(t.numel() * t.element_size() for t in self._held.values())
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """All matrices in memory."""
+        return list(self._held.values())
 
     def _grow(self, role: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         with self._lock, torch.no_grad():

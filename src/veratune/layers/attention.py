@@ -33,9 +33,8 @@ class VeraMultiheadAttention(VeraWeightLayer):
         def call(*args: Any, **kwargs: Any) -> Any:
             narrow = self.weight_of("out_proj.weight").dtype
             wide = torch.promote_types(narrow, torch.float32)
-            weights = {name: p.to(wide) for name, p in self.base.named_parameters()}
-            for name, delta in self.deltas(adapter).items():
-                weights[name] = weights[name] + delta
+            changed = self.cached_weights(adapter) or self.weights_with(adapter)
+            weights = {name: changed[name] if name in changed else p.to(wide) for name, p in self.base.named_parameters()}
             out = torch.func.functional_call(
                 self.base, weights, tuple(_cast(a, wide) for a in args), {k: _cast(v, wide) for k, v in kwargs.items()}
             )

@@ -14,7 +14,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from veratune.basis.basis import Basis
 from veratune.config import VeraConfig
 from veratune.errors import AdapterError, ShapeError, UnsupportedError
-from veratune.functional import delta_weight, vera_linear
+from veratune.functional import carries, delta_weight, vera_linear
+from veratune.layers.cached import WEIGHTS
 from veratune.layers.quantized import is_dense
 
 _BASE = "base."
@@ -130,10 +131,12 @@ class VeraVectors(nn.Module):
         """x with this adapter's dropout."""
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The adapter's share of the output, scale * b * (B (d * (A x)))."""
+    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """The adapter's share of the output, scale * b * (B (d * (A x))); with W x + bias where a weight is given."""
         A, B = self.pair(x.device, product_dtype(x))
-        return vera_linear(self.drop(x), A, B, self.d, self.b, self.scale)
+        return vera_linear(
+            self.drop(x), A, B, self.d, self.b, self.scale, weight=weight, bias=bias, plan=self.config.plan, reader=id(self)
+        )
 
     def delta_weight(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """ΔW of this part, (m, n)."""
@@ -226,6 +229,32 @@ class VeraWeightLayer(VeraLayer):
             out[vectors.part.parameter] = delta if held is None else held + delta
         return out
 
+    def weights_with(self, adapter: str) -> dict[str, Tensor]:
+        """W + ΔW for each weight that the adapter changes, in the layout of the weight and at least fp32."""
+        return {parameter: self.weight_of(parameter).to(delta.dtype) + delta for parameter, delta in self.deltas(adapter).items()}
+
+    def cached_weights(self, adapter: str) -> dict[str, Tensor] | None:
+        """`weights_with`, kept from an earlier call where nothing has changed; None where they may not be used.
+
+        That is in training, where gradients of the vectors are wanted, under a plan of the user's, in compiled code, and for
+        weights that cannot be read or have under 32 bits.
+        """
+        if self.training or self.rows is not None or torch.compiler.is_compiling():
+            return None
+        for vectors in self.vectors(adapter):
+            weight = self.weight_of(vectors.part.parameter)
+            if vectors.config.plan != "auto" or not is_dense(weight) or not carries(weight.dtype) or weight.is_inference():
+                return None
+            if torch.is_grad_enabled() and (weight.requires_grad or any(p.requires_grad for p in vectors.parameters())):
+                return None
+        return WEIGHTS.get(self, adapter)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training ends what was kept for inference."""
+        if mode:
+            WEIGHTS.drop(self)
+        return super().train(mode)
+
     def check_mergeable(self, adapter: str) -> None:
         """Raise UnsupportedError, with the reason, where W + ΔW cannot be stored."""
         for vectors in self.vectors(adapter):
@@ -239,6 +268,7 @@ class VeraWeightLayer(VeraLayer):
     @torch.no_grad()
     def merge(self, adapter: str) -> list[Rounding]:
         """W <- W + ΔW, summed in fp32 and rounded once. W is kept, so that `unmerge` gives back its bits."""
+        WEIGHTS.drop(self)
         report = []
         for parameter, delta in self.deltas(adapter).items():
             weight = self.weight_of(parameter)

@@ -1,16 +1,21 @@
 """VeraLinear: nn.Linear, Hugging Face's Conv1D, their fused parts, and quantized linears.
 
-The base layer is called, not read, so whatever it does (quantized products, hooks, offloading) stays as
-it is; the adapter's share is added to its output.
+A plain base layer is read: its product and the adapter's are taken together, in the cheapest order. Any other
+is called, so that whatever it does (quantized products, hooks, offloading) stays as it is, and the adapter's share is
+added to its output.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from veratune.functional import vera_rows
+from veratune.errors import UnsupportedError
+from veratune.functional import carries, vera_rows
 from veratune.layers.base import Part, Rows, VeraVectors, VeraWeightLayer, product_dtype
+from veratune.layers.quantized import is_dense
 
 
 class VeraLinear(VeraWeightLayer):
@@ -24,12 +29,65 @@ class VeraLinear(VeraWeightLayer):
         return hasattr(self.base, "nf")
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
         if self.rows is not None:
-            return self._mixed(x, y, self.rows)
+            return self._mixed(x, self.base(x), self.rows)
         if self.current is None:
-            return y
-        return add_parts(y, [(vectors.part, vectors(x)) for vectors in self.vectors(self.current)])
+            return self.base(x)
+        vectors = self.vectors(self.current)
+        reason = self._must_be_called(x, vectors[0])
+        if reason is None:
+            return self._together(x, self.current, vectors)
+        if vectors[0].config.plan in ("projected", "merged"):
+            raise UnsupportedError(
+                f"plan={vectors[0].config.plan!r} puts ΔW into the weight of layer '{self.name}', but {reason}; "
+                "use plan='auto', 'factored' or 'dense'"
+            )
+        return add_parts(self.base(x), [(own.part, own(x)) for own in vectors])
+
+    def _must_be_called(self, x: Tensor, vectors: VeraVectors) -> str | None:
+        """Why the base layer cannot be read in place of a call for this x; None if it can."""
+        base: Any = self.base
+        if type(base) is not nn.Linear and type(base).__name__ != "Conv1D":
+            return f"it is a {type(base).__name__}, whose product only it can take"
+        if "forward" in base.__dict__ or any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks)):
+            return "something hooks into its forward"
+        weight: Tensor = base.weight
+        if not is_dense(weight) or weight.device != x.device:
+            return f"it is a {type(weight).__name__} on {weight.device}"
+        if weight.requires_grad:
+            return "it is trained itself"
+        if x.dtype != weight.dtype or product_dtype(x) != weight.dtype:
+            return f"it is {weight.dtype} and the product {product_dtype(x)}"
+        if vectors.config.plan in ("projected", "merged") and not carries(weight.dtype):
+            return f"{weight.dtype} would round a small ΔW away"
+        return "the adapter's input is dropped out" if vectors.config.dropout and self.training else None
+
+    def _together(self, x: Tensor, adapter: str, vectors: Sequence[VeraVectors]) -> Tensor:
+        """W x and the adapter's share in one go."""
+        bias = self.base.bias
+        kept = self.cached_weights(adapter)
+        if kept is not None:
+            return F.linear(x, self._matrix(kept["weight"]), bias)
+        weight = self._matrix(self.base.weight)
+        if len(vectors) == 1 and vectors[0].part.out_features == weight.shape[0]:
+            return vectors[0](x, weight, bias)  # type: ignore[no-any-return]
+        pieces, at = [], 0
+
+        def frozen(stop: int) -> None:
+            if stop > at:
+                pieces.append(F.linear(x, weight[at:stop], None if bias is None else bias[at:stop]))
+
+        for own in vectors:
+            start, stop = own.part.start, own.part.stop
+            frozen(start)
+            pieces.append(own(x, weight[start:stop], None if bias is None else bias[start:stop]))
+            at = stop
+        frozen(weight.shape[0])
+        return torch.cat(pieces, dim=-1)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """W (m, n) of a stored weight."""
+        return weight.t() if self.transposed else weight
 
     def _mixed(self, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
         """Every row with its own adapter: one product for all rows that have basis, rank and part in common."""

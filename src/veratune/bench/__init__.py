@@ -1,0 +1,1 @@
+"""Side by side against PEFT on this machine."""
