@@ -17,7 +17,8 @@ DATA = Path(os.environ.get("VERATUNE_DATA", Path(__file__).parents[2] / "shared"
 
 
 @pytest.fixture(autouse=True)
-def _fixed():
+def _fixed(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("VERATUNE_CACHE", str(tmp_path_factory.getbasetemp() / "no-calibration"))
     torch.manual_seed(0)
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 
 import veratune as vt
@@ -375,6 +376,53 @@ def test_compile_without_graph_breaks():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [{"plan": p} for p in ("factored", "projected", "merged", "dense")] + [{"basis": "monarch"}]
+)
+def test_every_plan_compiles_and_its_gradients_too(settings):
+    model = scramble(vt.attach(fakes.llama(), vt.VeraConfig(rank=8, **settings), "a"), "a").train()
+    grads = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        logits(run).square().sum().backward()
+        grads.append([p.grad.clone() for v in vectors_of(model, "a") for p in v.parameters()])
+        torch._dynamo.reset()
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_basis_of_blocks_in_mixed_rows_and_files(tmp_path):
+    model = fakes.llama()
+    for i, basis in enumerate(["monarch", "random", "monarch"]):
+        scramble(vt.attach(model, vt.VeraConfig(rank=8, basis=basis, seed=i // 2), f"a{i}"), f"a{i}", seed=i)
+    names = ["a2", None, "a0", "a1", "a0"]
+    tokens = torch.randint(0, 300, (5, 6))
+    with vt.rows(model, names):
+        mixed = logits(model, tokens)
+    for i, name in enumerate(names):
+        vt.use(model, name)
+        torch.testing.assert_close(mixed[i], logits(model, tokens[i : i + 1])[0], rtol=1e-4, atol=1e-5)
+    vt.use(model, "a2")
+    vt.save(model, tmp_path / "a.safetensors", name="a2")
+    again = fakes.llama()
+    vt.load(again, tmp_path / "a.safetensors", name="x")
+    torch.testing.assert_close(logits(again, tokens), logits(model, tokens), rtol=1e-4, atol=1e-5)
+    assert vt.adapters(again)["x"].basis == "monarch"
+
+
+def test_attaching_looks_through_the_model_once():
+    """A Llama of a billion parameters, every linear layer at rank 1024: sites by the hundred, one copy of the basis."""
+    config = hf.LlamaConfig(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4
+    )
+    with torch.device("meta"):
+        model = hf.LlamaForCausalLM(config)
+    vt.attach(model, vt.VeraConfig(rank=1024, targets=["all-linear"]))
+    bases = {id(v.basis) for v in vectors_of(model, "default")}
+    assert len(vectors_of(model, "default")) == 22 * 7
+    assert len(bases) == 1
+
+
 def test_compile_with_inductor():
     model = two_adapters()
     vt.use(model, "alice")

@@ -3,8 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from veratune.errors import ShapeError
-from veratune.functional import delta_weight, vera_linear, vera_rows
+from veratune.basis.basis import MonarchBasis
+from veratune.basis.blocks import dense
+from veratune.errors import ShapeError, UnsupportedError
+from veratune.functional import carries, delta_weight, plan_of, vera_linear, vera_rows
 
 sizes = st.integers(1, 24)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -100,3 +102,109 @@ def test_rows_check_their_index():
     A, B, d, b = draw(6, 8, 4)
     with pytest.raises(ShapeError, match=r"index has shape \(3,\); x has 2 rows, so \(2,\) is wanted"):
         vera_rows(torch.ones(2, 8, dtype=torch.float64), A, B, d[None], b[None], torch.zeros(3, dtype=torch.long))
+
+
+PLANS = ["factored", "projected", "merged", "dense"]
+
+
+def layer(m, n, r, dtype=torch.float64):
+    A, B, d, b = draw(m, n, r, dtype)
+    W, bias = torch.randn(m, n, dtype=torch.float64).to(dtype), torch.randn(m, dtype=torch.float64).to(dtype)
+    return A, B, d.to(dtype).requires_grad_(), b.to(dtype).requires_grad_(), W, bias
+
+
+@settings(max_examples=60)
+@given(
+    sizes, sizes, sizes, st.integers(0, 40), st.sampled_from([torch.float64, torch.float32]), st.sampled_from([*PLANS, "auto"]),
+    st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_every_plan_is_equation_2_and_has_its_gradients(m, n, r, T, dtype, plan, transposed, input_wants):
+    A, B, d, b, W, bias = layer(m, n, r, dtype)
+    W = W.T.contiguous().T if transposed else W
+    x = torch.randn(T, n, dtype=dtype).requires_grad_(input_wants)
+    y = vera_linear(x, A, B, d, b, 0.7, weight=W, bias=bias, plan=plan)
+    G = torch.randn_like(y)
+    y.backward(G)
+
+    xs, ds, bs = (t.detach().double().requires_grad_() for t in (x, d, b))
+    wanted = xs @ W.double().T + bias.double() + 0.7 * bs * ((ds * (xs @ A.double().T)) @ B.double().T)
+    wanted.backward(G.double())
+    tolerance = TOLERANCE[dtype]
+    assert (y.double() - wanted).norm() <= tolerance * (wanted.norm() + 1)
+    for found, exact in ((x.grad if input_wants else xs.grad, xs.grad), (d.grad, ds.grad), (b.grad, bs.grad)):
+        assert (found.double() - exact).norm() <= 10 * tolerance * (exact.norm() + 1)
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(PLANS), st.sampled_from(["both", "d", "b"]), st.booleans(), st.sampled_from([(3,), (2, 3)]))
+def test_gradients_of_every_plan(plan, vectors, own, batch):
+    A, B, d, b, W, bias = layer(5, 7, 3)
+    d, b = (d if vectors != "b" else None), (b if vectors != "d" else None)
+    x = torch.randn(*batch, 7, dtype=torch.float64, requires_grad=True)
+    options = {"weight": W, "bias": bias.requires_grad_()} if own else {}
+    inputs = [t for t in (x, d, b, bias if own else None) if t is not None]
+    assert torch.autograd.gradcheck(lambda *_: vera_linear(x, A, B, d, b, 0.5, plan=plan, **options), inputs)
+
+
+@settings(max_examples=15)
+@given(sizes, sizes, sizes, st.sampled_from(["both", "d", "b"]), st.booleans())
+def test_blocks_compute_what_their_dense_matrices_do(m, n, r, vectors, own):
+    A, B = MonarchBasis(0, "kaiming_uniform", "shared").pair("", m, n, r, torch.device("cpu"), torch.float64)
+    _, _, d, b, W, bias = layer(m, n, r)
+    d, b = (d if vectors != "b" else None), (b if vectors != "d" else None)
+    x = torch.randn(4, n, dtype=torch.float64, requires_grad=True)
+    options = {"weight": W, "bias": bias.requires_grad_()} if own else {}
+    wanted = vera_linear(x, dense(A), dense(B), d, b, 1.3, **options)
+    for plan in ["auto", *PLANS]:
+        torch.testing.assert_close(vera_linear(x, A, B, d, b, 1.3, plan=plan, **options), wanted)
+    torch.testing.assert_close(delta_weight(A, B, d, b, 1.3), delta_weight(dense(A), dense(B), d, b, 1.3))
+    inputs = [t for t in (x, d, b, bias if own else None) if t is not None]
+    G = torch.randn_like(wanted)
+    found = torch.autograd.grad(vera_linear(x, A, B, d, b, 1.3, **options), inputs, G)
+    for a, e in zip(found, torch.autograd.grad(wanted, inputs, G), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_gradients_of_a_delta_of_blocks():
+    A, B = MonarchBasis(0, "kaiming_uniform", "shared").pair("", 5, 7, 4, torch.device("cpu"), torch.float64)
+    d, b = (torch.randn(k, dtype=torch.float64, requires_grad=True) for k in (4, 5))
+    assert torch.autograd.gradcheck(lambda d, b: delta_weight(A, B, d, b, 0.5), (d, b))
+
+
+@pytest.mark.parametrize("plan", ["auto", *PLANS])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_nothing_as_large_as_the_output_is_kept(plan, blocks):
+    T, m, n, r = 512, 96, 16, 8
+    A, B, d, b, W, bias = layer(m, n, r, torch.float32)
+    if blocks:
+        A, B = MonarchBasis(0, "kaiming_uniform", "shared").pair("", m, n, r, torch.device("cpu"), torch.float32)
+    x = torch.randn(T, n, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        vera_linear(x, A, B, d, b, weight=W, bias=bias, plan=plan)
+    assert kept
+    assert all(shape.numel() <= T * n for shape in kept)
+
+
+@pytest.mark.parametrize("plan", [*PLANS, "blocks"])
+def test_a_second_derivative_is_refused(plan):
+    A, B, d, b, W, bias = layer(64, 8, 4)
+    if plan == "blocks":
+        A, B = MonarchBasis(0, "kaiming_uniform", "shared").pair("", 64, 8, 4, torch.device("cpu"), torch.float64)
+    x = torch.randn(300, 8, dtype=torch.float64, requires_grad=True)
+    y = vera_linear(x, A, B, d, b, weight=W, bias=bias, plan="auto" if plan == "blocks" else plan)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice a function .* @once_differentiable"):
+        grad.sum().backward()
+
+
+def test_a_trained_weight_is_refused():
+    A, B, d, b, W, _ = layer(4, 6, 2)
+    with pytest.raises(UnsupportedError, match="weight asks for a gradient, but vera_linear takes W as frozen"):
+        vera_linear(torch.ones(2, 6, dtype=torch.float64), A, B, d, b, weight=W.requires_grad_())
+
+
+def test_low_precision_never_puts_delta_into_the_weight():
+    A, B, d, b, W, bias = layer(768, 768, 64, torch.bfloat16)
+    assert plan_of(torch.ones(4096, 768), A, B, (d, b), "auto", in_weight=carries(W.dtype), own_weight=True).plan == "factored"
+    assert plan_of(torch.ones(4096, 768), A, B, (d, b), "auto", in_weight=True, own_weight=True).plan == "projected"

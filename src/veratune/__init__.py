@@ -5,6 +5,7 @@ from veratune.attach import active, adapters, attach, count_trained, detach, mer
 from veratune.config import VeraConfig
 from veratune.errors import VeratuneError
 from veratune.files import load, save
+from veratune.layers.cached import cache_weights
 
 __version__ = "0.1.0"
 
@@ -15,6 +16,7 @@ __all__ = [
     "active",
     "adapters",
     "attach",
+    "cache_weights",
     "count_trained",
     "detach",
     "extract",

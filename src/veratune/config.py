@@ -9,7 +9,7 @@ from veratune.errors import ConfigError, near
 
 Init = Literal["kaiming_uniform", "kaiming_normal", "uniform"]
 Sharing = Literal["shared", "per_shape", "unique"]
-BasisKind = Literal["random", "peft"]
+BasisKind = Literal["random", "peft", "monarch"]
 Vectors = Literal["both", "d", "b"]
 Fused = Literal["parts", "whole"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -35,7 +35,8 @@ class VeraConfig:
         vectors: "both", or only "d" (b stays 1) or only "b" (d stays 1): the paper's Table 6a.
         d_init: start value of d. None: 0.1, or 0 with vectors="d", so that ΔW starts at 0 either way.
         dropout: probability with which an input of the adapter is dropped in training, in [0, 1).
-        basis: "random" (the counter-based generator) or "peft" (what Hugging Face PEFT draws).
+        basis: "random" (full matrices of the counter-based generator), "monarch" (small blocks of it, which multiply
+            in a fraction of the work) or "peft" (what Hugging Face PEFT draws).
         init: distribution of A and B.
         sharing: one pair for all layers ("shared"), one for each layer shape ("per_shape"), or one for
             each layer ("unique").

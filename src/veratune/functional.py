@@ -1,8 +1,8 @@
 """The mathematics of VeRA on tensors, and nothing else.
 
 Throughout: T is any number of leading dimensions, n = in_features, m = out_features, r = rank. A (r, n)
-and B (m, r) are frozen; d (r,) and b (m,) are trained, and None stands for a vector of ones. `scale` is
-the basis' factor s. Products run in the dtype of x (of autocast, where it is on).
+and B (m, r) are frozen, full or made of blocks; d (r,) and b (m,) are trained, and None stands for a vector of ones. `scale`
+is the basis' factor s. Products run in the dtype of x (of autocast, where it is on).
 
 The orders in which the products can be taken are in `plans`. Most gradients are written out here, since autograd's own
 would keep a result of every step; those can be taken once, not twice.
@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from veratune.basis.blocks import Blocks, Matrix, RowBlocks, back, dense, times
 from veratune.errors import ShapeError, UnsupportedError
 from veratune.plans import Call, Choice, choose, settle
 from veratune.projection import project
 
 
-def delta_weight(A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None, scale: float = 1.0) -> Tensor:
+def delta_weight(A: Matrix, B: Matrix, d: Tensor | None, b: Tensor | None, scale: float = 1.0) -> Tensor:
     """ΔW = scale * diag(b) B diag(d) A
 
     Returns (m, n) in A's dtype; its rank is at most r. Gradients flow to d and b.
@@ -33,14 +34,15 @@ def delta_weight(A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None, scale
     torch.Size([6, 8])
     """
     _check(A, B, d, b)
-    with torch.autocast(A.device.type, enabled=False):
-        return _DeltaWeight.apply(A, B, d, b, scale)
+    left = dense(B).to(A.dtype)
+    with torch.autocast(left.device.type, enabled=False):
+        return _DeltaWeight.apply(A, left, d, b, scale)
 
 
 def vera_linear(
     x: Tensor,
-    A: Tensor,
-    B: Tensor,
+    A: Matrix,
+    B: Matrix,
     d: Tensor | None,
     b: Tensor | None,
     scale: float = 1.0,
@@ -53,7 +55,8 @@ def vera_linear(
     """y = scale * b * (B (d * (A x))), and W x + bias before it where a weight is given
 
     x: (*T, n) activations; weight: W (m, n), frozen, in the dtype of the products, and bias: (m,).
-    plan: the order of the products, one of `plans`; "auto" takes the cheapest that the precision allows.
+    plan: the order of the products, one of `plans`; "auto" takes the cheapest that the precision allows. A and B of
+    blocks are always cheapest one after the other.
     reader: the number of a layer that may share A x with others that read the same x (see `projection`).
     Returns (*T, m). Gradients flow to x, d, b and bias.
     Raises ShapeError naming the argument, what was found and what was wanted.
@@ -66,16 +69,30 @@ def vera_linear(
     _check(A, B, d, b)
     _check_x(x, A)
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        raise UnsupportedError("weight asks for a gradient, but vera_linear takes W as frozen; add the layer's own output instead")
+        raise UnsupportedError(
+            "weight asks for a gradient, but vera_linear takes W as frozen; add the layer's own output instead"
+        )
     x = x.to(A.dtype)
-    choice = plan_of(x, A, B, (d, b), plan, in_weight=weight is not None and carries(weight.dtype), own_weight=weight is not None)
+    if isinstance(A, RowBlocks) and isinstance(B, Blocks) and plan in ("auto", "factored"):
+        return _VeraBlocks.apply(x, weight, bias, A, B, d, b, scale)
+    A, B = dense(A), dense(B)
+    choice = plan_of(
+        x, A, B, (d, b), plan, in_weight=weight is not None and carries(weight.dtype), own_weight=weight is not None
+    )
     if choice.plan == "factored" and choice.keep:
         return _step_by_step(x, weight, bias, A, B, d, b, scale)
     return _VeraLinear.apply(x, weight, bias, A, B, d, b, scale, choice.plan, choice.keep, reader)
 
 
 def plan_of(
-    x: Tensor, A: Tensor, B: Tensor, vectors: tuple[Tensor | None, Tensor | None], plan: str, *, in_weight: bool, own_weight: bool
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    vectors: tuple[Tensor | None, Tensor | None],
+    plan: str,
+    *,
+    in_weight: bool,
+    own_weight: bool,
 ) -> Choice:
     """The order in which `vera_linear` takes its products for this x, with its memory policy."""
     grad = torch.is_grad_enabled()
@@ -98,7 +115,7 @@ def carries(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.float64)
 
 
-def vera_rows(x: Tensor, A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None, index: Tensor, scale: float = 1.0) -> Tensor:
+def vera_rows(x: Tensor, A: Matrix, B: Matrix, d: Tensor | None, b: Tensor | None, index: Tensor, scale: float = 1.0) -> Tensor:
     """y[i] = scale * b[index[i]] * (B (d[index[i]] * (A x[i])))
 
     x: (N, *T, n), a batch of N rows; d: (k, r) and b: (k, m), the vectors of k adapters on one basis;
@@ -118,14 +135,21 @@ def vera_rows(x: Tensor, A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | Non
     def spread(vectors: Tensor) -> Tensor:
         return vectors[index].view(len(index), *middle, vectors.shape[1])
 
-    z = F.linear(x, A)
+    z = times(A, x)
     z = z * scale if d is None else z * spread(_scaled(d, scale, z.dtype))
-    y = F.linear(z, B)
+    y = times(B, z)
     return y if b is None else y * spread(b.to(y.dtype))
 
 
 def _step_by_step(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None, scale: float
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    d: Tensor | None,
+    b: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """Equation 2 as it stands, each step known to autograd: the least to do where T is small."""
     inner = F.linear(x, A)
@@ -196,24 +220,87 @@ class _VeraLinear(Function):
             if need_d or need_b:
                 product = flat.t() @ seen
                 grad_d, grad_b = _from_product(product if plan == "projected" else product @ A.t(), B, d, b, scale)
-        grad_bias = flat.sum(0) if need_bias else None
-        return grad_x, None, grad_bias, None, None, grad_d if need_d else None, grad_b if need_b else None, None, None, None, None
+        vectors = (grad_d if need_d else None, grad_b if need_b else None)
+        return grad_x, None, flat.sum(0) if need_bias else None, None, None, *vectors, None, None, None, None
+
+
+class _VeraBlocks(Function):
+    """A and B made of blocks. Their products take little more time than new memory for the results, so they are taken for
+    some rows at a time, nothing but x is kept, and they are taken again in the backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        A: RowBlocks,
+        B: Blocks,
+        d: Tensor | None,
+        b: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, d, b)
+        ctx.A, ctx.B, ctx.scale = A, B, scale
+        first = A if d is None else A.scaled(_scaled(d, scale, A.dtype))
+        outer_scale = scale if d is None else 1.0
+        y = x.new_zeros(*x.shape[:-1], B.shape[0]) if weight is None else F.linear(x, weight, bias)
+        last = torch.ones((), dtype=x.dtype, device=x.device) if b is None else b.to(x.dtype)
+        for own_x, own_y in zip(*_some_rows(x, y), strict=True):
+            own_y.addcmul_(B.times(first.times(own_x)), last, value=outer_scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, weight, d, b = ctx.saved_tensors
+        A, B, scale = ctx.A, ctx.B, ctx.scale
+        need_x, _, need_bias, _, _, need_d, need_b, *_ = ctx.needs_input_grad
+        factor = _scaled(d, scale, A.dtype)
+        first = A if d is None else A.scaled(factor)
+        grad_x = grad.new_zeros(x.shape) if weight is None or not need_x else grad.matmul(weight)
+        sums: list[list[Tensor]] = [[], []]
+        for own_x, own_grad, own_grad_x in zip(*_some_rows(x, grad, grad_x), strict=True):
+            inner = A.times(own_x)
+            if need_b:
+                sums[1].append(_summed(B.times(inner * factor), own_grad, b))
+            if need_x or need_d:
+                middle = B.back(own_grad if b is None else own_grad * b.to(own_grad.dtype))
+                if need_d:
+                    sums[0].append(_summed(middle, inner, d))
+                if need_x:
+                    own_grad_x.add_(first.back(middle), alpha=scale if d is None else 1)
+        grad_d, grad_b = (torch.stack(found).sum(0) if found else None for found in sums)
+        vectors = (None if grad_d is None else grad_d.mul_(scale), grad_b)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
+        return grad_x if need_x else None, None, grad_bias, None, None, *vectors, None
+
+
+_ROWS = 2**20
+
+
+def _some_rows(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Each tensor (*T, columns) as views of some rows."""
+    flat = [t.view(-1, t.shape[-1]) if t.is_contiguous() else t.reshape(-1, t.shape[-1]) for t in tensors]
+    rows = max(1, flat[0].shape[0]) if torch.compiler.is_compiling() else max(1, _ROWS // max(1, flat[0].shape[-1]))
+    return [t.split(rows) for t in flat]
 
 
 class _DeltaWeight(Function):
     """ΔW, of which nothing but the vectors is kept."""
 
     @staticmethod
-    def forward(ctx: Any, A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
-        ctx.save_for_backward(A, B, d, b)
-        ctx.scale = scale
+    def forward(ctx: Any, A: Matrix, B: Tensor, d: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+        ctx.save_for_backward(B, d, b)
+        ctx.A, ctx.scale = A, scale
         return _with_delta(None, A, B, d, b, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        A, B, d, b = ctx.saved_tensors
-        grad_d, grad_b = _from_product(grad @ A.t(), B, d, b, ctx.scale)
+        B, d, b = ctx.saved_tensors
+        grad_d, grad_b = _from_product(times(ctx.A, grad), B, d, b, ctx.scale)
         return None, None, grad_d if ctx.needs_input_grad[2] else None, grad_b if ctx.needs_input_grad[3] else None, None
 
 
@@ -223,11 +310,12 @@ def _trained(B: Tensor, d: Tensor | None, b: Tensor | None, scale: float) -> Ten
     return out if b is None else out.mul_(b.to(B.dtype)[:, None])
 
 
-def _with_delta(weight: Tensor | None, A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+def _with_delta(weight: Tensor | None, A: Matrix, B: Tensor, d: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
     """W + ΔW, or ΔW alone; laid out in memory as W is."""
-    left = _trained(B.to(A.dtype), d, b, scale)
+    left = _trained(B, d, b, scale)
     if weight is None:
-        return left @ A
+        return back(A, left)
+    A = dense(A)
     if weight.stride(0) == 1 and weight.stride(1) != 1:
         return torch.addmm(weight.t(), A.t(), left.t()).t()
     return torch.addmm(weight, left, A)
@@ -237,17 +325,27 @@ def _add_product(y: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """y + left @ right, in y's memory; left: (*T, k), right: (k, columns)."""
     if y is None:
         return left.matmul(right)
-    y.view(-1, y.shape[-1]).addmm_(left.reshape(-1, left.shape[-1]), right)
+    flat = y.view(-1, y.shape[-1])
+    torch.addmm(flat, left.reshape(-1, left.shape[-1]), right, out=flat)
     return y
 
 
-def _from_product(P: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None, scale: float) -> tuple[Tensor | None, Tensor | None]:
+def _from_product(
+    P: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None, scale: float
+) -> tuple[Tensor | None, Tensor | None]:
     """(grad d, grad b) = scale * (bᵀ (B ∘ P), (B ∘ P) d)"""
     wide = next(torch.promote_types(P.dtype, v.dtype) for v in (d, b) if v is not None)
     Q = P.to(wide) * B.to(wide)
     grad_d = None if d is None else (Q.sum(0) if b is None else b.to(wide) @ Q).mul_(scale).to(d.dtype)
     grad_b = None if b is None else (Q.sum(1) if d is None else Q @ d.to(wide)).mul_(scale).to(b.dtype)
     return grad_d, grad_b
+
+
+def _summed(left: Tensor, right: Tensor, vector: Tensor) -> Tensor:
+    """The sum of left * right over rows, in the precision of the vector that it is the gradient of."""
+    wide = torch.promote_types(left.dtype, vector.dtype)
+    terms = left.reshape(-1, left.shape[-1]) * right.reshape(-1, right.shape[-1])
+    return terms.sum(0, dtype=wide).to(vector.dtype)
 
 
 def _scaled(d: Tensor | None, scale: float, dtype: torch.dtype) -> Any:
@@ -257,8 +355,8 @@ def _scaled(d: Tensor | None, scale: float, dtype: torch.dtype) -> Any:
     return d * scale if d.dtype == dtype else (d.to(torch.promote_types(d.dtype, dtype)) * scale).to(dtype)
 
 
-def _check(A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None) -> None:
-    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
+def _check(A: Matrix, B: Matrix, d: Tensor | None, b: Tensor | None) -> None:
+    if len(A.shape) != 2 or len(B.shape) != 2 or A.shape[0] != B.shape[1]:
         raise ShapeError(f"A {tuple(A.shape)} and B {tuple(B.shape)} do not fit; A is (r, n) and B is (m, r)")
     if d is not None and d.shape != A.shape[:1]:
         raise ShapeError(f"d has shape {tuple(d.shape)}; A is (r, n) = {tuple(A.shape)}, so ({A.shape[0]},) is wanted")
@@ -266,6 +364,6 @@ def _check(A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None) -> None:
         raise ShapeError(f"b has shape {tuple(b.shape)}; B is (m, r) = {tuple(B.shape)}, so ({B.shape[0]},) is wanted")
 
 
-def _check_x(x: Tensor, A: Tensor) -> None:
+def _check_x(x: Tensor, A: Matrix) -> None:
     if x.dim() < 1 or x.shape[-1] != A.shape[1]:
         raise ShapeError(f"x has shape {tuple(x.shape)}; A is (r, n) = {tuple(A.shape)}, so (..., {A.shape[1]}) is wanted")

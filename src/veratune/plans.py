@@ -13,7 +13,7 @@ come from one small matrix P = Gᵀ (x Aᵀ) of shape (m, r):
 
 Nothing of size (T, m) is kept, with one exception: where that is small beside W (see `FEW`), "factored" keeps x Aᵀ and
 B (d (A x)) as they come, which saves the product for P. W + ΔW is made again in the backward where keeping it would take too much
-memory (see `KEEP`). "projected" and "merged" put ΔW into W: they need a W that can be read, in the precision of the product,
+memory or saves too little time (see `KEEP` and `CHEAP`). "projected" and "merged" put ΔW into W: they need a W that can be read, in the precision of the product,
 and 32 bits or more, since fewer would round a small ΔW away.
 """
 
@@ -30,8 +30,10 @@ import torch
 from veratune.config import PLANS
 from veratune.errors import DataError
 
-# W + ΔW is kept for the backward while it is at most this part of what the textbook order keeps, T (r + m).
+# W + ΔW is kept for the backward while it is at most this part of what the textbook order keeps, T (r + m), and unless to
+# make it again takes less than this part of the frozen layer's own time: m n r beside 2 T m n.
 KEEP = 0.5
+CHEAP = 0.05
 
 # Rows are few, and "factored" keeps both its products, while T (r + m) is at most this many times m n.
 FEW = 2.0
@@ -126,7 +128,7 @@ def settle(call: Call, plan: str) -> Choice:
     """A plan with its memory policy for this call."""
     if plan == "factored":
         return Choice(plan, call.grad_vectors and call.T * (call.r + call.m) <= FEW * call.m * call.n)
-    return Choice(plan, call.grad_x and _affordable(call))
+    return Choice(plan, call.grad_x and _affordable(call) and call.r > CHEAP * 2 * call.T)
 
 
 def _affordable(call: Call) -> bool:
@@ -210,7 +212,9 @@ def machine_of(device: torch.device) -> Machine:
 def calibration_file() -> Path:
     """Where the calibration of this machine is stored: $VERATUNE_CACHE, or veratune in the user's cache folder."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(os.environ.get("VERATUNE_CACHE") or os.path.join(cache, "veratune")) / f"machine-{platform.node() or 'here'}.json"
+    return (
+        Path(os.environ.get("VERATUNE_CACHE") or os.path.join(cache, "veratune")) / f"machine-{platform.node() or 'here'}.json"
+    )
 
 
 def read_calibration() -> dict[str, Machine]:

@@ -10,8 +10,9 @@ import weakref
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from veratune.basis.blocks import Matrix, identity, times
 
 
 class _Last(threading.local):
@@ -31,7 +32,7 @@ class _Last(threading.local):
 _last = _Last()
 
 
-def project(x: Tensor, A: Tensor, reader: int | None) -> Tensor:
+def project(x: Tensor, A: Matrix, reader: int | None) -> Tensor:
     """x Aᵀ, as a number and not as a step that autograd knows: its callers give the gradients.
 
     x: (*T, n); A: (r, n), in the dtype of x; reader: a number of the layer that asks, None for nobody who shares.
@@ -39,13 +40,13 @@ def project(x: Tensor, A: Tensor, reader: int | None) -> Tensor:
     Nothing is remembered where writes cannot be told: in compiled code (whose compiler finds equal products by itself), in
     inference mode, and for tensors of other kinds.
     """
-    if reader is None or torch.compiler.is_compiling() or type(x) is not Tensor or x.is_inference() or A.is_inference():
-        return F.linear(x, A)
-    key = (x._version, A.data_ptr(), A._version, A.shape, A.stride(), A.dtype, A.device)
+    if reader is None or torch.compiler.is_compiling() or type(x) is not Tensor or x.is_inference():
+        return times(A, x)
+    key = (x._version, *identity(A))
     if _last.x is not None and _last.x() is x and _last.key == key and reader not in _last.readers:
         assert _last.product is not None
         _last.readers.add(reader)
         return _last.product
-    product = F.linear(x, A)
+    product = times(A, x)
     _last.x, _last.key, _last.readers, _last.product = weakref.ref(x, _last.forget), key, {reader}, product
     return product

@@ -10,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 import veratune as vt
 from tests.fakes import scramble
 from veratune.attach import vectors_of
-from veratune.errors import ShapeError
+from veratune.basis.blocks import dense
+from veratune.errors import ShapeError, UnsupportedError
 
 sizes = st.integers(1, 20)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -146,3 +147,61 @@ def test_a_base_that_offloads_or_hooks_keeps_doing_so():
     assert model[0].weight is model[0].base.weight
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = model[0].nonsense
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from(["linear", "bare", "conv1d"]), sizes, sizes, sizes, st.sampled_from(["auto", "factored", "projected", "merged", "dense"]),
+    st.sampled_from(["random", "monarch", "peft"]),
+)  # fmt: skip
+def test_every_plan_and_basis_is_its_own_merged_form_and_the_identity_at_the_start(kind, m, n, r, plan, basis):
+    model = build(kind, m, n, r, plan=plan, basis=basis)
+    x = torch.randn(2, 3, n, dtype=torch.float64)
+    torch.testing.assert_close(model(x), model[0].base(x))
+    (v,) = vectors_of(scramble(model, "a"), "a")
+    y = model(x)
+    A, B = map(dense, v.pair(x.device, torch.float64))
+    weight = model[0].base.weight.T if kind == "conv1d" else model[0].base.weight
+    delta = v.scale * torch.diag(v.b.double()) @ B @ torch.diag(v.d.double()) @ A
+    bias = 0 if model[0].base.bias is None else model[0].base.bias
+    torch.testing.assert_close(y, x @ (weight + delta).T + bias)
+    vt.merge(model)
+    torch.testing.assert_close(model(x), y)
+
+
+@pytest.mark.parametrize("plan", ["projected", "merged"])
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda model: model[0].base.register_forward_hook(lambda *a: None), "something hooks into its forward"),
+        (lambda model: model.bfloat16(), "torch.bfloat16 would round a small ΔW away"),
+        (lambda model: model[0].base.weight.requires_grad_(), "it is trained itself"),
+        (lambda model: setattr(model[0], "base", Special(6, 4)), "it is a Special, whose product only it can take"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_not_passed_over(plan, spoil, reason):
+    model = build("linear", 4, 6, 2, torch.float32, plan=plan)
+    spoil(model)
+    with pytest.raises(UnsupportedError, match=f"plan='{plan}' puts ΔW into the weight of layer '0', but {reason}"):
+        model(torch.ones(2, 6, dtype=model[0].base.weight.dtype))
+
+
+class Special(nn.Linear):
+    pass
+
+
+def test_autocast_uses_no_weight_of_few_bits():
+    model = scramble(build("linear", 40, 60, 8, torch.float32), "a").eval()
+    x = torch.randn(300, 60)
+    with torch.no_grad():
+        wanted = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+    assert y.dtype == torch.bfloat16
+    assert (y.float() - wanted).norm() <= 2e-2 * wanted.norm()
+    model = build("linear", 4, 6, 2, torch.float32, plan="merged")
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(UnsupportedError, match="torch.float32 and the product torch.bfloat16"),
+    ):
+        model(torch.ones(2, 6))

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from veratune.adapter import PROBE, Adapter
-from veratune.basis.basis import RandomBasis, basis_of
+from veratune.basis.basis import new_basis
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError, DataError
 from veratune.formats import native
@@ -80,7 +80,7 @@ def count(
             adapter = _blank(vera, {s.name: s.shape for s in sites}, {s.name: s.rank for s in sites}, model)
             trainable = adapter.trained_values
             file_bytes = len(native.encode(adapter))
-            basis = basis_of(vera, dict(adapter.shapes)) if vera.basis == "peft" else RandomBasis(0, vera.init, vera.sharing)
+            basis = new_basis(vera, dict(adapter.shapes))
             basis.reserve([(s.name, *s.shape, s.rank) for s in sites], _META, torch.float32)
             basis_bytes = basis.bytes_held()
     elif method == "bitfit":

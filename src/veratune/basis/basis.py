@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from veratune.basis.blocks import ColumnBlocks, Matrix, RowBlocks, grid_rows
 from veratune.basis.distributions import gain, values
 from veratune.basis.philox import random_words
 from veratune.config import Init, Sharing, VeraConfig
@@ -54,15 +55,20 @@ class Basis(abc.ABC):
     def fingerprint(self) -> str:
         """A hash of a fixed sample of values: equal fingerprints, equal matrices."""
 
+    def sizes(self, out_features: int, in_features: int, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(rows, columns) of the values that a layer's A and its B are made of."""
+        return (rank, in_features), (out_features, rank)
+
     def pair(
         self, layer: str, out_features: int, in_features: int, rank: int, device: torch.device, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """(A, B) of a layer: views of shape (rank, in_features) and (out_features, rank).
+    ) -> tuple[Matrix, Matrix]:
+        """(A, B) of a layer, of shape (rank, in_features) and (out_features, rank): views, or blocks.
 
         Source of the cut: VeRA's shared matrices are sliced to each layer's size, arXiv 2310.11454 section 3.1.
         """
-        role_a, role_b = self.roles(layer, out_features, in_features)
-        return self.matrix(role_a, rank, in_features, device, dtype), self.matrix(role_b, out_features, rank, device, dtype)
+        roles = self.roles(layer, out_features, in_features)
+        first, second = self.sizes(out_features, in_features, rank)
+        return self.matrix(roles[0], *first, device, dtype), self.matrix(roles[1], *second, device, dtype)
 
     def matrix(self, role: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The first `rows` and `columns` of a matrix: a view of the one copy, made or enlarged when needed."""
@@ -76,7 +82,7 @@ class Basis(abc.ABC):
         sizes: dict[str, tuple[int, int]] = {}
         for layer, out_features, in_features, rank in layers:
             for role, size in zip(
-                self.roles(layer, out_features, in_features), ((rank, in_features), (out_features, rank)), strict=True
+                self.roles(layer, out_features, in_features), self.sizes(out_features, in_features, rank), strict=True
             ):
                 held = sizes.get(role, (0, 0))
                 sizes[role] = (max(held[0], size[0]), max(held[1], size[1]))
@@ -141,12 +147,49 @@ class RandomBasis(Basis):
             out[block.start : block.stop] = torch.from_numpy(values(bits, self.init))
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{self.init}:{self.sharing}".encode())
-        for role in ("A", "B"):
+        return self._fingerprint(f"{self.init}:{self.sharing}", ("A", "B"))
+
+    def _fingerprint(self, kind: str, roles: tuple[str, str]) -> str:
+        digest = hashlib.sha256(kind.encode())
+        for role in roles:
             for row in _SAMPLE_ROWS:
                 bits = random_words(self.seed, _role_number(role), range(row, row + 1), _SAMPLE_COLUMNS)
                 digest.update(values(bits, self.init).astype("<f4").tobytes())
         return digest.hexdigest()[:32]
+
+
+class MonarchBasis(RandomBasis):
+    """The same generator's values as small blocks (see `basis.blocks`): products in about √r times less work.
+
+    Each row of A and of B has as many values as its block is wide; the Kaiming gains follow that width, so that ΔW starts at
+    the size that it has with full matrices.
+    """
+
+    def roles(self, layer: str, out_features: int, in_features: int) -> tuple[str, str]:
+        a, b = super().roles(layer, out_features, in_features)
+        return f"blocks/{a}", f"blocks/{b}"
+
+    def sizes(self, out_features: int, in_features: int, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        q = grid_rows(rank, in_features)
+        k = math.ceil(rank / q)
+        return (q * k, math.ceil(in_features / q)), (math.ceil(out_features / k), q)
+
+    def pair(
+        self, layer: str, out_features: int, in_features: int, rank: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Matrix, Matrix]:
+        roles = self.roles(layer, out_features, in_features)
+        first, second = self.sizes(out_features, in_features, rank)
+        blocks = self.matrix(roles[0], *first, device, dtype).unflatten(0, (second[1], -1))
+        return RowBlocks((rank, in_features), blocks), ColumnBlocks(
+            (out_features, rank), self.matrix(roles[1], *second, device, dtype)
+        )
+
+    def scale(self, rank: int, in_features: int) -> float:
+        q = grid_rows(rank, in_features)
+        return gain(self.init, math.ceil(in_features / q)) * gain(self.init, q)
+
+    def fingerprint(self) -> str:
+        return self._fingerprint(f"blocks:{self.init}:{self.sharing}", ("blocks/A", "blocks/B"))
 
 
 class PeftBasis(Basis):
@@ -188,6 +231,7 @@ class PeftBasis(Basis):
         return drawn[0], drawn[1]
 
 
+_KINDS: dict[str, type[Any]] = {"random": RandomBasis, "peft": PeftBasis, "monarch": MonarchBasis}
 _LIVE: "weakref.WeakValueDictionary[tuple[Any, ...], Basis]" = weakref.WeakValueDictionary()
 _LIVE_LOCK = threading.Lock()
 
@@ -197,18 +241,25 @@ def basis_of(config: VeraConfig, shapes: dict[str, tuple[int, int]]) -> Basis:
 
     shapes: (out_features, in_features) of each adapted layer. Only basis="peft" looks at it.
     """
-    key: tuple[Any, ...]
-    if config.basis == "peft":
-        max_out, max_in = (max(sizes) for sizes in zip(*shapes.values(), strict=True))
-        key = ("peft", config.seed, config.rank, max_in, max_out)
-    else:
-        key = ("random", config.seed, config.init, config.sharing)
+    key = _key(config, shapes)
     with _LIVE_LOCK:
         basis = _LIVE.get(key)
         if basis is None:
-            basis = PeftBasis(*key[1:]) if key[0] == "peft" else RandomBasis(*key[1:])
-            _LIVE[key] = basis
+            basis = _LIVE[key] = new_basis(config, shapes)
         return basis
+
+
+def new_basis(config: VeraConfig, shapes: dict[str, tuple[int, int]]) -> Basis:
+    """The basis of an adapter as an object of its own."""
+    kind, *rest = _key(config, shapes)
+    return _KINDS[kind](*rest)
+
+
+def _key(config: VeraConfig, shapes: dict[str, tuple[int, int]]) -> tuple[Any, ...]:
+    if config.basis == "peft":
+        max_out, max_in = (max(sizes) for sizes in zip(*shapes.values(), strict=True))
+        return ("peft", config.seed, config.rank, max_in, max_out)
+    return (config.basis, config.seed, config.init, config.sharing)
 
 
 def _role_number(role: str) -> int:

@@ -1,5 +1,6 @@
 """One linear layer, forward and backward: the grid of rows, sizes and ranks."""
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -7,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from veratune.bench.measure import interleave, machine, saved_bytes, summary
-from veratune.bench.measure import flops as count_flops
+from veratune.basis.blocks import dense
+from veratune.bench.measure import flops, interleave, machine, saved_bytes, summary
 from veratune.bench.peers import FROZEN, OURS, Peer, adapted
+from veratune.config import PLANS
 from veratune.functional import plan_of
 from veratune.layers.linear import VeraLinear
-from veratune.plans import PLANS
 
 ROWS = (64, 512, 2048, 8192)
 SIZES = ((384, 384), (768, 768), (768, 3072), (2048, 2048))
@@ -55,8 +56,8 @@ def _cell(T: int, n: int, m: int, peers: list[Peer], seconds: float, where: dict
         return run
 
     steps = {peer.name: step(models[peer]) for peer in peers}
-    counted = {peer.name: count_flops(steps[peer.name]) for peer in peers}
-    kept = {peer.name: saved_bytes(lambda model=models[peer]: model(x), models[peer]) for peer in peers}
+    counted = {peer.name: flops(steps[peer.name]) for peer in peers}
+    kept = {peer.name: saved_bytes(functools.partial(models[peer], x), models[peer]) for peer in peers}
     times = interleave(steps, seconds)
     for peer in peers:
         line = {
@@ -65,7 +66,7 @@ def _cell(T: int, n: int, m: int, peers: list[Peer], seconds: float, where: dict
             "flops_over_frozen": round(counted[peer.name] / counted[FROZEN], 3),
             "flops_beyond_frozen": counted[peer.name] - counted[FROZEN], "saved_bytes": kept[peer.name],
         }  # fmt: skip
-        layer = models[peer][0] if peer.kind == OURS else None
+        layer = next(models[peer].children())
         if isinstance(layer, VeraLinear):
             line["chosen"] = _chosen(layer, x)
         yield {**line, **where}
@@ -73,5 +74,5 @@ def _cell(T: int, n: int, m: int, peers: list[Peer], seconds: float, where: dict
 
 def _chosen(layer: VeraLinear, x: torch.Tensor) -> str:
     (own,) = layer.vectors("default")
-    A, B = own.pair(x.device, x.dtype)
+    A, B = map(dense, own.pair(x.device, x.dtype))
     return plan_of(x, A, B, (own.d, own.b), own.config.plan, in_weight=True, own_weight=True).plan

@@ -99,8 +99,8 @@ def peak_bytes(step: Step) -> int:
     gc.collect()
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
         step()
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    recorded: Any = profiler.profiler
+    events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), default=0)
 
 

@@ -11,16 +11,20 @@ from torch import nn
 
 from veratune.bench.measure import flops, interleave, machine, peak_bytes, saved_bytes, summary
 from veratune.bench.peers import FROZEN, OURS, Peer, adapted
-from veratune.config import ALL_LINEAR
 from veratune.errors import ConfigError, near
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A model of the benchmark: how it is made with some layers, its batch, its targets and rank in veratune's and PEFT's words."""
+    """A model of the benchmark.
+
+    make: builds it with some blocks; layers: how many it has, quick: how many are enough for two minutes; batch: sequences and
+    tokens in each; width: of an embedded token; targets: in PEFT's and veratune's words.
+    """
 
     make: Callable[[int], nn.Module]
     layers: int
+    quick: int
     batch: tuple[int, int]
     width: int
     rank: int
@@ -30,13 +34,13 @@ class Shape:
 
 def _roberta(layers: int) -> nn.Module:
     config = hf.RobertaConfig(
-        vocab_size=1000, num_hidden_layers=layers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=2
+        vocab_size=1000, num_hidden_layers=layers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     return hf.RobertaForSequenceClassification(config)
 
 
 def _vit(layers: int) -> nn.Module:
-    return hf.ViTForImageClassification(hf.ViTConfig(num_hidden_layers=layers, num_labels=10))
+    return hf.ViTForImageClassification(hf.ViTConfig(num_hidden_layers=layers))
 
 
 def _llama(layers: int) -> nn.Module:
@@ -60,11 +64,18 @@ def _smollm2(layers: int) -> nn.Module:
 _LLAMA_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 SHAPES = {
-    "roberta-base": Shape(_roberta, 12, (16, 128), 768, 1024, ("query", "value"), "RoBERTa-base, query and value"),
-    "vit-base": Shape(_vit, 12, (16, 197), 768, 256, ("q_proj", "v_proj"), "ViT-B/16, query and value"),
-    "llama-1024": Shape(_llama, 4, (4, 512), 1024, 1024, _LLAMA_LINEAR, "a Llama of 4 layers, 1024 wide, all linear layers"),
-    "smollm2-135m": Shape(_smollm2, 30, (4, 512), 576, 256, _LLAMA_LINEAR, "SmolLM2-135M, all linear layers"),
+    "roberta-base": Shape(_roberta, 12, 3, (16, 128), 768, 1024, ("query", "value"), "RoBERTa-base, query and value"),
+    "vit-base": Shape(_vit, 12, 2, (16, 197), 768, 256, ("q_proj", "v_proj"), "ViT-B/16, query and value"),
+    "llama-1024": Shape(_llama, 4, 2, (4, 512), 1024, 1024, _LLAMA_LINEAR, "a Llama of 4 layers, 1024 wide, all linear layers"),
+    "smollm2-135m": Shape(_smollm2, 30, 4, (4, 512), 576, 256, _LLAMA_LINEAR, "SmolLM2-135M, all linear layers"),
 }
+
+
+def shape_of(model: str) -> Shape:
+    """A model of the benchmark by its name. Raises ConfigError naming the known ones."""
+    if model not in SHAPES:
+        raise ConfigError(f"no benchmark model {model!r}; there are {', '.join(SHAPES)}{near(model, SHAPES)}")
+    return SHAPES[model]
 
 
 def step(
@@ -83,16 +94,15 @@ def step(
     told: hears what is going on. Every contestant takes the same embedded inputs, with a gradient to them.
     Raises ConfigError for an unknown model.
     """
-    if model not in SHAPES:
-        raise ConfigError(f"no benchmark model {model!r}; there are {', '.join(SHAPES)}{near(model, SHAPES)}")
-    shape = SHAPES[model]
+    shape = shape_of(model)
     layers, rank = layers or shape.layers, rank or shape.rank
     default = [Peer(FROZEN), Peer("full"), Peer("lora", 8), Peer("lora", 64), Peer("peft-vera", rank), Peer(OURS, rank)]
     chosen = list(peers) if peers else default
     torch.manual_seed(0)
     told(f"building {shape.what}: {layers} of {shape.layers} layers")
     base = shape.make(layers)
-    lines, runs = {}, {}
+    lines: dict[str, dict[str, Any]] = {}
+    runs = {}
     for peer in chosen:
         told(f"{peer.name}: counting")
         adapted_model = adapted(base, peer, shape.targets)
@@ -121,7 +131,7 @@ def _forward(model: nn.Module, shape: Shape) -> Callable[[], Any]:
     rows, length = shape.batch
     if shape.make is _vit:
         pixels = torch.randn(rows, 3, 224, 224, generator=generator, requires_grad=True)
-        labels = torch.randint(10, (rows,), generator=generator)
+        labels = torch.randint(2, (rows,), generator=generator)
         return lambda: model(pixel_values=pixels.detach().requires_grad_(), labels=labels).loss
     embedded = torch.randn(rows, length, shape.width, generator=generator) * 0.02
     size = (rows,) if shape.make is _roberta else (rows, length)

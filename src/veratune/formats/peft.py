@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from veratune.adapter import Adapter, base_id
+from veratune.basis.blocks import dense
 from veratune.config import VeraConfig
 from veratune.errors import AdapterFileError, BaseModelError, UnsupportedError, VeratuneError, near
 from veratune.formats.atomic import new_folder
@@ -48,6 +49,11 @@ def write_vera(adapter: Adapter, folder: str | Path) -> None:
     """
     config = adapter.config
     _refuse_parts(adapter, "PEFT's VeRA")
+    if config.basis == "monarch":
+        raise UnsupportedError(
+            "PEFT's VeRA has full matrices A and B; this adapter has basis='monarch', whose blocks differ with a layer's size. "
+            "Export it as a LoRA instead"
+        )
     if config.sharing != "shared":
         raise UnsupportedError(f"PEFT's VeRA has one pair (A, B) for all layers; this adapter has sharing={config.sharing!r}")
     ranks = sorted({rank_of(config, layer) for layer in adapter.shapes})
@@ -55,7 +61,7 @@ def write_vera(adapter: Adapter, folder: str | Path) -> None:
         raise UnsupportedError(f"PEFT's VeRA has one rank; this adapter has the ranks {', '.join(map(str, ranks))}")
     rank = ranks[0]
     max_out, max_in = (max(sizes) for sizes in zip(*adapter.shapes.values(), strict=True))
-    A, B = adapter.basis.pair("", max_out, max_in, rank, _CPU, torch.float32)
+    A, B = (dense(matrix) for matrix in adapter.basis.pair("", max_out, max_in, rank, _CPU, torch.float32))
     tensors = {"base_model.vera_A": A, "base_model.vera_B": B}
     for layer, (m, n) in adapter.shapes.items():
         d = adapter.d[layer].float() if layer in adapter.d else torch.ones(rank)
@@ -85,7 +91,7 @@ def write_lora(adapter: Adapter, folder: str | Path) -> None:
     tensors = {}
     for layer, (m, n) in adapter.shapes.items():
         rank = rank_of(config, layer)
-        A, B = adapter.basis.pair(layer, m, n, rank, _CPU, torch.float32)
+        A, B = (dense(matrix) for matrix in adapter.basis.pair(layer, m, n, rank, _CPU, torch.float32))
         d = adapter.d[layer].float() if layer in adapter.d else torch.ones(rank)
         b = adapter.b[layer].float() if layer in adapter.b else torch.ones(m)
         tensors[f"{_PREFIX}{layer}.lora_A.weight"] = (d * adapter.basis.scale(rank, n))[:, None] * A
@@ -222,7 +228,7 @@ def _check_basis(adapter: Adapter, A: Tensor | None, B: Tensor | None) -> None:
             f"its vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} do not fit the layers, which want {(rank, max_in)} and "
             f"{(max_out, rank)}. PEFT lets a second adapter share the first one's matrices; train it alone to move it"
         )
-    drawn = adapter.basis.pair("", max_out, max_in, rank, _CPU, torch.float32)
+    drawn = [dense(matrix) for matrix in adapter.basis.pair("", max_out, max_in, rank, _CPU, torch.float32)]
     if not (torch.equal(A, drawn[0].to(A.dtype)) and torch.equal(B, drawn[1].to(B.dtype))):
         raise AdapterFileError(
             f"its vera_A and vera_B are not what seed {adapter.config.seed} draws, so they came from elsewhere (another "

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veratune.basis.basis import Basis
+from veratune.basis.blocks import Matrix
 from veratune.config import VeraConfig
 from veratune.errors import AdapterError, ShapeError, UnsupportedError
 from veratune.functional import carries, delta_weight, vera_linear
@@ -122,7 +123,7 @@ class VeraVectors(nn.Module):
     def scale(self) -> float:
         return self.basis.scale(self.rank, self.part.in_features)
 
-    def pair(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def pair(self, device: torch.device, dtype: torch.dtype) -> tuple[Matrix, Matrix]:
         """(A, B) at this layer's size."""
         part = self.part
         return self.basis.pair(self.layer, part.out_features, part.in_features, self.rank, device, dtype)
@@ -231,7 +232,9 @@ class VeraWeightLayer(VeraLayer):
 
     def weights_with(self, adapter: str) -> dict[str, Tensor]:
         """W + ΔW for each weight that the adapter changes, in the layout of the weight and at least fp32."""
-        return {parameter: self.weight_of(parameter).to(delta.dtype) + delta for parameter, delta in self.deltas(adapter).items()}
+        return {
+            parameter: self.weight_of(parameter).to(delta.dtype) + delta for parameter, delta in self.deltas(adapter).items()
+        }
 
     def cached_weights(self, adapter: str) -> dict[str, Tensor] | None:
         """`weights_with`, kept from an earlier call where nothing has changed; None where they may not be used.

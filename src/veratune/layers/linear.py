@@ -64,11 +64,12 @@ class VeraLinear(VeraWeightLayer):
 
     def _together(self, x: Tensor, adapter: str, vectors: Sequence[VeraVectors]) -> Tensor:
         """W x and the adapter's share in one go."""
-        bias = self.base.bias
+        base: Any = self.base
+        bias = base.bias
         kept = self.cached_weights(adapter)
         if kept is not None:
             return F.linear(x, self._matrix(kept["weight"]), bias)
-        weight = self._matrix(self.base.weight)
+        weight = self._matrix(base.weight)
         if len(vectors) == 1 and vectors[0].part.out_features == weight.shape[0]:
             return vectors[0](x, weight, bias)  # type: ignore[no-any-return]
         pieces, at = [], 0
