@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo chat test test-all lint docs clean
+.PHONY: install demo chat test test-all lint docs benchmarks clean
 
 install: .venv/.installed
 
@@ -33,6 +33,19 @@ test-all: lint
 
 docs: install
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_benchmarks.py
+
+# Half an hour on two quiet cores.
+benchmarks: install
+	rm -f benchmarks/results/layers.jsonl benchmarks/results/steps.jsonl
+	$(BIN)/veratune bench step --model roberta-base --layers 6 --seconds 100 --out benchmarks/results/steps.jsonl
+	$(BIN)/veratune bench step --model roberta-base --layers 6 --rank 768 --basis monarch --seconds 100 --out benchmarks/results/steps.jsonl
+	$(BIN)/veratune bench step --model vit-base --layers 4 --out benchmarks/results/steps.jsonl
+	$(BIN)/veratune bench step --model llama-1024 --layers 4 --out benchmarks/results/steps.jsonl
+	$(BIN)/veratune bench step --model llama-1024 --layers 4 --rank 256 --out benchmarks/results/steps.jsonl
+	$(BIN)/veratune bench step --model smollm2-135m --layers 8 --out benchmarks/results/steps.jsonl
+	$(BIN)/veratune bench layers --seconds 12 --out benchmarks/results/layers.jsonl
+	$(MAKE) docs
 
 clean:
 	rm -rf .venv out

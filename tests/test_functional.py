@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from veratune import functional
 from veratune.basis.basis import MonarchBasis
 from veratune.basis.blocks import dense
 from veratune.errors import ShapeError, UnsupportedError
@@ -165,6 +166,22 @@ def test_blocks_compute_what_their_dense_matrices_do(m, n, r, vectors, own):
         torch.testing.assert_close(a, e)
 
 
+@pytest.mark.parametrize("plan", ["auto", *PLANS])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_inputs_and_gradients_of_any_layout(plan, blocks, monkeypatch):
+    monkeypatch.setattr(functional, "_ROWS", 30)  # several rows at a time, and some left over
+    A, B, d, b, W, bias = layer(5, 7, 3)
+    if blocks:
+        A, B = MonarchBasis(0, "kaiming_uniform", "shared").pair("", 5, 7, 3, torch.device("cpu"), torch.float64)
+    x = torch.randn(2, 5, 3, 7, dtype=torch.float64).transpose(0, 2).requires_grad_()
+    G = torch.randn(5, 5, 3, 2, dtype=torch.float64).permute(2, 1, 3, 0)
+    y = vera_linear(x, A, B, d, b, weight=W, bias=bias, plan=plan)
+    wanted = x @ (W + delta_weight(A, B, d, b)).T + bias
+    torch.testing.assert_close(y, wanted)
+    for a, e in zip(torch.autograd.grad(y, (x, d, b), G), torch.autograd.grad(wanted, (x, d, b), G), strict=True):
+        torch.testing.assert_close(a, e)
+
+
 def test_gradients_of_a_delta_of_blocks():
     A, B = MonarchBasis(0, "kaiming_uniform", "shared").pair("", 5, 7, 4, torch.device("cpu"), torch.float64)
     d, b = (torch.randn(k, dtype=torch.float64, requires_grad=True) for k in (4, 5))
@@ -205,6 +222,6 @@ def test_a_trained_weight_is_refused():
 
 
 def test_low_precision_never_puts_delta_into_the_weight():
-    A, B, d, b, W, bias = layer(768, 768, 64, torch.bfloat16)
+    A, B, d, b, W, _ = layer(768, 768, 64, torch.bfloat16)
     assert plan_of(torch.ones(4096, 768), A, B, (d, b), "auto", in_weight=carries(W.dtype), own_weight=True).plan == "factored"
     assert plan_of(torch.ones(4096, 768), A, B, (d, b), "auto", in_weight=True, own_weight=True).plan == "projected"

@@ -8,6 +8,7 @@ The orders in which the products can be taken are in `plans`. Most gradients are
 would keep a result of every step; those can be taken once, not twice.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -247,7 +248,7 @@ class _VeraBlocks(Function):
         outer_scale = scale if d is None else 1.0
         y = x.new_zeros(*x.shape[:-1], B.shape[0]) if weight is None else F.linear(x, weight, bias)
         last = torch.ones((), dtype=x.dtype, device=x.device) if b is None else b.to(x.dtype)
-        for own_x, own_y in zip(*_some_rows(x, y), strict=True):
+        for own_y, own_x in _some_rows(y, x):
             own_y.addcmul_(B.times(first.times(own_x)), last, value=outer_scale)
         return y
 
@@ -261,7 +262,7 @@ class _VeraBlocks(Function):
         first = A if d is None else A.scaled(factor)
         grad_x = grad.new_zeros(x.shape) if weight is None or not need_x else grad.matmul(weight)
         sums: list[list[Tensor]] = [[], []]
-        for own_x, own_grad, own_grad_x in zip(*_some_rows(x, grad, grad_x), strict=True):
+        for own_grad_x, own_x, own_grad in _some_rows(grad_x, x, grad):
             inner = A.times(own_x)
             if need_b:
                 sums[1].append(_summed(B.times(inner * factor), own_grad, b))
@@ -280,11 +281,11 @@ class _VeraBlocks(Function):
 _ROWS = 2**20
 
 
-def _some_rows(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Each tensor (*T, columns) as views of some rows."""
-    flat = [t.view(-1, t.shape[-1]) if t.is_contiguous() else t.reshape(-1, t.shape[-1]) for t in tensors]
-    rows = max(1, flat[0].shape[0]) if torch.compiler.is_compiling() else max(1, _ROWS // max(1, flat[0].shape[-1]))
-    return [t.split(rows) for t in flat]
+def _some_rows(into: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows at a time of each tensor (*T, columns); those of `into` are views, to be written to."""
+    flat = [into.view(-1, into.shape[-1]), *(t.reshape(-1, t.shape[-1]) for t in tensors)]
+    rows = flat[0].shape[0] if torch.compiler.is_compiling() else _ROWS // max(t.shape[1] for t in flat)
+    return zip(*(t.split(max(1, rows)) for t in flat), strict=True)
 
 
 class _DeltaWeight(Function):

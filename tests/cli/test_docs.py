@@ -41,6 +41,23 @@ def test_the_page_on_mrpc_is_made_of_its_lines():
     assert f"accuracy {cells['VeRA']} against {cells['head alone']}" in (ROOT / "README.md").read_text()
 
 
+def test_the_page_of_benchmarks_is_made_of_its_lines():
+    make = load(ROOT / "docs" / "make_benchmarks.py")
+    layers, steps = make.read("layers"), make.read("steps")
+    assert make.PAGE.read_text() == make.page(layers, steps, make.read("monarch_against_random"), make.read("plans_agree")), (
+        "run make docs"
+    )
+    assert make.PICTURE.is_file()
+    run = next(make.rows_of_models(steps))
+    assert (run[0]["model"], run[0]["batch"]) == ("roberta-base", [16, 128])
+    cost = {(line["method"], line["rank"]): f"{line['over_frozen']:.2f}" for line in run}
+    wanted = (
+        f"RoBERTa-base, query and value at rank 1024: a training step costs {cost['veratune', 1024]} times the frozen model's, "
+        f"PEFT's VeRA {cost['peft-vera', 1024]}, its LoRA of rank 8 {cost['lora', 8]}"
+    )
+    assert wanted in (ROOT / "README.md").read_text(), wanted
+
+
 def test_links_between_pages_lead_somewhere():
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):

@@ -25,8 +25,10 @@ def parser() -> Parser:
     out.add_argument("--model", type=str, default="roberta-base", help="roberta-base, vit-base, llama-1024 or smollm2-135m")
     out.add_argument("--rank", type=int | None, default=None, help="of VeRA (default: the model's own in the benchmark)")
     out.add_argument("--plan", type=Plan, default="auto", help="of veratune: the order of its products")
-    out.add_argument("--basis", type=BasisKind, default="random", help="of veratune")
-    out.add_argument("--full", type=bool, default=False, help="build all layers; some otherwise, for two minutes of measuring")
+    out.add_argument("--basis", type=BasisKind, default="random", help="of veratune; another than random is measured beside it")
+    out.add_argument(
+        "--layers", type=int | None, default=None, help="blocks to build (default: some, for two minutes of measuring)"
+    )
     out.add_argument("--plans", type=bool, default=False, help="layers: measure every plan, not only the one that is taken")
     out.add_argument("--seconds", type=float, default=30.0, help="of measuring times: a model, or a cell of the grid")
     out.add_argument("--threads", type=int, default=2, help="that compute")
@@ -40,8 +42,8 @@ def parser() -> Parser:
 
 def run(argv: Sequence[str]) -> int:
     flags = parse(parser(), argv)
-    if flags.threads < 1 or not flags.seconds >= 0 or (flags.rank is not None and flags.rank < 1):
-        raise Usage("--threads and --rank start at 1, --seconds at 0")
+    if flags.threads < 1 or flags.seconds < 0 or any(v is not None and v < 1 for v in (flags.rank, flags.layers)):
+        raise Usage("--threads, --rank and --layers start at 1, --seconds at 0")
     import torch
 
     torch.set_num_threads(flags.threads)
@@ -74,9 +76,17 @@ def run(argv: Sequence[str]) -> int:
         from veratune.bench.steps import shape_of, step
 
         shape = shape_of(flags.model)
-        rank, layers = flags.rank or shape.rank, shape.layers if flags.full else shape.quick
-        peers = [Peer(FROZEN), Peer("full"), Peer("lora", 8), Peer("lora", 64), Peer("peft-vera", rank)]
-        peers.append(Peer(OURS, rank, flags.plan, flags.basis))
+        rank, layers = flags.rank or shape.rank, flags.layers or shape.quick
+        peers = [
+            Peer(FROZEN),
+            Peer("full"),
+            Peer("lora", 8),
+            Peer("lora", 64),
+            Peer("peft-vera", rank),
+            Peer(OURS, rank, flags.plan),
+        ]
+        if flags.basis != "random":
+            peers.append(Peer(OURS, rank, flags.plan, flags.basis))
         with console.status(flags.model) as status:
             lines = step(flags.model, rank=rank, layers=layers, peers=peers, seconds=flags.seconds, told=status.update)
         _append(flags.out, lines)

@@ -74,6 +74,7 @@ def quiet() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(?!veratune)")
     warnings.showwarning = lambda message, *rest: print(f"warning: {message}", file=sys.stderr)

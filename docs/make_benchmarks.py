@@ -1,0 +1,210 @@
+"""Write docs/benchmarks.md and its picture from benchmarks/results: python docs/make_benchmarks.py (a test compares the page).
+
+The lines come from `make benchmarks`, and from the two scripts that the page names.
+"""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "benchmarks" / "results"
+PAGE, PICTURE = HERE / "benchmarks.md", HERE / "benchmarks.png"
+
+Line = Mapping[str, Any]
+MODELS = {
+    "roberta-base": "RoBERTa-base, query and value, 16 x 128 tokens",
+    "vit-base": "ViT-B/16, query and value, 16 x 197 tokens",
+    "llama-1024": "Llama, 1024 wide, all linear layers, 4 x 512 tokens",
+    "smollm2-135m": "SmolLM2-135M, all linear layers, 4 x 512 tokens",
+}
+TASKS = {
+    "sst2": ("SST-2, MiniLM", "accuracy", 100, "higher"),
+    "e2e": ("E2E NLG, SmolLM2-135M", "held-out loss", 1, "lower"),
+    "alpaca": ("Alpaca, SmolLM2-135M", "held-out loss", 1, "lower"),
+}
+
+
+def read(name: str) -> list[Line]:
+    """The lines of one file of results."""
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+
+
+def method(line: Line) -> str:
+    """A contestant's name."""
+    names = {
+        "frozen": "frozen",
+        "full": "full fine-tuning",
+        "lora": "PEFT LoRA",
+        "peft-vera": "PEFT VeRA",
+        "veratune": "veratune",
+    }
+    words = [names[line["method"]], f"r={line['rank']}" if line["rank"] else ""]
+    return " ".join(w for w in [*words, line.get("basis", "random").replace("random", "")] if w)
+
+
+def rows_of_models(steps: list[Line]) -> Iterable[list[Line]]:
+    """The lines of each run of `veratune bench step`, in the order in which they were measured."""
+    run: list[Line] = []
+    for line in steps:
+        if line["method"] == "frozen" and run:
+            yield run
+            run = []
+        run.append(line)
+    yield run
+
+
+def page(layers: list[Line], steps: list[Line], monarch: list[Line], agree: list[Line]) -> str:
+    """The page as text."""
+    first = steps[0]
+    out = [
+        "# Benchmarks", "",
+        "Made from `benchmarks/results/` by `make docs`; measured by `make benchmarks`.", "",
+        f"Machine: {first['machine']}, {first['threads']} threads of {first['cores']} cores, fp32; torch {first['torch']}, peft "
+        f"{first['peft']}, transformers {first['transformers']}. All contestants take turns in one process; a ratio is the median over the turns of "
+        "a contestant's time over the frozen model's in the same turn. The frozen model computes its output and the gradient to "
+        "its input: the least that any training of something inside it can cost. All take the same inputs; forward and backward are "
+        "timed, without an optimizer. FLOPs are counted by torch's `FlopCounterMode`; bytes are those that autograd keeps for the "
+        "backward, weights and the frozen basis apart.", "",
+        "![Time over the frozen model, and speed over PEFT's VeRA by size of layer](benchmarks.png)", "",
+        "## Whole models", "",
+    ]  # fmt: skip
+    for run in rows_of_models(steps):
+        peft = next(line for line in run if line["method"] == "peft-vera")
+        out += [
+            f"### {MODELS[run[0]['model']]}, rank {peft['rank']}, {run[0]['layers']} layers", "",
+            "| | seconds (quartiles) | over frozen | FLOPs beyond frozen, of PEFT VeRA's | kept for backward | of PEFT VeRA's | peak | trained |",
+            "|---|---|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        for line in run:
+            beyond = line["flops_beyond_frozen"] / peft["flops_beyond_frozen"]
+            out.append(
+                f"| {method(line)} | {line['seconds']:.2f} ({line['lower_quartile']:.2f} to {line['upper_quartile']:.2f}) | "
+                f"{line['over_frozen']:.2f} | {beyond:.2f} | {line['saved_bytes'] / 2**20:,.0f} MiB | "
+                f"{line['saved_bytes'] / peft['saved_bytes']:.2f} | {line['peak_bytes'] / 2**20:,.0f} MiB | {line['trained']:,} |"
+            )
+        out.append("")
+    out += [
+        "## One linear layer", "",
+        "Time over the frozen layer, forward and backward, in every size of the grid. In brackets the plan that veratune took.", "",
+        "| T, n -> m | r | PEFT VeRA | veratune | speed over PEFT VeRA | LoRA r=8 | LoRA r=64 | full |", "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for ours, peft, others in cells(layers):
+        out.append(
+            f"| {ours['T']}, {ours['n']} -> {ours['m']} | {ours['rank']} | {peft['over_frozen']:.2f} | "
+            f"{ours['over_frozen']:.2f} ({ours['chosen']}) | {peft['seconds'] / ours['seconds']:.2f} | "
+            + " | ".join(f"{line['over_frozen']:.2f}" for line in others)
+            + " |"
+        )
+    slowest = min(peft["seconds"] / ours["seconds"] for ours, peft, _ in cells(layers))
+    out += ["", f"The least speed over PEFT's VeRA in any cell is {slowest:.2f}.", ""]
+    out += [
+        "## The plans give the same training", "",
+        f"MiniLM on MRPC, {agree[0]['steps']} steps of {agree[0]['batch']} pairs, rank {agree[0]['rank']}, learning rate "
+        f"{agree[0]['lr']:g} (`benchmarks/bench_plans_agree.py`): the largest distance of any step's loss from the factored order in float64.", "",
+        "| plan | largest distance | mean loss of the last 20 steps |", "|---|---|---|",
+        *(f"| {a['plan']} | {a['largest_distance']:.1e} | {a['last_losses_mean']:.5f} |" for a in agree),
+        f"| factored, float64 | | {agree[0]['float64_last_losses_mean']:.5f} |", "",
+        "## A basis of blocks", "",
+        '`basis="monarch"` makes A and B of small blocks (see [concepts](concepts.md)). Three real tasks, three seeds, every learning '
+        "rate tried on seed 0 for each basis and the best one kept (`benchmarks/bench_monarch_against_random.py`); rank as wide as the model, "
+        "query and value.", "",
+        "| task | score | better | untrained | full matrices | blocks | learning rates |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for task, (name, score, factor, better) in TASKS.items():
+        found = {
+            basis: best_runs([line for line in monarch if line["task"] == task and line["basis"] == basis])
+            for basis in ("random", "monarch")
+        }
+        if not all(found.values()):
+            continue
+        scores = (
+            spread([factor * line["after"] for line in found[basis]], 1 if factor == 100 else 3)
+            for basis in ("random", "monarch")
+        )
+        rates = ", ".join(f"{found[basis][0]['lr']:g}" for basis in ("random", "monarch"))
+        before = factor * found["random"][0]["before"]
+        out.append(f"| {name} | {score} | {better} | {before:.{1 if factor == 100 else 3}f} | {' | '.join(scores)} | {rates} |")
+    return "\n".join(out) + "\n"
+
+
+def cells(layers: list[Line]) -> Iterable[tuple[Line, Line, list[Line]]]:
+    """(veratune, PEFT VeRA, [LoRA r=8, LoRA r=64, full]) of every size and rank."""
+    by = {(x["T"], x["n"], x["m"], x["method"], x["rank"]): x for x in layers if x["plan"] == "auto"}
+    for (T, n, m, kind, rank), line in by.items():
+        if kind == "veratune":
+            yield line, by[T, n, m, "peft-vera", rank], [by[T, n, m, k, r] for k, r in (("lora", 8), ("lora", 64), ("full", 0))]
+
+
+def best_runs(lines: list[Line]) -> list[Line]:
+    """The runs at the learning rate that was kept: the one with several seeds."""
+    seeds = {rate: {x["seed"] for x in lines if x["lr"] == rate} for rate in {x["lr"] for x in lines}}
+    return [x for x in lines if x["lr"] == max(seeds, key=lambda rate: len(seeds[rate]))]
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and standard deviation."""
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def draw(layers: list[Line], steps: list[Line]) -> None:
+    """The picture: whole models on the left, the grid on the right."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 6), layout="constrained", width_ratios=(1, 1.1))
+    colours = {"lora": "#8fb3d9", "peft-vera": "#d98880", "veratune": "#2e7d4f", "monarch": "#7cc49a", "full": "#c9c9c9"}
+    ticks, names, at, named = [], [], 0.0, set()
+    for run in rows_of_models(steps):
+        bars = [x for x in run if x["method"] != "frozen" and not (x["method"] == "lora" and x["rank"] == 64)]
+        start = at
+        for line in bars:
+            kind = "monarch" if line.get("basis") == "monarch" else line["method"]
+            label = {
+                "lora": "PEFT LoRA r=8",
+                "peft-vera": "PEFT VeRA",
+                "veratune": "veratune",
+                "monarch": "veratune, blocks",
+                "full": "full",
+            }[kind]
+            left.bar(at, line["over_frozen"] - 1, 0.9, bottom=1, color=colours[kind], label=None if kind in named else label)
+            left.text(at, line["over_frozen"] + 0.01, f"{line['over_frozen']:.2f}", ha="center", fontsize=8)
+            named.add(kind)
+            at += 1
+        rank = next(x["rank"] for x in run if x["method"] == "peft-vera")
+        ticks.append((start + at - 1) / 2)
+        names.append(f"{run[0]['model']}\nr={rank}")
+        at += 1
+    left.axhline(1, color="black", linewidth=1)
+    left.set_xticks(ticks, names, fontsize=8)
+    left.set_ylabel("time of a training step over the frozen model's")
+    left.legend(fontsize=8)
+    left.set_title("Whole models")
+    found = list(cells(layers))
+    columns = sorted({(o["T"], o["rank"]) for o, _, _ in found})
+    sizes = sorted({(o["n"], o["m"]) for o, _, _ in found})
+    values = {(o["n"], o["m"], o["T"], o["rank"]): p["seconds"] / o["seconds"] for o, p, _ in found}
+    grid = [[values[(*size, *column)] for column in columns] for size in sizes]
+    image = right.imshow(grid, cmap="RdYlGn", vmin=0, vmax=2, aspect="auto")
+    for i, row in enumerate(grid):
+        for j, value in enumerate(row):
+            right.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8)
+    right.set_xticks(range(len(columns)), [f"T={T}\nr={r}" for T, r in columns], fontsize=7)
+    right.set_yticks(range(len(sizes)), [f"{n} -> {m}" for n, m in sizes])
+    right.set_title("One layer: speed over PEFT's VeRA")
+    figure.colorbar(image, ax=right, shrink=0.7)
+    figure.savefig(PICTURE, dpi=110)
+
+
+def main() -> None:
+    layers, steps = read("layers"), read("steps")
+    PAGE.write_text(page(layers, steps, read("monarch_against_random"), read("plans_agree")))
+    draw(layers, steps)
+
+
+if __name__ == "__main__":
+    main()
