@@ -114,7 +114,7 @@ def test_all_linear_leaves_the_output_alone():
         ({"layers": [7]}, r"layers names the blocks \[7\]; the model's are 0 to 1"),
         (
             {"targets": ["embed_tokens"]},
-            "target 'embed_tokens' is a Embedding of LlamaForCausalLM; only linear layers can be adapted",
+            "target 'embed_tokens' is a Embedding of LlamaForCausalLM; only linear layers and convolutions can be adapted",
         ),
         (
             {"exclude": ["query", "value"]},

@@ -30,7 +30,8 @@ class Adapter:
     where the config does not train them. head: tensors of modules trained in full, by full name.
     base_id: the base model's hub id or its folder's name. probe: 64 of the base model's weights, spread
     evenly over the first adapted layer (by name); None where they could not be read. task: what the adapter
-    is for, as JSON types (see veratune.tasks); empty if it was not trained by veratune.
+    is for, as JSON types (see veratune.tasks); empty if it was not trained by veratune. kernels: of the layers that
+    are convolutions.
     """
 
     config: VeraConfig
@@ -41,6 +42,7 @@ class Adapter:
     base_id: str = ""
     probe: Tensor | None = None
     task: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    kernels: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         config = self.config
@@ -52,7 +54,7 @@ class Adapter:
                 state = "is missing" if layer in wanted else "is not expected"
                 raise AdapterFileError(f"{kind} of layer '{layer}' {state}; the config trains vectors={config.vectors!r}")
             for layer, vector in vectors.items():
-                size = rank_of(config, layer) if kind == "d" else self.shapes[layer][0]
+                size = self.rank_of(layer) if kind == "d" else self.shapes[layer][0]
                 if vector.shape != (size,):
                     m, n = self.shapes[layer]
                     meaning = f"rank {size}" if kind == "d" else f"{size} outputs"
@@ -66,6 +68,10 @@ class Adapter:
                 raise AdapterFileError(f"head tensor '{name}' belongs to none of the config's heads {list(config.head)}")
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise AdapterFileError(f"head tensor '{name}' holds NaN or infinity; the training run diverged")
+
+    def rank_of(self, layer: str) -> int:
+        """The rows of A at a layer."""
+        return rank_of(self.config, layer, self.kernels.get(layer, ()))
 
     @property
     def basis(self) -> Basis:
@@ -114,6 +120,7 @@ def extract(model: nn.Module, name: str | None = None) -> Adapter:
         base_id=base_id(model),
         probe=probe(model, find_sites(model, configs[name])),
         task=task_of(model, name),
+        kernels={layer: v.part.kernel for layer, v in sites.items() if v.part.kernel},
     )
 
 
@@ -130,6 +137,12 @@ def install(model: nn.Module, adapter: Adapter, name: str, *, trainable: bool = 
             raise BaseModelError(
                 f"the adapter was trained on another base model{_was(adapter)}: it has layer '{layer}', "
                 f"{type(model).__name__} has not{near(layer, sites)}"
+            )
+        kernel, own = adapter.kernels.get(layer, ()), sites[layer].part.kernel
+        if kernel != own:
+            raise BaseModelError(
+                f"the adapter was trained on another base model{_was(adapter)}: layer '{layer}' is {_what(kernel)} in the file and "
+                f"{_what(own)} in {type(model).__name__}"
             )
         if sites[layer].shape != (m, n):
             found = sites[layer].shape
@@ -221,3 +234,7 @@ def _of_head(adapter: Adapter, path: str) -> dict[str, Tensor]:
 
 def _was(adapter: Adapter) -> str:
     return f" ('{adapter.base_id}')" if adapter.base_id else ""
+
+
+def _what(kernel: tuple[int, ...]) -> str:
+    return f"a convolution with a kernel of {' x '.join(map(str, kernel))}" if kernel else "no convolution"

@@ -21,6 +21,7 @@ from veratune.config import VeraConfig
 from veratune.errors import AdapterError, ConfigError, UnsupportedError, near
 from veratune.layers.attention import VeraMultiheadAttention
 from veratune.layers.base import Rounding, Rows, VeraHead, VeraLayer, VeraVectors, VeraWeightLayer, lost_in_all
+from veratune.layers.conv import VeraConv, is_conv
 from veratune.layers.linear import VeraLinear
 from veratune.layers.quantized import is_dense
 from veratune.targets import Site, find_heads, find_sites, is_attention
@@ -71,6 +72,10 @@ def attach(model: M, config: VeraConfig | None = None, name: str = "default", *,
             f"plan={config.plan!r}, but {type(model).__name__} is adapted inside nn.MultiheadAttention, which takes W + ΔW "
             "only; use plan='auto' or exclude those layers"
         )
+    if config.plan == "projected" and any(is_conv(base) for base in bases.values()):
+        raise ConfigError(
+            "plan='projected' is for linear layers, but convolutions are adapted too; use plan='auto', 'factored', 'merged' or 'dense'"
+        )
     basis = basis_of(config, {site.name: site.shape for site in sites})
     made = []
     for site in sites:
@@ -86,7 +91,7 @@ def attach(model: M, config: VeraConfig | None = None, name: str = "default", *,
         setattr(model, _NOTE, note)
     for parameter in note.trained:
         parameter.requires_grad_(False)
-    kinds = {path: VeraMultiheadAttention if is_attention(base) else VeraLinear for path, base in bases.items()}
+    kinds = {path: _kind(base) for path, base in bases.items()}
     layers = _layers_at(model, {**kinds, **{path: VeraHead for path, _ in copies}})
     for site, vectors in made:
         layers[site.module].add(name, vectors)
@@ -340,6 +345,12 @@ def _check_apart(model: nn.Module, sites: list[Site], heads: list[str]) -> None:
 def _as_it_came(model: nn.Module, path: str) -> nn.Module:
     module = model.get_submodule(path)
     return module.base if isinstance(module, VeraLayer) else module
+
+
+def _kind(base: nn.Module) -> type[VeraWeightLayer]:
+    if is_attention(base):
+        return VeraMultiheadAttention
+    return VeraConv if is_conv(base) else VeraLinear
 
 
 def _reserve(basis: Basis, sites: list[Site], bases: dict[str, nn.Module]) -> None:

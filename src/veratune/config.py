@@ -13,10 +13,12 @@ BasisKind = Literal["random", "peft", "monarch"]
 Vectors = Literal["both", "d", "b"]
 Fused = Literal["parts", "whole"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+ConvLayout = Literal["matrix", "loralib"]
 Plan = Literal["auto", "factored", "projected", "merged", "dense"]
 PLANS = get_args(Plan)[1:]
 
 ALL_LINEAR = "all-linear"
+ALL_CONV = "all-conv"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,8 @@ class VeraConfig:
         targets: the layers to adapt. Each entry is a layer's name or the end of one ("q_proj",
             "c_attn.q"), a glob ("*.attn.*"), a regular expression for the whole name ("re:.*[qv]_proj"), or one of the
             words "query", "key", "value", which stand for that projection under any family's name for
-            it. "all-linear" is every linear layer but the output head. None: query and value.
+            it. "all-linear" is every linear layer but the output head, "all-conv" every convolution. None: query and
+            value.
         exclude: layers left out, in the same language.
         layers: indices of the blocks to adapt (the first number in a layer's name). None: all.
         rank_pattern: another rank for the layers that a pattern matches; the first match counts.
@@ -43,6 +46,8 @@ class VeraConfig:
         seed: of the basis, 0 to 2**64 - 1.
         fused: a fused projection such as GPT-2's c_attn is adapted in its "parts" (q, k, v, each with
             its own d and b) or as one "whole" matrix, as PEFT does.
+        conv_layout: the matrix that a convolution is: "matrix" is (out, in / groups * kernel), "loralib" is (out / groups * k,
+            in * k) with rank * k rows in A, as loralib's LoRA has it, for square kernels of side k.
         head: modules trained in full and stored with the adapter, such as "classifier".
         dtype: of the trained vectors.
         plan: the order in which the products are taken (the table in `veratune.plans`). "auto" takes the
@@ -70,6 +75,7 @@ class VeraConfig:
     sharing: Sharing = "shared"
     seed: int = 0
     fused: Fused = "parts"
+    conv_layout: ConvLayout = "matrix"
     head: tuple[str, ...] = ()
     dtype: Dtype = "float32"
     plan: Plan = dataclasses.field(default="auto", metadata={"stored": False})
@@ -150,6 +156,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "init": get_args(Init),
     "sharing": get_args(Sharing),
     "fused": get_args(Fused),
+    "conv_layout": get_args(ConvLayout),
     "dtype": get_args(Dtype),
     "plan": get_args(Plan),
 }

@@ -8,7 +8,8 @@ The orders in which the products can be taken are in `plans`. Most gradients are
 would keep a result of every step; those can be taken once, not twice.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -161,6 +162,50 @@ def _step_by_step(
         return outer if weight is None else F.linear(x, weight, bias) + outer
     b = b.to(outer.dtype)
     return outer * b if weight is None else torch.addcmul(F.linear(x, weight, bias), outer, b)
+
+
+def vera_conv(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    d: Tensor | None,
+    b: Tensor | None,
+    scale: float = 1.0,
+    *,
+    convolve: Callable[[Tensor, Tensor], Tensor],
+    kernel: tuple[int, ...],
+    groups: int = 1,
+    transposed: bool = False,
+) -> Tensor:
+    """y = scale * b * (B (d * (A patch))) for each place of a convolution's output, with the patch of x that it sees
+
+    x: (N, in, *places); A: (r, in / groups * kernel), B: (out, r); convolve(x, weight): the layer's own convolution, without
+    bias, which takes A as its weight; B follows as one of kernel 1. kernel: its size in each dimension. Each group of
+    outputs has its own rows of B and its own part of x, and all have A.
+    Returns (N, out, *places'). Gradients flow to x, d and b.
+    Raises ShapeError naming the argument, what was found and what was wanted.
+    Source: VeRA, arXiv 2310.11454, equation 2, with a convolution as the matrix (out, in / groups * kernel).
+
+    >>> A, B = torch.ones(4, 3 * 9), torch.ones(6, 4)
+    >>> convolve = torch.nn.functional.conv2d
+    >>> vera_conv(torch.ones(2, 3, 5, 5), A, B, torch.ones(4), torch.ones(6), convolve=convolve, kernel=(3, 3)).shape
+    torch.Size([2, 6, 3, 3])
+    """
+    _check(A, B, d, b)
+    if A.shape[1] % math.prod(kernel):
+        raise ShapeError(
+            f"A {tuple(A.shape)} does not fit; A is (r, in / groups * {math.prod(kernel)}) for the kernel {kernel}"
+        )
+    factor = _scaled(d, scale, A.dtype)
+    first = (A * factor if d is None else A * factor[:, None]).view(A.shape[0], -1, *kernel)
+    if transposed:
+        first = first.transpose(0, 1)
+    z = convolve(x, torch.cat([first] * groups))
+    last = B if b is None else B * b.to(B.dtype)[:, None]
+    return _CONV[len(kernel) - 1](z, last.view(*B.shape, *(1 for _ in kernel)), groups=groups)
+
+
+_CONV = (F.conv1d, F.conv2d, F.conv3d)
 
 
 class _VeraLinear(Function):

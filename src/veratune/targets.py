@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from veratune.config import ALL_LINEAR, VeraConfig
+from veratune.config import ALL_CONV, ALL_LINEAR, VeraConfig
 from veratune.errors import ConfigError, TargetError, near
 from veratune.layers.base import Part, VeraHead, VeraWeightLayer
+from veratune.layers.conv import conv_part, is_conv
 from veratune.layers.fused import attention_parts, fused_parts
 
 # The field's words for a projection, and the names that model families give it: BERT, RoBERTa, ViT, DINOv2;
@@ -72,13 +73,14 @@ def find_sites(model: nn.Module, config: VeraConfig) -> list[Site]:
     ]
     names = [_site_name(path, part) for path, part in candidates]
     if not names:
-        raise TargetError(f"{type(model).__name__} has no linear layer, and nothing else can be adapted")
+        raise TargetError(f"{type(model).__name__} has no linear layer and no convolution, and nothing else can be adapted")
     targets = config.targets or default_targets(model)
     chosen = set()
     for target in targets:
-        if target == ALL_LINEAR:
-            inside = _backbone(model)
-            found = {name for name in names if not inside or name.startswith(inside)}
+        if target in (ALL_LINEAR, ALL_CONV):
+            inside = _backbone(model) if target == ALL_LINEAR else ""
+            kinds = {_site_name(path, part): bool(part.kernel) for path, part in candidates}
+            found = {name for name in names if name.startswith(inside) and kinds[name] == (target == ALL_CONV)}
         else:
             found = {name for name in names if matches(target, name)}
         if not found:
@@ -99,13 +101,19 @@ def find_sites(model: nn.Module, config: VeraConfig) -> list[Site]:
     sites = []
     for (path, part), name in zip(candidates, names, strict=True):
         if name in chosen:
-            sites.append(Site(name, path, part, rank_of(config, name)))
+            if part.kernel:
+                part = conv_part(_as_it_came(model, path), config.conv_layout)
+            sites.append(Site(name, path, part, rank_of(config, name, part.kernel)))
     return sites
 
 
-def rank_of(config: VeraConfig, name: str) -> int:
-    """The rank of the site called `name`."""
-    return next((rank for pattern, rank in config.rank_pattern.items() if matches(pattern, name)), config.rank)
+def rank_of(config: VeraConfig, name: str, kernel: tuple[int, ...] = ()) -> int:
+    """The rows of A at the site called `name`: the rank, times the kernel's side in the layout "loralib".
+
+    kernel: of a convolution; empty for other layers.
+    """
+    rank = next((rank for pattern, rank in config.rank_pattern.items() if matches(pattern, name)), config.rank)
+    return rank * kernel[0] if kernel and config.conv_layout == "loralib" else rank
 
 
 def find_heads(model: nn.Module, head: Iterable[str]) -> list[tuple[str, nn.Module]]:
@@ -159,7 +167,7 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, layer as it came in) of everything that can be adapted, shared layers once."""
     for path, module in _walk(model):
         base = module.base if isinstance(module, VeraWeightLayer) else module
-        if path and (is_attention(base) or is_linear(base)):
+        if path and (is_attention(base) or is_linear(base) or is_conv(base)):
             yield path, base
 
 
@@ -167,6 +175,8 @@ def parts_of(model: nn.Module, path: str, module: nn.Module, config: VeraConfig)
     """The matrices of a layer."""
     if isinstance(module, nn.MultiheadAttention):
         return attention_parts(module)
+    if is_conv(module):
+        return (conv_part(module, "matrix"),)
     rows, columns = linear_shape(module)
     whole = (Part("", "weight", 0, rows, columns),)
     if config.fused == "whole":
@@ -211,6 +221,11 @@ def _walk(module: nn.Module, path: str = "", seen: set[int] | None = None) -> It
         yield from _walk(child, f"{path}.{name}" if path else name, seen)
 
 
+def _as_it_came(model: nn.Module, path: str) -> nn.Module:
+    module = model.get_submodule(path)
+    return module.base if isinstance(module, VeraWeightLayer) else module
+
+
 def _backbone(model: nn.Module) -> str:
     """The prefix of a Hugging Face model's own backbone: its output head stands outside. "" for other models."""
     prefix = getattr(model, "base_model_prefix", "")
@@ -233,10 +248,12 @@ def _in_blocks(names: set[str], layers: tuple[int, ...]) -> set[str]:
 
 def _unmatched(model: nn.Module, setting: str, pattern: str, names: list[str]) -> str:
     last = {name.rpartition(".")[2] for name in names}
-    near_by = near(pattern, last | {".".join(name.split(".")[-2:]) for name in names} | (set(ROLES) | {ALL_LINEAR}) - {pattern})
+    near_by = near(
+        pattern, last | {".".join(name.split(".")[-2:]) for name in names} | (set(ROLES) | {ALL_LINEAR, ALL_CONV}) - {pattern}
+    )
     known = near_by or f"; its layers are called {', '.join(sorted(last)[:12])}"
     for path, module in _walk(model):
-        if path and (path == pattern or path.endswith("." + pattern)) and not is_linear(module):
+        if path and (path == pattern or path.endswith("." + pattern)) and not is_linear(module) and not is_conv(module):
             kind = f"{setting} {pattern!r} is a {type(module).__name__} of {type(model).__name__}"
-            return f"{kind}; only linear layers can be adapted{known}"
+            return f"{kind}; only linear layers and convolutions can be adapted{known}"
     return f"{setting} {pattern!r} matches no layer of {type(model).__name__}{known}"

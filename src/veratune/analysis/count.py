@@ -14,7 +14,7 @@ from veratune.basis.basis import new_basis
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError, DataError
 from veratune.formats import native
-from veratune.targets import find_sites
+from veratune.targets import Site, find_sites
 
 Method = Literal["vera", "lora", "bitfit", "head", "full"]
 _META = torch.device("meta")
@@ -77,7 +77,7 @@ def count(
         if method == "lora":
             trainable = extra
         else:
-            adapter = _blank(vera, {s.name: s.shape for s in sites}, {s.name: s.rank for s in sites}, model)
+            adapter = _blank(vera, sites, model)
             trainable = adapter.trained_values
             file_bytes = len(native.encode(adapter))
             basis = new_basis(vera, dict(adapter.shapes))
@@ -142,11 +142,15 @@ def _heads(model: PreTrainedModel) -> list[nn.Module]:
     return [child for name, child in model.named_children() if name != prefix]
 
 
-def _blank(vera: VeraConfig, shapes: dict[str, tuple[int, int]], ranks: dict[str, int], model: str) -> Adapter:
-    d = {name: torch.zeros(ranks[name]) for name in shapes} if vera.vectors != "b" else {}
-    b = {name: torch.zeros(m) for name, (m, _) in shapes.items()} if vera.vectors != "d" else {}
+def _blank(vera: VeraConfig, sites: list[Site], model: str) -> Adapter:
     return Adapter(
-        dataclasses.replace(vera, head=()), shapes, d, b, base_id=model, probe=torch.zeros(PROBE, dtype=torch.bfloat16)
+        config=dataclasses.replace(vera, head=()),
+        shapes={s.name: s.shape for s in sites},
+        d={s.name: torch.zeros(s.rank) for s in sites} if vera.vectors != "b" else {},
+        b={s.name: torch.zeros(s.shape[0]) for s in sites} if vera.vectors != "d" else {},
+        base_id=model,
+        probe=torch.zeros(PROBE, dtype=torch.bfloat16),
+        kernels={s.name: s.part.kernel for s in sites if s.part.kernel},
     )
 
 

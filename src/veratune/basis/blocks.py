@@ -93,7 +93,7 @@ def grid_rows(rank: int, in_features: int) -> int:
     where one is near enough.
 
     >>> grid_rows(768, 768), grid_rows(1024, 768), grid_rows(256, 768), grid_rows(5, 7)
-    (24, 32, 16, 3)
+    (24, 32, 32, 1)
     """
 
     def cost(q: int) -> float:

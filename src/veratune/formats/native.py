@@ -8,6 +8,7 @@ Tensors: `d/<layer>`, `b/<layer>`, and `head/<name>` when a head was trained. Me
     basis     fingerprint of the frozen matrices
     base      id and probe (base64 of bfloat16) of the base model
     shapes    [m, n] of each layer, layers in alphabetical order
+    kernels   sizes of the kernels by layer, where there are convolutions
     task      what the adapter is for: the task's name, its columns and labels
     digest    SHA-256 of the rest of this object and of every tensor's name, dtype, shape and bytes
 
@@ -73,6 +74,8 @@ def encode(adapter: Adapter) -> bytes:
         "shapes": [list(adapter.shapes[layer]) for layer in sorted(adapter.shapes)],
         "task": dict(adapter.task),
     }
+    if adapter.kernels:
+        about["kernels"] = {layer: list(kernel) for layer, kernel in adapter.kernels.items()}
     about["digest"] = _digest(about, tensors)
     return safetensors.torch.save(tensors, {_ENTRY: _canonical(about)})
 
@@ -98,6 +101,7 @@ def decode(data: bytes) -> Adapter:
         shapes = [(int(m), int(n)) for m, n in about["shapes"]]
         base_id, probe = str(about["base"]["id"]), _from_text(about["base"]["probe"])
         fingerprint, task = str(about["basis"]), dict(about["task"])
+        kernels = {layer: tuple(map(int, kernel)) for layer, kernel in about.get("kernels", {}).items()}
     except VeratuneError as error:
         raise AdapterFileError(f"its configuration is not valid: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -118,7 +122,12 @@ def decode(data: bytes) -> Adapter:
     for layer, (m, n) in by_layer.items():
         if m < 1 or n < 1 or max(m, n) * config.rank > _LARGEST_BASIS:
             raise AdapterFileError(f"layer '{layer}' claims the size {n} -> {m} at rank {config.rank}, which no layer has")
-    adapter = Adapter(config, by_layer, found["d"], found["b"], found["head"], base_id, probe, task)
+    for layer, kernel in kernels.items():
+        if layer not in by_layer or not 1 <= len(kernel) <= 3 or min(kernel) < 1:
+            raise AdapterFileError(
+                f"it says that layer '{layer}' has a kernel of {list(kernel)}, which no convolution of its layers has"
+            )
+    adapter = Adapter(config, by_layer, found["d"], found["b"], found["head"], base_id, probe, task, kernels)
     if adapter.basis.fingerprint() != fingerprint:
         raise BasisError(
             f"the basis drawn here (seed {config.seed}, basis={config.basis!r}) is not the one the adapter was trained "

@@ -133,6 +133,8 @@ def _refuse_parts(adapter: Adapter, what: str) -> None:
             raise UnsupportedError(
                 f"{what} adapts whole layers, and '{layer}' is part of one; train with fused='whole' to export the adapter"
             )
+        if layer in adapter.kernels:
+            raise UnsupportedError(f"'{layer}' is a convolution, which is not exported to {what}; merge the adapter instead")
 
 
 def _read(folder: Path, model: nn.Module) -> Adapter:

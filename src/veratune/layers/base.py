@@ -2,6 +2,7 @@
 
     VeraLayer (abstract)
     ├── VeraLinear                a linear layer, dense, transposed, fused or quantized
+    ├── VeraConv                  a convolution, transposed or not
     ├── VeraMultiheadAttention    torch's attention block, which reads its weights without calling them
     └── VeraHead                  a module trained in full, one copy for each adapter
 
@@ -37,7 +38,7 @@ class Part:
     """Rows start..stop of one weight matrix of a layer, which have a d and a b of their own.
 
     name: "" for a whole layer, or the part's name in a fused one ("q"); parameter: the weight's name in
-    the base layer; in_features: n.
+    the base layer; in_features: n; kernel: of a convolution.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Part:
     start: int
     stop: int
     in_features: int
+    kernel: tuple[int, ...] = ()
 
     @property
     def out_features(self) -> int:
@@ -204,10 +206,13 @@ class VeraWeightLayer(VeraLayer):
         assert isinstance(held, nn.ModuleDict)
         return held
 
-    @property
-    def transposed(self) -> bool:
-        """Whether the layer stores Wᵀ, as Hugging Face's Conv1D does."""
-        return False
+    def placed(self, delta: Tensor, weight: Tensor) -> Tensor:
+        """ΔW (m, n) of the whole layer in the layout of the stored weight."""
+        return delta
+
+    def rows_of(self, weight: Tensor) -> int:
+        """m of the whole matrix, of which a part may be some rows."""
+        return weight.shape[0]
 
     def weight_of(self, parameter: str) -> nn.Parameter:
         """A weight of the base layer, as stored."""
@@ -222,10 +227,10 @@ class VeraWeightLayer(VeraLayer):
         for vectors in self.vectors(adapter):
             weight = self.weight_of(vectors.part.parameter)
             delta = vectors.delta_weight(weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
-            rows = weight.shape[1] if self.transposed else weight.shape[0]
-            if vectors.part.out_features != rows:
+            if vectors.part.name:
+                rows = self.rows_of(weight)
                 delta = F.pad(delta, (0, 0, vectors.part.start, rows - vectors.part.stop))
-            delta = delta.T if self.transposed else delta
+            delta = self.placed(delta, weight)
             held = out.get(vectors.part.parameter)
             out[vectors.part.parameter] = delta if held is None else held + delta
         return out
@@ -346,6 +351,11 @@ def by_adapter(layer: VeraLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any
     if isinstance(results[0], tuple):
         return tuple(join(list(pieces)) for pieces in zip(*results, strict=True))
     return join(results)
+
+
+def is_plain(base: nn.Module) -> bool:
+    """Whether nothing hooks into a layer's forward, so that its weight may be read in place of a call."""
+    return "forward" not in base.__dict__ and not any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks))
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

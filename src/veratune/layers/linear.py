@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from veratune.errors import UnsupportedError
 from veratune.functional import carries, vera_rows
-from veratune.layers.base import Part, Rows, VeraVectors, VeraWeightLayer, product_dtype
+from veratune.layers.base import Part, Rows, VeraVectors, VeraWeightLayer, is_plain, product_dtype
 from veratune.layers.quantized import is_dense
 
 
@@ -26,7 +26,14 @@ class VeraLinear(VeraWeightLayer):
 
     @property
     def transposed(self) -> bool:
+        """Whether the layer stores Wᵀ, as Hugging Face's Conv1D does."""
         return hasattr(self.base, "nf")
+
+    def placed(self, delta: Tensor, weight: Tensor) -> Tensor:
+        return self._matrix(delta)
+
+    def rows_of(self, weight: Tensor) -> int:
+        return self._matrix(weight).shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rows is not None:
@@ -49,7 +56,7 @@ class VeraLinear(VeraWeightLayer):
         base: Any = self.base
         if type(base) is not nn.Linear and type(base).__name__ != "Conv1D":
             return f"it is a {type(base).__name__}, whose product only it can take"
-        if "forward" in base.__dict__ or any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks)):
+        if not is_plain(base):
             return "something hooks into its forward"
         weight: Tensor = base.weight
         if not is_dense(weight) or weight.device != x.device:
