@@ -38,12 +38,12 @@ docs: install
 # Half an hour on two quiet cores.
 benchmarks: install
 	rm -f benchmarks/results/layers.jsonl benchmarks/results/steps.jsonl
-	$(BIN)/veratune bench step --model roberta-base --layers 6 --seconds 100 --out benchmarks/results/steps.jsonl
-	$(BIN)/veratune bench step --model roberta-base --layers 6 --rank 768 --basis monarch --seconds 100 --out benchmarks/results/steps.jsonl
-	$(BIN)/veratune bench step --model vit-base --layers 4 --out benchmarks/results/steps.jsonl
-	$(BIN)/veratune bench step --model llama-1024 --layers 4 --out benchmarks/results/steps.jsonl
-	$(BIN)/veratune bench step --model llama-1024 --layers 4 --rank 256 --out benchmarks/results/steps.jsonl
-	$(BIN)/veratune bench step --model smollm2-135m --layers 8 --out benchmarks/results/steps.jsonl
+	$(BIN)/veratune bench step --model roberta-base --blocks 4 --seconds 70 --out benchmarks/results/steps.jsonl
+	$(BIN)/veratune bench step --model roberta-base --blocks 4 --rank 768 --basis monarch --seconds 70 --out benchmarks/results/steps.jsonl
+	$(BIN)/veratune bench step --model vit-base --blocks 3 --out benchmarks/results/steps.jsonl
+	$(BIN)/veratune bench step --model llama-1024 --blocks 4 --out benchmarks/results/steps.jsonl
+	$(BIN)/veratune bench step --model llama-1024 --blocks 4 --rank 256 --out benchmarks/results/steps.jsonl
+	$(BIN)/veratune bench step --model smollm2-135m --blocks 6 --out benchmarks/results/steps.jsonl
 	$(BIN)/veratune bench layers --seconds 12 --out benchmarks/results/layers.jsonl
 	$(MAKE) docs
 

@@ -48,6 +48,8 @@ def subset(name: str, data: Path, work: Path) -> Path:
             start = 0 if own.is_file() else task["rows"][0]  # alpaca has one split: the rows after those that are trained on
             file = str(own if own.is_file() else data / task["source"] / "train.parquet")
             rows = datasets.load_dataset("parquet", data_files=file, split="train")
+            if name == "alpaca":  # what fits into max_length with its answer
+                rows = rows.filter(lambda row: sum(map(len, row.values())) < 200)
             rows = rows.shuffle(seed=0).select(range(start, start + count))
             if name == "e2e":
                 rows = rows.select_columns(["mr", "ref"]).rename_columns({"mr": "prompt", "ref": "completion"})
@@ -71,9 +73,9 @@ def run(name: str, basis: str, rate: float, seed: int, model: str, data: Path, w
         train(settings, VeraConfig(rank=task["rank"], basis=basis))
     result = json.loads((folder / RESULTS).read_text())
     return {
-        "task": name, "basis": basis, "lr": rate, "seed": seed, "rank": task["rank"], "score": task["score"],
+        **task["settings"], "task": name, "basis": basis, "lr": rate, "seed": seed, "rank": task["rank"], "score": task["score"],
         "before": result["before"][task["score"]], "after": result["after"][task["score"]], "trained": result["trained"],
-        "rows": list(task["rows"]), **task["settings"], "torch": torch.__version__,
+        "rows": list(task["rows"]), "torch": torch.__version__,
     }  # fmt: skip
 
 

@@ -154,14 +154,9 @@ def _step_by_step(
     scale: float,
 ) -> Tensor:
     """Equation 2 as it stands, each step known to autograd: the least to do where T is small."""
-    inner = F.linear(x, A)
-    if weight is not None and d is not None and b is not None and d.dtype == b.dtype == inner.dtype and carries(d.dtype):
-        return torch.addcmul(F.linear(x, weight, bias), F.linear(inner * d, B), b, value=scale)
-    outer = F.linear(inner * _scaled(d, scale, inner.dtype), B)
-    if b is None:
-        return outer if weight is None else F.linear(x, weight, bias) + outer
-    b = b.to(outer.dtype)
-    return outer * b if weight is None else torch.addcmul(F.linear(x, weight, bias), outer, b)
+    outer = F.linear(F.linear(x, A) * _scaled(d, scale, A.dtype), B)
+    share = outer if b is None else outer * b.to(outer.dtype)
+    return share if weight is None else F.linear(x, weight, bias) + share
 
 
 def vera_conv(

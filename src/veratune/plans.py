@@ -58,7 +58,7 @@ class Machine:
     call: float
 
 
-# Measured with `veratune bench calibrate` on two cores of an AMD EPYC; an accelerator's are round figures of its kind.
+# From products and writes timed on two cores of an AMD EPYC; those of an accelerator are round figures of its kind, not measured.
 CPU = Machine(flops=1.9e11, read=6e10, write=2.5e10, write_large=3e9, large=3.2e7, call=4e-6)
 ACCELERATOR = Machine(flops=6e13, read=2e12, write=2e12, write_large=2e12, large=float("inf"), call=6e-6)
 

@@ -27,7 +27,7 @@ def parser() -> Parser:
     out.add_argument("--plan", type=Plan, default="auto", help="of veratune: the order of its products")
     out.add_argument("--basis", type=BasisKind, default="random", help="of veratune; another than random is measured beside it")
     out.add_argument(
-        "--layers", type=int | None, default=None, help="blocks to build (default: some, for two minutes of measuring)"
+        "--blocks", type=int | None, default=None, help="to build (default: some, for two minutes of measuring)"
     )
     out.add_argument("--plans", type=bool, default=False, help="layers: measure every plan, not only the one that is taken")
     out.add_argument("--seconds", type=float, default=30.0, help="of measuring times: a model, or a cell of the grid")
@@ -42,8 +42,8 @@ def parser() -> Parser:
 
 def run(argv: Sequence[str]) -> int:
     flags = parse(parser(), argv)
-    if flags.threads < 1 or flags.seconds < 0 or any(v is not None and v < 1 for v in (flags.rank, flags.layers)):
-        raise Usage("--threads, --rank and --layers start at 1, --seconds at 0")
+    if flags.threads < 1 or flags.seconds < 0 or any(v is not None and v < 1 for v in (flags.rank, flags.blocks)):
+        raise Usage("--threads, --rank and --blocks start at 1, --seconds at 0")
     import torch
 
     torch.set_num_threads(flags.threads)
@@ -76,7 +76,7 @@ def run(argv: Sequence[str]) -> int:
         from veratune.bench.steps import shape_of, step
 
         shape = shape_of(flags.model)
-        rank, layers = flags.rank or shape.rank, flags.layers or shape.quick
+        rank, layers = flags.rank or shape.rank, flags.blocks or shape.quick
         peers = [
             Peer(FROZEN),
             Peer("full"),
