@@ -117,7 +117,9 @@ def test_the_layout_of_loralib(inside, outside, kernel, groups):
 
 def test_loralib_has_no_matrix_for_other_convolutions():
     for layer in (nn.Conv1d(2, 2, 3), nn.Conv2d(2, 2, (1, 3)), nn.ConvTranspose2d(2, 2, 3)):
-        with pytest.raises(UnsupportedError, match="conv_layout='loralib' is made for Conv2d with square kernels, not for a Conv"):
+        with pytest.raises(
+            UnsupportedError, match="conv_layout='loralib' is made for Conv2d with square kernels, not for a Conv"
+        ):
             build(layer, conv_layout="loralib")
     model = build(nn.Conv2d(2, 2, 3), conv_layout="loralib", plan="factored", rank=1)
     with pytest.raises(UnsupportedError, match="plan='factored', but the factors of layer '0'"):
@@ -193,7 +195,9 @@ def test_into_a_file_and_back(layout, tmp_path):
         return
     other = Net()
     other.depthwise = nn.Conv2d(8, 8, (9, 1), padding=(4, 0), groups=8, bias=False)  # as many values in another form
-    with pytest.raises(BaseModelError, match="layer 'depthwise' is a convolution with a kernel of 3 x 3 in the file and .* 9 x 1 in Net"):
+    with pytest.raises(
+        BaseModelError, match="layer 'depthwise' is a convolution with a kernel of 3 x 3 in the file and .* 9 x 1 in Net"
+    ):
         vt.load(other, tmp_path / "a.safetensors")
 
 
@@ -213,7 +217,9 @@ def test_hooks_dropout_autocast_and_forced_plans():
     assert not torch.allclose(dropping.train()(x), dropping(x))
     with pytest.raises(ConfigError, match="plan='projected' is for linear layers, but convolutions are adapted too"):
         net(plan="projected")
-    with pytest.raises(UnsupportedError, match="plan='merged' puts ΔW into the weight of layer 'stem', but it is torch.bfloat16"):
+    with pytest.raises(
+        UnsupportedError, match="plan='merged' puts ΔW into the weight of layer 'stem', but it is torch.bfloat16"
+    ):
         net(plan="merged").bfloat16()(x.bfloat16())
 
 

@@ -26,9 +26,7 @@ def parser() -> Parser:
     out.add_argument("--rank", type=int | None, default=None, help="of VeRA (default: the model's own in the benchmark)")
     out.add_argument("--plan", type=Plan, default="auto", help="of veratune: the order of its products")
     out.add_argument("--basis", type=BasisKind, default="random", help="of veratune; another than random is measured beside it")
-    out.add_argument(
-        "--blocks", type=int | None, default=None, help="to build (default: some, for two minutes of measuring)"
-    )
+    out.add_argument("--blocks", type=int | None, default=None, help="to build (default: some, for two minutes of measuring)")
     out.add_argument("--plans", type=bool, default=False, help="layers: measure every plan, not only the one that is taken")
     out.add_argument("--seconds", type=float, default=30.0, help="of measuring times: a model, or a cell of the grid")
     out.add_argument("--threads", type=int, default=2, help="that compute")
