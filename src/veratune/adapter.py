@@ -15,9 +15,8 @@ from veratune.attach import active, adapters, attach, describe, heads_of, task_o
 from veratune.basis.basis import Basis, basis_of
 from veratune.config import VeraConfig
 from veratune.errors import AdapterError, AdapterFileError, BaseModelError, TargetError, near
-from veratune.layers.base import VeraLayer
 from veratune.layers.quantized import dense_weight
-from veratune.targets import Site, find_heads, find_sites, rank_of
+from veratune.targets import Site, as_it_came, find_heads, find_sites, rank_of
 
 PROBE = 64  # weights of the base model that an adapter remembers
 
@@ -184,7 +183,7 @@ def probe(model: nn.Module, sites: list[Site]) -> Tensor | None:
     """Weights of the first adapted layer (by name) as a sample of the base model, in bfloat16."""
     site = min(sites, key=lambda s: s.name)
     module = model.get_submodule(site.module)
-    base = module.base if isinstance(module, VeraLayer) else module
+    base = as_it_came(model, site.module)
     kept = getattr(module, "_kept", {}).get(site.part.parameter)  # the weight before a merge
     weight = kept if kept is not None else dense_weight(base, site.part.parameter)
     if weight is None or weight.device.type == "meta":

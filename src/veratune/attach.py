@@ -24,7 +24,7 @@ from veratune.layers.base import Rounding, Rows, VeraHead, VeraLayer, VeraVector
 from veratune.layers.conv import VeraConv, is_conv
 from veratune.layers.linear import VeraLinear
 from veratune.layers.quantized import is_dense
-from veratune.targets import Site, find_heads, find_sites, is_attention
+from veratune.targets import Site, as_it_came, find_heads, find_sites, is_attention
 
 M = TypeVar("M", bound=nn.Module)
 _NOTE = "_veratune"
@@ -61,7 +61,7 @@ def attach(model: M, config: VeraConfig | None = None, name: str = "default", *,
     sites = find_sites(model, config)
     heads = find_heads(model, config.head)
     _check_apart(model, sites, [path for path, _ in heads])
-    bases = {site.module: _as_it_came(model, site.module) for site in sites}
+    bases = {site.module: as_it_came(model, site.module) for site in sites}
     if config.dropout and any(is_attention(base) for base in bases.values()):
         raise ConfigError(
             f"dropout is {config.dropout}, but {type(model).__name__} is adapted inside nn.MultiheadAttention, where the "
@@ -340,11 +340,6 @@ def _check_apart(model: nn.Module, sites: list[Site], heads: list[str]) -> None:
         ]
         if around:
             raise UnsupportedError(f"layer '{site.name}' is inside the head '{around[0]}' of another adapter; exclude it")
-
-
-def _as_it_came(model: nn.Module, path: str) -> nn.Module:
-    module = model.get_submodule(path)
-    return module.base if isinstance(module, VeraLayer) else module
 
 
 def _kind(base: nn.Module) -> type[VeraWeightLayer]:

@@ -88,22 +88,26 @@ def vera_linear(
 
 def plan_of(
     x: Tensor,
-    A: Tensor,
-    B: Tensor,
+    A: Matrix,
+    B: Matrix,
     vectors: tuple[Tensor | None, Tensor | None],
     plan: str,
     *,
     in_weight: bool,
     own_weight: bool,
+    T: int | None = None,
 ) -> Choice:
-    """The order in which `vera_linear` takes its products for this x, with its memory policy."""
+    """The order in which `vera_linear` takes its products for this x, with its memory policy.
+
+    T: places of the output, where they are not the rows of x (a convolution's).
+    """
     grad = torch.is_grad_enabled()
     call = Call(
-        T=x.numel() // x.shape[-1],
+        T=x.numel() // x.shape[-1] if T is None else T,
         m=B.shape[0],
         n=A.shape[1],
         r=A.shape[0],
-        size=A.element_size(),
+        size=A.dtype.itemsize,
         grad_x=grad and x.requires_grad,
         grad_vectors=grad and any(v is not None and v.requires_grad for v in vectors),
         in_weight=in_weight,

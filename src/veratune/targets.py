@@ -13,8 +13,8 @@ from torch import nn
 
 from veratune.config import ALL_CONV, ALL_LINEAR, VeraConfig
 from veratune.errors import ConfigError, TargetError, near
-from veratune.layers.base import Part, VeraHead, VeraWeightLayer
-from veratune.layers.conv import conv_part, is_conv
+from veratune.layers.base import Part, VeraHead, VeraLayer, VeraWeightLayer
+from veratune.layers.conv import check_conv, conv_part, is_conv
 from veratune.layers.fused import attention_parts, fused_parts
 
 # The field's words for a projection, and the names that model families give it: BERT, RoBERTa, ViT, DINOv2;
@@ -79,8 +79,11 @@ def find_sites(model: nn.Module, config: VeraConfig) -> list[Site]:
     for target in targets:
         if target in (ALL_LINEAR, ALL_CONV):
             inside = _backbone(model) if target == ALL_LINEAR else ""
-            kinds = {_site_name(path, part): bool(part.kernel) for path, part in candidates}
-            found = {name for name in names if name.startswith(inside) and kinds[name] == (target == ALL_CONV)}
+            found = {
+                name
+                for name, (_, part) in zip(names, candidates, strict=True)
+                if name.startswith(inside) and bool(part.kernel) == (target == ALL_CONV)
+            }
         else:
             found = {name for name in names if matches(target, name)}
         if not found:
@@ -102,7 +105,9 @@ def find_sites(model: nn.Module, config: VeraConfig) -> list[Site]:
     for (path, part), name in zip(candidates, names, strict=True):
         if name in chosen:
             if part.kernel:
-                part = conv_part(_as_it_came(model, path), config.conv_layout)
+                module = as_it_came(model, path)
+                check_conv(module, path)
+                part = conv_part(module, config.conv_layout)
             sites.append(Site(name, path, part, rank_of(config, name, part.kernel)))
     return sites
 
@@ -221,9 +226,10 @@ def _walk(module: nn.Module, path: str = "", seen: set[int] | None = None) -> It
         yield from _walk(child, f"{path}.{name}" if path else name, seen)
 
 
-def _as_it_came(model: nn.Module, path: str) -> nn.Module:
+def as_it_came(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path, as it was before any adapter."""
     module = model.get_submodule(path)
-    return module.base if isinstance(module, VeraWeightLayer) else module
+    return module.base if isinstance(module, VeraLayer) else module
 
 
 def _backbone(model: nn.Module) -> str:

@@ -228,3 +228,15 @@ def test_bad_input_is_refused_with_the_sizes():
     with pytest.raises(ShapeError) as caught:
         vera_conv(torch.ones(1, 1, 5, 5), A, B, None, None, convolve=nn.functional.conv2d, kernel=(3, 3))
     assert str(caught.value) == "A (2, 10) does not fit; A is (r, in / groups * 9) for the kernel (3, 3)"
+
+
+def test_a_convolution_with_a_forward_of_its_own_is_refused():
+    class Same(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
+
+    with pytest.raises(UnsupportedError, match="layer '0' is a Same, a convolution with a forward of its own"):
+        build(Same(2, 3, 3))
+    model = nn.Sequential(Same(2, 3, 3), nn.Conv2d(3, 3, 1))
+    vt.attach(model, vt.VeraConfig(rank=2, targets=["1"]))
+    assert isinstance(model[0], Same)

@@ -8,16 +8,16 @@ rank * k rows and columns.
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veratune.basis.blocks import dense
 from veratune.errors import UnsupportedError
-from veratune.functional import carries, vera_conv
+from veratune.functional import carries, plan_of, vera_conv
 from veratune.layers.base import Part, VeraVectors, VeraWeightLayer, by_adapter, is_plain, product_dtype
-from veratune.plans import Call, choose
 
+_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_FORWARDS = tuple(kind.forward for kind in _KINDS)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
@@ -39,6 +39,14 @@ def conv_part(module: Any, layout: str) -> Part:
         )
     side = kernel[0]
     return Part("", "weight", 0, module.out_channels // module.groups * side, module.in_channels * side, kernel)
+
+
+def check_conv(module: nn.Module, path: str) -> None:
+    """Raise UnsupportedError for a convolution that computes otherwise than torch's own (padding to size, a changed weight)."""
+    if type(module).forward not in _FORWARDS:
+        raise UnsupportedError(
+            f"layer '{path}' is a {type(module).__name__}, a convolution with a forward of its own that W + ΔW would pass by; exclude it"
+        )
 
 
 class VeraConv(VeraWeightLayer):
@@ -100,13 +108,10 @@ class VeraConv(VeraWeightLayer):
         beside = "merged" if in_weight else "dense"
         if loralib:
             return beside
-        part, grad = vectors.part, torch.is_grad_enabled()
         places = x.numel() // base.in_channels // (1 if base.transposed else math.prod(base.stride))
-        call = Call(
-            T=max(1, places), m=part.out_features, n=part.in_features, r=vectors.rank, grad_x=grad and x.requires_grad,
-            grad_vectors=grad and any(p.requires_grad for p in vectors.parameters()), in_weight=in_weight, own_weight=False,
-        )  # fmt: skip
-        return "factored" if choose(call, x.device).plan == "factored" else beside
+        pair = vectors.pair(x.device, product_dtype(x))
+        chosen = plan_of(x, *pair, (vectors.d, vectors.b), "auto", in_weight=in_weight, own_weight=False, T=max(1, places))
+        return "factored" if chosen.plan == "factored" else beside
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
         """The base layer's convolution with another weight and bias, without the hooks of a call."""
