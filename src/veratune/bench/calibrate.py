@@ -3,14 +3,13 @@
 import dataclasses
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from veratune.bench.measure import synchronize
+from veratune.bench.measure import interleave
 from veratune.formats.atomic import write_atomic
 from veratune.plans import CPU, Machine, calibration_file, forget, read_calibration
 
@@ -48,20 +47,6 @@ def store(device: torch.device, machine: Machine) -> Path:
     return path
 
 
-def _seconds(run: Callable[[], Any], turns: int = 15) -> float:
-    """The median time of a call, after some to warm up."""
-    for _ in range(3):
-        run()
-    synchronize()
-    start = time.perf_counter()
-    run()
-    synchronize()
-    loops = max(1, round(0.02 / max(time.perf_counter() - start, 1e-7)))
-    found = []
-    for _ in range(turns):
-        start = time.perf_counter()
-        for _ in range(loops):
-            run()
-        synchronize()
-        found.append((time.perf_counter() - start) / loops)
-    return statistics.median(found)
+def _seconds(run: Callable[[], Any]) -> float:
+    """The median time of a call."""
+    return statistics.median(interleave({"": run}, seconds=0.0, least=15)[""])

@@ -11,14 +11,14 @@ from veratune.plans import Call, cheapest, machine_of, seconds, settle
 from veratune.targets import find_sites
 
 
-def explain(model: str, rank: int | None = None, rows: int | None = None) -> list[dict[str, Any]]:
+def explain(model: str, rank: int | None = None) -> list[dict[str, Any]]:
     """A line for each size of layer: estimated seconds of every plan beyond the frozen layer, and the one that is taken.
 
-    model: a model of the benchmark; rows: T, tokens in a step (default: the benchmark's). The model is not computed.
+    model: a model of the benchmark. It is not computed.
     """
     shape = shape_of(model)
     rank = rank or shape.rank
-    T = rows or shape.batch[0] * shape.batch[1]
+    T = shape.batch[0] * shape.batch[1]
     with torch.device("meta"):
         base = shape.make(1)
     machine = machine_of(torch.device("cpu"))

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from veratune.basis.blocks import dense
 from veratune.bench.measure import flops, interleave, machine, saved_bytes, summary
-from veratune.bench.peers import FROZEN, OURS, Peer, adapted
+from veratune.bench.peers import FROZEN, OTHERS, OURS, Peer, adapted
 from veratune.config import PLANS
 from veratune.functional import plan_of
 from veratune.layers.linear import VeraLinear
@@ -34,7 +33,7 @@ def grid(
     """
     where = machine()
     for T, (n, m) in itertools.product(rows, sizes):
-        peers = [Peer(FROZEN), Peer("full"), Peer("lora", 8), Peer("lora", 64)]
+        peers = [*OTHERS]
         for r in ranks:
             peers += [Peer("peft-vera", r), Peer(OURS, r)]
             peers += [Peer(OURS, r, plan) for plan in PLANS] if plans else []
@@ -74,5 +73,5 @@ def _cell(T: int, n: int, m: int, peers: list[Peer], seconds: float, where: dict
 
 def _chosen(layer: VeraLinear, x: torch.Tensor) -> str:
     (own,) = layer.vectors("default")
-    A, B = map(dense, own.pair(x.device, x.dtype))
+    A, B = own.pair(x.device, x.dtype)
     return plan_of(x, A, B, (own.d, own.b), own.config.plan, in_weight=True, own_weight=True).plan

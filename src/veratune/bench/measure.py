@@ -32,8 +32,10 @@ def interleave(steps: Mapping[str, Step], seconds: float, least: int = 5, most: 
     loops = {}
     for name, step in steps.items():
         step()
+        synchronize()
         start = time.perf_counter()
         step()
+        synchronize()
         loops[name] = max(1, round(_LEAST / (time.perf_counter() - start)))
     found: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps.items())

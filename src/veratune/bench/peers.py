@@ -31,6 +31,10 @@ class Peer:
         return " ".join(words + [w for w in (self.plan, self.basis) if w not in ("auto", "random")])
 
 
+# Every benchmark's common field: the limit, and what is not VeRA.
+OTHERS = (Peer(FROZEN), Peer("full"), Peer("lora", 8), Peer("lora", 64))
+
+
 def adapted(model: nn.Module, peer: Peer, targets: Sequence[str]) -> nn.Module:
     """A copy of `model`, adapted; every trained vector has left its start, as after some steps.
 

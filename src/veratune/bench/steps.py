@@ -10,7 +10,7 @@ import transformers as hf
 from torch import nn
 
 from veratune.bench.measure import flops, interleave, machine, peak_bytes, saved_bytes, summary
-from veratune.bench.peers import FROZEN, OURS, Peer, adapted
+from veratune.bench.peers import FROZEN, OTHERS, OURS, Peer, adapted
 from veratune.errors import ConfigError, near
 
 
@@ -85,19 +85,16 @@ def step(
     layers: int | None = None,
     peers: Sequence[Peer] | None = None,
     seconds: float = 60.0,
-    memory: bool = True,
     told: Callable[[str], Any] = lambda text: None,
 ) -> list[dict[str, Any]]:
     """One whole-model row of the benchmark: a line for each contestant.
 
-    layers: how many of the model's blocks to build (all); seconds: of measuring times; memory: measure the peak too;
-    told: hears what is going on. Every contestant takes the same embedded inputs, with a gradient to them.
+    layers: how many of the model's blocks to build (all); seconds: of measuring times; told: hears what is going on. Every contestant takes the same embedded inputs, with a gradient to them.
     Raises ConfigError for an unknown model.
     """
     shape = shape_of(model)
     layers, rank = layers or shape.layers, rank or shape.rank
-    default = [Peer(FROZEN), Peer("full"), Peer("lora", 8), Peer("lora", 64), Peer("peft-vera", rank), Peer(OURS, rank)]
-    chosen = list(peers) if peers else default
+    chosen = peers or (*OTHERS, Peer("peft-vera", rank), Peer(OURS, rank))
     torch.manual_seed(0)
     told(f"building {shape.what}: {layers} of {shape.layers} layers")
     base = shape.make(layers)
@@ -112,9 +109,8 @@ def step(
             "model": model, "layers": layers, "batch": list(shape.batch), "method": peer.kind, "rank": peer.rank, "plan": peer.plan,
             "basis": peer.basis, "trained": sum(p.numel() for p in adapted_model.parameters() if p.requires_grad),
             "flops": flops(runs[peer.name]), "saved_bytes": saved_bytes(forward, adapted_model),
+            "peak_bytes": peak_bytes(runs[peer.name]),
         }  # fmt: skip
-        if memory:
-            lines[peer.name]["peak_bytes"] = peak_bytes(runs[peer.name])
     begin = time.perf_counter()
     told("measuring times in turns")
     times = interleave(runs, seconds)
@@ -130,7 +126,7 @@ def _forward(model: nn.Module, shape: Shape) -> Callable[[], Any]:
     generator = torch.Generator().manual_seed(0)
     rows, length = shape.batch
     if shape.make is _vit:
-        pixels = torch.randn(rows, 3, 224, 224, generator=generator, requires_grad=True)
+        pixels = torch.randn(rows, 3, 224, 224, generator=generator)
         labels = torch.randint(2, (rows,), generator=generator)
         return lambda: model(pixel_values=pixels.detach().requires_grad_(), labels=labels).loss
     embedded = torch.randn(rows, length, shape.width, generator=generator) * 0.02

@@ -70,19 +70,12 @@ def run(argv: Sequence[str]) -> int:
             lines += found
         console.print(_layers(lines))
     else:
-        from veratune.bench.peers import FROZEN, OURS, Peer
+        from veratune.bench.peers import OTHERS, OURS, Peer
         from veratune.bench.steps import shape_of, step
 
         shape = shape_of(flags.model)
         rank, layers = flags.rank or shape.rank, flags.blocks or shape.quick
-        peers = [
-            Peer(FROZEN),
-            Peer("full"),
-            Peer("lora", 8),
-            Peer("lora", 64),
-            Peer("peft-vera", rank),
-            Peer(OURS, rank, flags.plan),
-        ]
+        peers = [*OTHERS, Peer("peft-vera", rank), Peer(OURS, rank, flags.plan)]
         if flags.basis != "random":
             peers.append(Peer(OURS, rank, flags.plan, flags.basis))
         with console.status(flags.model) as status:
@@ -101,8 +94,9 @@ def _append(path: str | None, lines: list[dict[str, Any]]) -> None:
 
 
 def _name(line: dict[str, Any]) -> str:
-    words = [line["method"], *([f"r={line['rank']}"] if line["rank"] else [])]
-    return " ".join(words + [line[key] for key in ("plan", "basis") if line.get(key, "auto") not in ("auto", "random")])
+    from veratune.bench.peers import Peer
+
+    return Peer(line["method"], line["rank"], line["plan"], line.get("basis", "random")).name
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:

@@ -42,6 +42,7 @@ class CachedWeights:
         self.limit = limit
         self.bytes = 0
         self._entries: collections.OrderedDict[tuple[int, str], _Entry] = collections.OrderedDict()
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
         self._lock = threading.RLock()
 
     def get(self, layer: Any, adapter: str) -> dict[str, Tensor] | None:
@@ -64,8 +65,8 @@ class CachedWeights:
             entry = _Entry(made, [v.detach().clone() for v in vectors], bases)
             self._entries[key] = entry
             self.bytes += entry.bytes
-            if layer not in _known:
-                _known.add(layer)
+            if layer not in self._known:
+                self._known.add(layer)
                 weakref.finalize(layer, self._drop_layer, id(layer)).atexit = False
             return entry.weights
 
@@ -99,7 +100,6 @@ class CachedWeights:
             self.bytes -= entry.bytes
 
 
-_known: "weakref.WeakSet[Any]" = weakref.WeakSet()
 WEIGHTS = CachedWeights(limit=2**30)
 
 
