@@ -22,7 +22,7 @@ COMMON = {"task": "text-classification", "batch_size": 16, "max_length": 96, "ep
 ADAPTER = {"rank": 256, "targets": ("all-linear",)}
 # What is trained -> its settings. Learning rates: see docs/log.md for what was tried.
 METHODS = {
-    "head alone": {"lr": 0.0, "head_lr": 2e-2},
+    "head alone": {"method": "head", "head_lr": 2e-2},
     "VeRA": {"lr": 2e-2, "head_lr": 5e-3},
 }
 

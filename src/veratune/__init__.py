@@ -5,6 +5,7 @@ from veratune.attach import active, adapters, attach, count_trained, detach, mer
 from veratune.config import VeraConfig
 from veratune.errors import VeratuneError
 from veratune.files import load, save
+from veratune.formats.lora import read_lora
 from veratune.layers.cached import cache_weights
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "install",
     "load",
     "merge",
+    "read_lora",
     "remove",
     "rows",
     "save",

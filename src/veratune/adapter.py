@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from veratune.attach import active, adapters, attach, describe, heads_of, task_of, vectors_of
 from veratune.basis.basis import Basis, basis_of
 from veratune.config import VeraConfig
-from veratune.errors import AdapterError, AdapterFileError, BaseModelError, TargetError, near
+from veratune.errors import AdapterError, AdapterFileError, BaseModelError, BasisError, TargetError, UnsupportedError, near
 from veratune.layers.quantized import dense_weight
 from veratune.targets import Site, as_it_came, find_heads, find_sites, rank_of
 
@@ -30,7 +30,7 @@ class Adapter:
     base_id: the base model's hub id or its folder's name. probe: 64 of the base model's weights, spread
     evenly over the first adapted layer (by name); None where they could not be read. task: what the adapter
     is for, as JSON types (see veratune.tasks); empty if it was not trained by veratune. kernels: of the layers that
-    are convolutions.
+    are convolutions. over: the fingerprint of the LoRA that an adapter with basis="lora" was trained over; "" for others.
     """
 
     config: VeraConfig
@@ -42,6 +42,7 @@ class Adapter:
     probe: Tensor | None = None
     task: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     kernels: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    over: str = ""
 
     def __post_init__(self) -> None:
         config = self.config
@@ -74,7 +75,15 @@ class Adapter:
 
     @property
     def basis(self) -> Basis:
+        """The frozen matrices. Raises UnsupportedError for those of a LoRA, which the adapter does not hold."""
+        if self.config.basis == "lora":
+            raise UnsupportedError("an adapter over a LoRA does not hold the LoRA's matrices; merge it into the model instead")
         return basis_of(self.config, dict(self.shapes))
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the frozen matrices."""
+        return self.over or self.basis.fingerprint()
 
     @property
     def trained_values(self) -> int:
@@ -120,12 +129,22 @@ def extract(model: nn.Module, name: str | None = None) -> Adapter:
         probe=probe(model, find_sites(model, configs[name])),
         task=task_of(model, name),
         kernels={layer: v.part.kernel for layer, v in sites.items() if v.part.kernel},
+        over=next(iter(sites.values())).basis.fingerprint() if configs[name].basis == "lora" else "",
     )
 
 
-def install(model: nn.Module, adapter: Adapter, name: str, *, trainable: bool = False, check_base: bool = True) -> None:
+def install(
+    model: nn.Module,
+    adapter: Adapter,
+    name: str,
+    *,
+    trainable: bool = False,
+    check_base: bool = True,
+    basis: Basis | None = None,
+) -> None:
     """Put an adapter into a model and make it the active one; the layers must be those it was trained on.
 
+    basis: the LoRA that it was trained over, for an adapter with basis="lora".
     check_base: compare the remembered weights of the base model too; False takes a deliberate mismatch,
     such as a base that was fine-tuned further.
     Raises BaseModelError naming the first layer that differs, or AdapterError; then nothing has changed.
@@ -155,7 +174,14 @@ def install(model: nn.Module, adapter: Adapter, name: str, *, trainable: bool = 
     if check_base and adapter.probe is not None:
         _check_probe(model, adapter, list(sites.values()))
     _check_head(model, adapter)
-    attach(model, adapter.config, name, trainable=trainable)
+    if adapter.config.basis == "lora":
+        if basis is None:
+            raise BasisError(
+                "the adapter was trained over a LoRA, which it does not hold: give it too, as basis=veratune.read_lora(file, model)"
+            )
+        if basis.fingerprint() != adapter.over:
+            raise BasisError("the adapter was trained over another LoRA than the one that was given: their fingerprints differ")
+    attach(model, adapter.config, name, trainable=trainable, basis=basis)
     describe(model, name, adapter.task)
     update(model, adapter, name)
 

@@ -17,14 +17,15 @@ import torch
 from torch import nn
 
 from veratune.basis.basis import Basis, basis_of
+from veratune.basis.lora import LoraBasis
 from veratune.config import VeraConfig
-from veratune.errors import AdapterError, ConfigError, UnsupportedError, near
+from veratune.errors import AdapterError, BaseModelError, ConfigError, UnsupportedError, near
 from veratune.layers.attention import VeraMultiheadAttention
 from veratune.layers.base import Rounding, Rows, VeraHead, VeraLayer, VeraVectors, VeraWeightLayer, lost_in_all
 from veratune.layers.conv import VeraConv, is_conv
 from veratune.layers.linear import VeraLinear
 from veratune.layers.quantized import is_dense
-from veratune.targets import Site, as_it_came, find_heads, find_sites, is_attention
+from veratune.targets import Site, as_it_came, find_heads, find_sites, is_attention, over_lora
 
 M = TypeVar("M", bound=nn.Module)
 _NOTE = "_veratune"
@@ -41,13 +42,16 @@ class _Note:
     slowed: list[nn.Module] = dataclasses.field(default_factory=list)
 
 
-def attach(model: M, config: VeraConfig | None = None, name: str = "default", *, trainable: bool = True) -> M:
+def attach(
+    model: M, config: VeraConfig | None = None, name: str = "default", *, trainable: bool = True, basis: Basis | None = None
+) -> M:
     """Add an adapter to a model, in place, and make it the active one.
 
     All parameters but the adapter's own are frozen; ΔW = 0 until it is trained. Further adapters may have
     other targets, ranks and seeds: each computes as if alone.
 
-    name: any text without a dot. trainable: whether its vectors (and head) ask for gradients.
+    name: any text without a dot. trainable: whether its vectors (and head) ask for gradients. basis: the matrices of a LoRA
+    (`veratune.read_lora`), for basis="lora", where ΔW starts at that LoRA.
     Returns the model. Raises TargetError, AdapterError or ConfigError, and then nothing has changed.
 
     >>> from veratune import VeraConfig, attach
@@ -58,7 +62,16 @@ def attach(model: M, config: VeraConfig | None = None, name: str = "default", *,
     config = VeraConfig() if config is None else config
     note = _note(model) or _Note()
     _check_new(model, note, name)
+    if (config.basis == "lora") != isinstance(basis, LoraBasis):
+        raise ConfigError(
+            f"config.basis is {config.basis!r} and attach was given {'no LoRA' if basis is None else 'a LoRA'}; an adapter over a LoRA "
+            "wants VeraConfig(basis='lora') and attach(..., basis=veratune.read_lora(file, model))"
+        )
+    if isinstance(basis, LoraBasis):
+        config = over_lora(model, config, basis.ranks())
     sites = find_sites(model, config)
+    if isinstance(basis, LoraBasis):
+        _check_lora(model, sites, basis)
     heads = find_heads(model, config.head)
     _check_apart(model, sites, [path for path, _ in heads])
     bases = {site.module: as_it_came(model, site.module) for site in sites}
@@ -76,7 +89,7 @@ def attach(model: M, config: VeraConfig | None = None, name: str = "default", *,
         raise ConfigError(
             "plan='projected' is for linear layers, but convolutions are adapted too; use plan='auto', 'factored', 'merged' or 'dense'"
         )
-    basis = basis_of(config, {site.name: site.shape for site in sites})
+    basis = basis or basis_of(config, {site.name: site.shape for site in sites})
     made = []
     for site in sites:
         device = bases[site.module].get_parameter(site.part.parameter).device
@@ -340,6 +353,16 @@ def _check_apart(model: nn.Module, sites: list[Site], heads: list[str]) -> None:
         ]
         if around:
             raise UnsupportedError(f"layer '{site.name}' is inside the head '{around[0]}' of another adapter; exclude it")
+
+
+def _check_lora(model: nn.Module, sites: list[Site], basis: LoraBasis) -> None:
+    for site in sites:
+        A, B = basis.pairs[site.name]
+        if (B.shape[0], A.shape[1]) != site.shape:
+            raise BaseModelError(
+                f"the LoRA is of another model: layer '{site.name}' is {A.shape[1]} -> {B.shape[0]} in it and "
+                f"{site.shape[1]} -> {site.shape[0]} in {type(model).__name__}"
+            )
 
 
 def _kind(base: nn.Module) -> type[VeraWeightLayer]:

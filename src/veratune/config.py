@@ -9,7 +9,7 @@ from veratune.errors import ConfigError, near
 
 Init = Literal["kaiming_uniform", "kaiming_normal", "uniform"]
 Sharing = Literal["shared", "per_shape", "unique"]
-BasisKind = Literal["random", "peft", "monarch"]
+BasisKind = Literal["random", "peft", "monarch", "lora"]
 Vectors = Literal["both", "d", "b"]
 Fused = Literal["parts", "whole"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -36,10 +36,12 @@ class VeraConfig:
         layers: indices of the blocks to adapt (the first number in a layer's name). None: all.
         rank_pattern: another rank for the layers that a pattern matches; the first match counts.
         vectors: "both", or only "d" (b stays 1) or only "b" (d stays 1): the paper's Table 6a.
-        d_init: start value of d. None: 0.1, or 0 with vectors="d", so that ΔW starts at 0 either way.
+        d_init: start value of d. None: 0.1, or 0 with vectors="d", so that ΔW starts at 0 either way; 1 over a LoRA, where b starts
+            at 1 too and ΔW is the LoRA's.
         dropout: probability with which an input of the adapter is dropped in training, in [0, 1).
         basis: "random" (full matrices of the counter-based generator), "monarch" (small blocks of it, which multiply
-            in a fraction of the work) or "peft" (what Hugging Face PEFT draws).
+            in a fraction of the work), "peft" (what Hugging Face PEFT draws) or "lora" (A and B of a trained LoRA, which
+            `attach` is given; targets None are then all its layers, and the rank is its own).
         init: distribution of A and B.
         sharing: one pair for all layers ("shared"), one for each layer shape ("per_shape"), or one for
             each layer ("unique").
@@ -113,6 +115,12 @@ class VeraConfig:
             )
         if self.basis == "peft":
             self._check_peft()
+        if self.basis == "lora":
+            for field, only in (("init", "kaiming_uniform"), ("sharing", "shared"), ("conv_layout", "matrix")):
+                if getattr(self, field) != only:
+                    raise ConfigError(
+                        f"basis='lora' takes its matrices from a LoRA, so {field}={getattr(self, field)!r} has no meaning; leave it out"
+                    )
 
     def _check_peft(self) -> None:
         for field, only in (("init", "kaiming_uniform"), ("sharing", "shared"), ("rank_pattern", {})):
@@ -129,7 +137,14 @@ class VeraConfig:
         """The value that d starts from."""
         if self.d_init is not None:
             return self.d_init
+        if self.basis == "lora":
+            return 1.0
         return 0.0 if self.vectors == "d" else 0.1
+
+    @property
+    def start_b(self) -> float:
+        """The value that b starts from."""
+        return 1.0 if self.basis == "lora" else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """What an adapter is, as JSON types; the defaults too, so that a file means the same when a default changes.

@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from veratune.adapter import Adapter, extract, install
+from veratune.basis.basis import Basis
 from veratune.errors import AdapterError, AdapterFileError
 from veratune.formats import native, peft
 
@@ -22,17 +23,24 @@ def save(model: nn.Module, path: str | Path, name: str | None = None) -> int:
 
 
 def load(
-    model: nn.Module, path: str | Path, name: str | None = None, *, trainable: bool = False, check_base: bool = True
+    model: nn.Module,
+    path: str | Path,
+    name: str | None = None,
+    *,
+    trainable: bool = False,
+    check_base: bool = True,
+    basis: Basis | None = None,
 ) -> str:
     """Put an adapter from a file into a model and make it the active one. Returns its name.
 
     path: a veratune file, or the folder of a PEFT VeRA checkpoint. name: default the file's own, without
     its suffix. trainable: whether to train it further. check_base: see `veratune.adapter.install`.
+    basis: the LoRA that the adapter was trained over, from `read_lora`.
     Raises AdapterFileError (damaged, tampered with, another basis), BaseModelError (another base model) or
     AdapterError (the name is taken); then the model is as it was.
     """
     path = Path(path)
-    install(model, read(path, model), name or path.stem, trainable=trainable, check_base=check_base)
+    install(model, read(path, model), name or path.stem, trainable=trainable, check_base=check_base, basis=basis)
     return name or path.stem
 
 

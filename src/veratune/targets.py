@@ -3,11 +3,12 @@
 Nothing here changes the model, so a model without weights (on the meta device) will do.
 """
 
+import collections
 import dataclasses
 import fnmatch
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
@@ -38,6 +39,7 @@ INTERLEAVED_TARGETS: dict[str, tuple[str, ...]] = {
 # Between a fused layer's path and the name of its part: torch allows no module to have it in its name.
 PART = ":"
 
+_WHOLE = VeraConfig(fused="whole")
 _INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -106,10 +108,42 @@ def find_sites(model: nn.Module, config: VeraConfig) -> list[Site]:
         if name in chosen:
             if part.kernel:
                 module = as_it_came(model, path)
-                check_conv(module, path)
+                check_conv(module, path, config)
                 part = conv_part(module, config.conv_layout)
             sites.append(Site(name, path, part, rank_of(config, name, part.kernel)))
     return sites
+
+
+def over_lora(model: nn.Module, config: VeraConfig, ranks: Mapping[str, int]) -> VeraConfig:
+    """The config of an adapter over a LoRA, with the LoRA's layers for targets and its ranks: what a file must say of them.
+
+    ranks: r by layer of the LoRA. Raises TargetError for a target that the LoRA does not have.
+    """
+    known = [_site_name(path, part) for path, module in layers_of(model) for part in parts_of(model, path, module, _WHOLE)]
+    missing = sorted(set(ranks) - set(known))
+    if missing:
+        raise TargetError(f"the LoRA has layer '{missing[0]}', {type(model).__name__} has not{near(missing[0], known)}")
+    chosen = list(ranks)
+    if config.targets is not None:
+        chosen = [site.name for site in find_sites(model, dataclasses.replace(config, fused="whole", rank_pattern={}))]
+        outside = next((name for name in chosen if name not in ranks), None)
+        if outside is not None:
+            raise TargetError(f"layer '{outside}' is a target, but the LoRA has no matrices for it{near(outside, ranks)}")
+    most = collections.Counter(ranks[name] for name in chosen).most_common(1)[0][0]
+    return dataclasses.replace(
+        config,
+        fused="whole",
+        targets=tuple(_exactly(name, known) for name in chosen),
+        exclude=(),
+        layers=None,
+        rank=most,
+        rank_pattern={_exactly(name, known): ranks[name] for name in chosen if ranks[name] != most},
+    )
+
+
+def _exactly(name: str, known: list[str]) -> str:
+    """A word of the target language that means one site alone."""
+    return name if sum(matches(name, other) for other in known) == 1 else f"re:{re.escape(name)}"
 
 
 def rank_of(config: VeraConfig, name: str, kernel: tuple[int, ...] = ()) -> int:
@@ -125,16 +159,14 @@ def find_heads(model: nn.Module, head: Iterable[str]) -> list[tuple[str, nn.Modu
     """(path, module) of each module that the config trains in full. Raises TargetError for a name that matches none."""
     out = []
     for name in head:
-        found = [
-            (path, module.base if isinstance(module, VeraHead) else module)
-            for path, module in _walk(model)
-            if path and (path == name or path.endswith("." + name))
-        ]
+        walked = [(path, module.base if isinstance(module, VeraHead) else module) for path, module in _walk(model) if path]
+        whole = [entry for entry in walked if entry[0] == name]  # a full path means that module alone
+        found = whole or [entry for entry in walked if entry[0].endswith("." + name)]
         if not found:
             known = [path.rsplit(".", 1)[-1] for path, _ in _walk(model) if path and not _INDEX.search(path)]
             raise TargetError(f"head {name!r} is no module of {type(model).__name__}{near(name, known)}")
         out += found
-    return out
+    return list(dict(out).items())  # names may overlap
 
 
 def default_targets(model: nn.Module) -> tuple[str, ...]:

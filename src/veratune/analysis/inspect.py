@@ -42,7 +42,7 @@ def summary(adapter: Adapter) -> dict[str, Any]:
         "config": adapter.config.to_dict(),
         "task": dict(adapter.task),
         "base": adapter.base_id,
-        "basis": adapter.basis.fingerprint(),
+        "basis": adapter.fingerprint,
         "trainable": adapter.trained_values,
         "head": sum(t.numel() for t in adapter.head.values()),
         "layers": [dataclasses.asdict(entry) for entry in figures(adapter)],

@@ -28,8 +28,8 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError(f"temperature is {flags.temperature}; it must be at least 0")
     from veratune.attach import active, use
     from veratune.tasks.language import Instruction
-    from veratune.training.evaluate import NAME
     from veratune.training.generate import stream_answer
+    from veratune.training.methods import NAME
 
     loaded = load(flags)
     if not isinstance(loaded.task, Instruction):
@@ -43,7 +43,7 @@ def run(argv: Sequence[str]) -> int:
     def reply(text: str) -> None:
         talk.append({"role": "user", "content": text})
         answer = stream_answer(
-            loaded.model, loaded.tokenizer, loaded.task.with_system(talk),  # type: ignore[attr-defined]
+            loaded.model, loaded.processor, loaded.task.with_system(talk),  # type: ignore[attr-defined]
             max_new_tokens=flags.max_new_tokens, temperature=flags.temperature,
         )  # fmt: skip
         talk.append({"role": "assistant", "content": answer})

@@ -22,6 +22,7 @@ COMMANDS = {
     "merge": "write the merged model",
     "export": "write an adapter for other tools",
     "import": "read an adapter of other tools",
+    "reproduce": "a table or figure of the papers, beside what is measured here",
     "bench": "time, arithmetic and memory beside PEFT",
 }
 

@@ -69,7 +69,7 @@ def encode(adapter: Adapter) -> bytes:
     about = {
         "version": VERSION,
         "config": adapter.config.to_dict(),
-        "basis": adapter.basis.fingerprint(),
+        "basis": adapter.fingerprint,
         "base": {"id": adapter.base_id, "probe": _to_text(adapter.probe)},
         "shapes": [list(adapter.shapes[layer]) for layer in sorted(adapter.shapes)],
         "task": dict(adapter.task),
@@ -127,8 +127,9 @@ def decode(data: bytes) -> Adapter:
             raise AdapterFileError(
                 f"it says that layer '{layer}' has a kernel of {list(kernel)}, which no convolution of its layers has"
             )
-    adapter = Adapter(config, by_layer, found["d"], found["b"], found["head"], base_id, probe, task, kernels)
-    if adapter.basis.fingerprint() != fingerprint:
+    over = fingerprint if config.basis == "lora" else ""  # compared with the LoRA when the adapter goes into a model
+    adapter = Adapter(config, by_layer, found["d"], found["b"], found["head"], base_id, probe, task, kernels, over)
+    if adapter.fingerprint != fingerprint:
         raise BasisError(
             f"the basis drawn here (seed {config.seed}, basis={config.basis!r}) is not the one the adapter was trained "
             "with: its fingerprint differs. The file is of another version, or was changed"

@@ -117,7 +117,7 @@ class VeraVectors(nn.Module):
         super().__init__()
         self.layer, self.part, self.rank, self.basis, self.config = layer, part, rank, basis, config
         dtype = getattr(torch, config.dtype)
-        for name, size, value, absent in (("d", rank, config.start_d, "b"), ("b", part.out_features, 0.0, "d")):
+        for name, size, value, absent in (("d", rank, config.start_d, "b"), ("b", part.out_features, config.start_b, "d")):
             vector = None if config.vectors == absent else nn.Parameter(torch.full((size,), value, dtype=dtype, device=device))
             self.register_parameter(name, vector)
 

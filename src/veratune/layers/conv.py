@@ -8,10 +8,12 @@ rank * k rows and columns.
 import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veratune.basis.blocks import dense
+from veratune.config import VeraConfig
 from veratune.errors import UnsupportedError
 from veratune.functional import carries, plan_of, vera_conv
 from veratune.layers.base import Part, VeraVectors, VeraWeightLayer, by_adapter, is_plain, product_dtype
@@ -41,12 +43,24 @@ def conv_part(module: Any, layout: str) -> Part:
     return Part("", "weight", 0, module.out_channels // module.groups * side, module.in_channels * side, kernel)
 
 
-def check_conv(module: nn.Module, path: str) -> None:
-    """Raise UnsupportedError for a convolution that computes otherwise than torch's own (padding to size, a changed weight)."""
-    if type(module).forward not in _FORWARDS:
+def check_conv(module: nn.Module, path: str, config: VeraConfig) -> None:
+    """Raise UnsupportedError where a convolution with a forward of its own cannot be adapted as the config says.
+
+    Such a layer (padding to size, a standardized weight) is called with W + ΔW for its weight, and with nothing beside it.
+    """
+    if not _own_forward(module):
+        return
+    what = f"layer '{path}' is a {type(module).__name__}, a convolution with a forward of its own, which is called with W + ΔW"
+    if config.plan not in ("auto", "merged"):
+        raise UnsupportedError(f"{what}; plan={config.plan!r} computes beside it: use plan='auto' or exclude the layer")
+    if config.dropout:
         raise UnsupportedError(
-            f"layer '{path}' is a {type(module).__name__}, a convolution with a forward of its own that W + ΔW would pass by; exclude it"
+            f"{what}; dropout={config.dropout} needs an input of the adapter alone: set it to 0 or exclude the layer"
         )
+
+
+def _own_forward(module: nn.Module) -> bool:
+    return type(module).forward not in _FORWARDS
 
 
 class VeraConv(VeraWeightLayer):
@@ -72,6 +86,15 @@ class VeraConv(VeraWeightLayer):
         (vectors,) = self.vectors(adapter)
         base: Any = self.base
 
+        def call_with_weight(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if not carries(base.weight.dtype):
+                raise UnsupportedError(
+                    f"layer '{self.name}' has a forward of its own and a weight of {base.weight.dtype}, too coarse to take ΔW in; load "
+                    "the base model in float32 or exclude the layer"
+                )
+            weights = self.cached_weights(adapter) or self.weights_with(adapter)
+            return torch.func.functional_call(base, weights, (x, *args), kwargs)
+
         def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             weight = base.weight
             whole = is_plain(base) and weight.dtype == x.dtype == product_dtype(x) and carries(weight.dtype)
@@ -87,7 +110,7 @@ class VeraConv(VeraWeightLayer):
                 return y + self._convolve(dropped, self.deltas(adapter)["weight"].to(dropped.dtype), None, *args, **kwargs)
             return y + self._factored(dropped, vectors, *args, **kwargs)
 
-        return call
+        return call_with_weight if _own_forward(base) else call
 
     def _plan(self, x: Tensor, vectors: VeraVectors, in_weight: bool) -> str:
         """Which of a convolution's plans is taken: factored, merged or dense. in_weight: whether W may take ΔW in."""

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from veratune.errors import ConfigError, DataError, UnsupportedError
+from veratune.tasks.data import has_split, load_rows
 
 Quantize = Literal["4bit", "8bit"]
 Metrics = Callable[[Any], dict[str, float]]
@@ -20,34 +21,49 @@ Metrics = Callable[[Any], dict[str, float]]
 class Task(abc.ABC):
     """One kind of data, bound to its columns.
 
-    name: as users type it; roles: usual column names by role; optional: roles that may be absent; metric:
-    the score that decides, as Trainer names it; greater_is_better: its direction; loss_per_token: whether the
-    model's loss is a mean over the tokens of the whole batch, all processes and accumulated passes together.
+    name: as users type it; roles: usual column names by role; optional: roles that may be absent; takes: the
+    settings of a run that are this task's own; metric: the score that decides, as Trainer names it;
+    greater_is_better: its direction; loss_per_token: whether the model's loss is a mean over the tokens of the whole
+    batch, all processes and accumulated passes together; batch_scores: whether `metrics` wants predictions and labels
+    as lists of batches, since they cannot be joined; needs_labels: whether a model cannot be built without the names of
+    the classes.
     """
 
     name: ClassVar[str]
     roles: ClassVar[Mapping[str, tuple[str, ...]]]
     optional: ClassVar[frozenset[str]] = frozenset()
+    takes: ClassVar[frozenset[str]] = frozenset()
     metric: ClassVar[str] = "loss"
     greater_is_better: ClassVar[bool] = False
     loss_per_token: ClassVar[bool] = False
+    batch_scores: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
 
-    def __init__(self, columns: Mapping[str, str] | None = None, max_length: int = 512) -> None:
-        """columns: the data's column for each role that has an unusual name; max_length: tokens an example keeps."""
-        if max_length < 1:
-            raise ConfigError(f"max_length is {max_length}; it must be at least 1 token")
+    def __init__(self, columns: Mapping[str, str] | None = None) -> None:
+        """columns: the data's column for each role that has an unusual name."""
         self.columns = dict(columns or {})
-        self.max_length = max_length
+
+    def load_rows(self, source: str, split: str = "train", config: str | None = None) -> Dataset:
+        """The rows of one split. Raises DataError; see `veratune.tasks.data.load_rows`."""
+        return load_rows(source, split, config)
+
+    def has_split(self, source: str, split: str) -> bool:
+        """Whether a folder has rows for a split; asked before an optional split is loaded."""
+        return has_split(source, split)
 
     def learn(self, rows: Dataset) -> None:  # noqa: B027 (most tasks have nothing to learn)
         """Take from the training rows what the model's construction needs, such as the label names."""
 
     def describe(self) -> dict[str, Any]:
         """What an adapter's file remembers of the task, as JSON types; the inverse of `from_description`."""
-        return {"name": self.name, "columns": self.columns, "max_length": self.max_length}
+        return {"name": self.name, "columns": self.columns}
 
     @abc.abstractmethod
-    def load_model(self, model: str, **options: Any) -> PreTrainedModel:
+    def load_processor(self, model: str) -> Any:
+        """What turns rows into a model's inputs: its tokenizer or image processor. Raises DataError if it cannot be had."""
+
+    @abc.abstractmethod
+    def load_model(self, model: str, processor: Any, **options: Any) -> nn.Module:
         """The base model with this task's output; `options` as in `load_pretrained`."""
 
     def heads(self, model: nn.Module) -> tuple[str, ...]:
@@ -55,11 +71,14 @@ class Task(abc.ABC):
         return ()
 
     @abc.abstractmethod
-    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """Rows as token ids and labels. Raises DataError for a missing column or a bad label."""
+    def encode(self, rows: Dataset, processor: Any, training: bool = False) -> Dataset:
+        """Rows as inputs and labels; training: with whatever is done to training rows only.
+
+        Raises DataError for a missing column or a bad label.
+        """
 
     @abc.abstractmethod
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+    def collator(self, processor: Any) -> Any:
         """What makes a batch of encoded rows."""
 
     def metrics(self) -> Metrics | None:
@@ -67,17 +86,45 @@ class Task(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def preview(self, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    def preview(self, encoded: Mapping[str, Any], processor: Any) -> list[tuple[str, bool]]:
         """One encoded example as pieces of text, each with whether the loss is on it."""
 
+    def draw(self, model: nn.Module, rows: Dataset, processor: Any, folder: Path) -> list[Path]:
+        """Pictures of what a trained model does, as PNG files in a folder; none for most tasks."""
+        return []
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model, with a padding token. Raises DataError if it cannot be had."""
-    with _loading(model):
-        tokenizer = AutoTokenizer.from_pretrained(**_source(model))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+
+class TextTask(Task):
+    """What all tasks on text have in common: a tokenizer, and a length."""
+
+    takes = frozenset({"max_length"})
+
+    def __init__(self, columns: Mapping[str, str] | None = None, max_length: int = 512) -> None:
+        """max_length: tokens an example keeps."""
+        if max_length < 1:
+            raise ConfigError(f"max_length is {max_length}; it must be at least 1 token")
+        super().__init__(columns)
+        self.max_length = max_length
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"max_length": self.max_length}
+
+    def load_processor(self, model: str) -> PreTrainedTokenizerBase:
+        """The tokenizer, with a padding token."""
+        with loading(model):
+            tokenizer = AutoTokenizer.from_pretrained(**_source(model))
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def load_model(self, model: str, processor: PreTrainedTokenizerBase, **options: Any) -> PreTrainedModel:
+        loaded = self.load_base(model, **options)
+        loaded.config.pad_token_id = processor.pad_token_id
+        return loaded
+
+    @abc.abstractmethod
+    def load_base(self, model: str, **options: Any) -> PreTrainedModel:
+        """The base model with this task's output, before it knows the tokenizer."""
 
 
 def load_pretrained(
@@ -99,7 +146,7 @@ def load_pretrained(
         )
     elif quantize == "8bit":
         extra["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    with _loading(model):
+    with loading(model):
         return auto.from_pretrained(**_source(model), dtype=getattr(torch, dtype), **extra, **options)
 
 
@@ -113,7 +160,8 @@ def _source(model: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _loading(model: str) -> Any:
+def loading(model: str) -> Any:
+    """Make what transformers raises for a model that cannot be had one DataError that says what to do."""
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise DataError(f"{model}: a folder without config.json; give a folder that save_pretrained wrote")
     try:

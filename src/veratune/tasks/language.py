@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from veratune.errors import ConfigError, DataError
-from veratune.tasks.base import Task, load_pretrained
+from veratune.tasks.base import TextTask, load_pretrained
 from veratune.tasks.data import pick_columns
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -27,25 +27,25 @@ PLAIN_TEMPLATE = (
 Message = dict[str, str]
 
 
-class LanguageTask(Task):
+class LanguageTask(TextTask):
     """What all language modelling has in common: a causal model, padded batches, the loss as the score."""
 
     loss_per_token = True
 
-    def load_model(self, model: str, **options: Any) -> PreTrainedModel:
+    def load_base(self, model: str, **options: Any) -> PreTrainedModel:
         return load_pretrained(AutoModelForCausalLM, model, **options)
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
-        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, padding=True)
+    def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+        return DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED, padding=True)
 
-    def preview(self, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    def preview(self, encoded: Mapping[str, Any], processor: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
         pieces: list[tuple[list[int], bool]] = []
         for token, label in zip(encoded["input_ids"], encoded["labels"], strict=True):
             on = label != IGNORED
             if not pieces or pieces[-1][1] != on:
                 pieces.append(([], on))
             pieces[-1][0].append(token)
-        return [(str(tokenizer.decode(tokens)), on) for tokens, on in pieces]
+        return [(str(processor.decode(tokens)), on) for tokens, on in pieces]
 
 
 class Instruction(LanguageTask):
@@ -63,6 +63,7 @@ class Instruction(LanguageTask):
         "completion": ("completion", "output", "response", "answer"),
     }
     optional = frozenset(roles)
+    takes = LanguageTask.takes | {"system"}
 
     def __init__(self, columns: Mapping[str, str] | None = None, max_length: int = 512, system: str = "") -> None:
         """system: a system message to put before every conversation that has none; "" for none."""
@@ -100,10 +101,10 @@ class Instruction(LanguageTask):
             return [{"role": "system", "content": self.system}, *talk]
         return talk
 
-    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    def encode(self, rows: Dataset, processor: PreTrainedTokenizerBase, training: bool = False) -> Dataset:
         out: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
         for number, talk in enumerate(self.messages(rows)):
-            tokens, labels = self._encode_talk(talk, tokenizer)
+            tokens, labels = self._encode_talk(talk, processor)
             tokens, labels = tokens[: self.max_length], labels[: self.max_length]
             if all(label == IGNORED for label in labels):
                 raise DataError(
@@ -145,13 +146,13 @@ class CausalLM(LanguageTask):
     name = "causal-lm"
     roles = {"text": ("text", "content")}
 
-    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    def encode(self, rows: Dataset, processor: PreTrainedTokenizerBase, training: bool = False) -> Dataset:
         column = pick_columns(rows, self.roles, self.columns)["text"]
-        end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        end = [processor.eos_token_id] if processor.eos_token_id is not None else []
         texts = [text for text in rows[column] if text]
         if not texts:
             raise DataError(f"column {column!r} holds no text at all")
-        stream = list(chain.from_iterable(ids + end for ids in tokenizer(texts)["input_ids"]))
+        stream = list(chain.from_iterable(ids + end for ids in processor(texts)["input_ids"]))
         blocks = [stream[i : i + self.max_length] for i in range(0, len(stream), self.max_length)]
         blocks = [block for block in blocks if len(block) > 1]
         if not blocks:

@@ -5,10 +5,13 @@ from typing import Any
 
 from veratune.errors import AdapterFileError, ConfigError, near
 from veratune.tasks.base import Task
+from veratune.tasks.image_classification import ImageClassification
 from veratune.tasks.language import CausalLM, Instruction
 from veratune.tasks.text_classification import TextClassification, TextRegression
 
-TASKS: dict[str, type[Task]] = {t.name: t for t in (TextClassification, TextRegression, Instruction, CausalLM)}
+TASKS: dict[str, type[Task]] = {
+    t.name: t for t in (TextClassification, TextRegression, Instruction, CausalLM, ImageClassification)
+}
 
 
 def task_class(name: str) -> type[Task]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from veratune.adapter import Adapter, install
@@ -15,21 +15,19 @@ from veratune.attach import use
 from veratune.errors import ConfigError, UnsupportedError
 from veratune.files import read
 from veratune.formats import native
-from veratune.tasks.base import Quantize, Task, load_tokenizer
-from veratune.tasks.data import load_rows
+from veratune.tasks.base import Quantize, Task
 from veratune.tasks.language import Instruction
 from veratune.tasks.registry import from_description, task_class
 from veratune.training.generate import answer, exact_match
-
-NAME = "default"
+from veratune.training.methods import NAME
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A base model with an adapter in it (none: the bare model), its tokenizer, and the adapter's task."""
+    """A base model with an adapter in it (none: the bare model), its tokenizer or image processor, and the adapter's task."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: Any
+    processor: Any
     task: Task
     adapter: Adapter | None
 
@@ -56,17 +54,16 @@ def load_for(
     else:
         job = task_class(task or Instruction.name)()
     job.columns |= dict(columns or {})
-    if getattr(job, "labels", None) == [] and job.name == "text-classification":
-        raise ConfigError("text-classification needs the label names, which only an adapter trained by veratune remembers")
-    base = job.load_model(model, dtype=dtype, quantize=quantize)
-    tokenizer = load_tokenizer(model)
-    base.config.pad_token_id = tokenizer.pad_token_id
+    if job.needs_labels and not getattr(job, "labels", None):
+        raise ConfigError(f"{job.name} needs the label names, which only an adapter trained by veratune remembers")
+    processor = job.load_processor(model)
+    base = job.load_model(model, processor, dtype=dtype, quantize=quantize)
     if device == "auto" and torch.cuda.is_available() and quantize is None:
-        base.cuda()  # type: ignore[call-arg]
+        base.cuda()
     if adapter is not None:
         known = known or read(adapter, base)
         install(base, known, NAME, check_base=check_base)
-    return Loaded(model=base.eval(), tokenizer=tokenizer, task=job, adapter=known)
+    return Loaded(model=base.eval(), processor=processor, task=job, adapter=known)
 
 
 def evaluate(
@@ -84,36 +81,38 @@ def evaluate(
     generate: also answer every row greedily and count exact matches with its last turn (task instruction).
     Raises DataError, or UnsupportedError for generate with another task.
     """
-    rows = load_rows(data, split, data_config)
-    encoded = loaded.task.encode(rows, loaded.tokenizer)
+    rows = loaded.task.load_rows(data, split, data_config)
+    encoded = loaded.task.encode(rows, loaded.processor)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
             per_device_eval_batch_size=batch_size,
             prediction_loss_only=loaded.task.metrics() is None,
+            eval_do_concat_batches=not loaded.task.batch_scores,
+            remove_unused_columns=False,
             report_to=[],
-            use_cpu=loaded.model.device.type == "cpu",
+            use_cpu=next(loaded.model.parameters()).device.type == "cpu",
             dataloader_pin_memory=False,
             disable_tqdm=True,
         )
         trainer = Trainer(
             model=loaded.model,
             args=arguments,
-            data_collator=loaded.task.collator(loaded.tokenizer),
+            data_collator=loaded.task.collator(loaded.processor),
             eval_dataset=encoded,
-            processing_class=loaded.tokenizer,
+            processing_class=loaded.processor,
             compute_metrics=loaded.task.metrics(),
         )
         trainer.remove_callback(PrinterCallback)  # it writes to standard output
         result = scores(trainer.evaluate())
-    if loaded.task.metrics() is None:
+    if loaded.task.loss_per_token:
         result["perplexity"] = math.exp(min(result["loss"], 700.0))
     if generate:
         if not isinstance(loaded.task, Instruction):
             raise UnsupportedError(f"generate answers conversations; task {loaded.task.name!r} has none")
         talks = loaded.task.messages(rows)
         answers = answer(
-            loaded.model, loaded.tokenizer, [t[:-1] for t in talks], max_new_tokens=max_new_tokens, batch_size=batch_size
+            loaded.model, loaded.processor, [t[:-1] for t in talks], max_new_tokens=max_new_tokens, batch_size=batch_size
         )
         result["exact_match"] = exact_match(answers, [t[-1]["content"] for t in talks])
     return result

@@ -15,21 +15,19 @@ import torch
 import yaml
 from datasets import Dataset
 from torch import nn
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 
-from veratune.adapter import extract
-from veratune.attach import attach, count_trained, describe, vectors_of
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError, OutputError, near
-from veratune.formats import native
 from veratune.formats.atomic import refuse_used, write_atomic
-from veratune.tasks.base import Task, load_tokenizer
-from veratune.tasks.data import has_split, load_rows
+from veratune.targets import find_heads
+from veratune.tasks.base import Task
 from veratune.tasks.registry import task_class
-from veratune.training.evaluate import NAME, scores
+from veratune.training.evaluate import scores
+from veratune.training.methods import Method, method_of
 from veratune.training.settings import TrainSettings
-from veratune.training.trainer import ADAPTER, Progress, VeraTrainer, last_checkpoint
+from veratune.training.trainer import Progress, VeraTrainer, last_checkpoint
 
 RUN = "run.yaml"
 RESULTS = "results.json"
@@ -41,8 +39,8 @@ _FREE = {"resume", "preview", "report_to", "out"}  # settings that may change wh
 class TrainResult:
     """What a run gave.
 
-    path: the adapter's file; bytes: its size; trained: values in d and b; head: values trained in the head;
-    before, after: evaluation scores (empty without evaluation data); loss: mean training loss of the run (of
+    path: the adapter's file; bytes: its size; trained: values in d and b (or what else the method trains beside the
+    head); head: values trained in the head; before, after: evaluation scores (empty without evaluation data); loss: mean training loss of the run (of
     its resumed part); steps; seconds: of training; peak_memory: bytes, of the process (on a GPU: of the GPU).
     """
 
@@ -61,57 +59,56 @@ class TrainResult:
 Show = Callable[[list[tuple[str, bool]]], None]
 
 
-def train(settings: TrainSettings, vera: VeraConfig, show: Show | None = None) -> TrainResult:
+def train(
+    settings: TrainSettings,
+    vera: VeraConfig,
+    show: Show | None = None,
+    *,
+    task: Task | None = None,
+    method: Method | None = None,
+) -> TrainResult:
     """Fine-tune a base model with VeRA and write the adapter to `settings.out`.
 
     show: called with previews of the first training examples (pieces of text, and whether the loss is on
-    them). Raises VeratuneError for every mistake in settings, data or model, before anything is written.
+    them). task, method: objects of one's own, instead of those that the settings name. Raises VeratuneError for every mistake in settings, data or model, before anything is written.
     """
     vera = dataclasses.replace(vera, seed=settings.basis_seed)
     out = Path(settings.out)
     if _first_process():
         _check_out(settings, vera, out)
-    task = build_task(settings)
-    rows, eval_rows = _load_data(settings)
+    task = task or build_task(settings)
+    method = method or method_of(settings.method, vera, settings.peft)
+    rows, eval_rows = _load_data(settings, task)
     task.learn(rows)
-    tokenizer = load_tokenizer(settings.model)
-    train_set = task.encode(rows, tokenizer)
-    eval_set = task.encode(eval_rows, tokenizer) if eval_rows is not None else None
+    processor = task.load_processor(settings.model)
+    train_set = task.encode(rows, processor, training=True)
+    eval_set = task.encode(eval_rows, processor) if eval_rows is not None else None
 
     set_seed(settings.seed)
     options = {"dtype": settings.base_dtype, "quantize": settings.quantize}
-    model = task.load_model(settings.model, **options)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    if not vera.head:
-        vera = dataclasses.replace(vera, head=task.heads(model))
-    if settings.lr == 0 and not vera.head:
-        raise ConfigError(f"lr is 0, which trains the head alone, but task {settings.task!r} has no head; raise lr")
-    attach(model, vera, NAME)
-    describe(model, NAME, task.describe())
-    if settings.lr == 0:  # the head alone: no gradient needs to go through the backbone
-        for vectors in vectors_of(model, NAME):
-            vectors.requires_grad_(False)
+    model = task.load_model(settings.model, processor, **options)
+    heads, still = _norms(settings, model, vera.head or task.heads(model))
+    method.prepare(model, heads, task.describe())
 
     if _first_process():
         _open_out(settings, vera, out)
         if show is not None:
             for example in itertools.islice(train_set, settings.preview):
-                show(task.preview(example, tokenizer))
-    trainer = _trainer(settings, model, task, tokenizer, train_set, eval_set, out)
+                show(task.preview(example, processor))
+    trainer = _trainer(settings, model, task, method, processor, train_set, eval_set, still)
     before = {} if eval_set is None else _before(trainer, out)
     set_seed(settings.seed)  # what was drawn so far must not matter to a resumed run
     start = time.perf_counter()
-    checkpoint = last_checkpoint(out / "checkpoints") if settings.resume else None
+    checkpoint = last_checkpoint(out / "checkpoints", method) if settings.resume else None
     trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     after = {} if eval_set is None else scores(trainer.evaluate())
-    adapter = extract(model, NAME)
-    size = native.write(adapter, out / ADAPTER) if _first_process() else 0
+    size = method.write(model, out, _first_process())
     result = TrainResult(
-        path=str(out / ADAPTER),
+        path=str(out / method.file),
         bytes=size,
-        trained=count_trained(model, NAME),
-        head=sum(t.numel() for t in adapter.head.values()),
+        trained=sum(p.numel() for p in method.inside(model)),
+        head=sum(p.numel() for p in method.head(model)),
         before=before,
         after=after,
         loss=trained.training_loss,
@@ -121,6 +118,8 @@ def train(settings: TrainSettings, vera: VeraConfig, show: Show | None = None) -
     )
     if _first_process():
         write_atomic(out / RESULTS, json.dumps(dataclasses.asdict(result), indent=2).encode())
+        if eval_rows is not None:
+            task.draw(model, eval_rows, processor, out)
     return result
 
 
@@ -138,7 +137,7 @@ def sweep(
     for name in grid:
         if name not in known:
             raise ConfigError(f"sweep names {name!r}, which is no setting{near(name, known)}")
-    if settings.eval_data is None and not has_split(settings.data, settings.eval_split):
+    if settings.eval_data is None and not build_task(settings).has_split(settings.data, settings.eval_split):
         raise ConfigError("a sweep ranks by an evaluation score; give --eval_data")
     out = Path(settings.out)
     results = []
@@ -155,15 +154,20 @@ def sweep(
         other = dataclasses.replace(vera, **{k: v for k, v in chosen.items() if k not in own})
         results.append((chosen, train(run, other, None if results else show)))
     results.sort(key=lambda entry: entry[1].after.get(metric, float("nan")), reverse=greater)
-    best = native.read(results[0][1].path)
-    native.write(best, out / ADAPTER)
+    best = Path(results[0][1].path)
+    write_atomic(out / best.name, best.read_bytes())
     return results
 
 
 def build_task(settings: TrainSettings) -> Task:
-    """The task with the run's columns and lengths."""
-    options = {"system": settings.system} if settings.system else {}
-    return task_class(settings.task)(settings.columns, settings.max_length, **options)
+    """The task with the run's columns and whatever else of the run is its own. Raises ConfigError for what it does not take."""
+    kind, options = task_class(settings.task), settings.of_task()
+    for name in options:
+        if name not in kind.takes:
+            raise ConfigError(
+                f"{name} is set, but task {settings.task!r} does not take it{near(name, kind.takes)}; leave it out"
+            )
+    return kind(settings.columns, **options)
 
 
 def peak_memory() -> int:
@@ -173,12 +177,26 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _load_data(settings: TrainSettings) -> tuple[Dataset, Dataset | None]:
-    rows = load_rows(settings.data, settings.split, settings.data_config)
+def _norms(settings: TrainSettings, model: nn.Module, heads: tuple[str, ...]) -> tuple[tuple[str, ...], list[nn.Module]]:
+    """What is trained in full, and the batch normalisations that stand still, as settings.batch_norm says."""
+    norms = {p: m for p, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    if not norms and settings.batch_norm is not None:
+        raise ConfigError(
+            f"batch_norm is {settings.batch_norm!r}, but {type(model).__name__} has no batch normalisation; leave it out"
+        )
+    inside = {id(module) for _, head in find_heads(model, heads) for module in head.modules()}
+    found = {p: m for p, m in norms.items() if id(m) not in inside}
+    if (settings.batch_norm or ("train" if settings.method == "full" else "frozen")) == "frozen":
+        return heads, list(found.values())
+    return (*heads, *found), []
+
+
+def _load_data(settings: TrainSettings, task: Task) -> tuple[Dataset, Dataset | None]:
+    rows = task.load_rows(settings.data, settings.split, settings.data_config)
     if settings.eval_data is not None:
-        return rows, load_rows(settings.eval_data, settings.eval_split, settings.data_config)
-    if has_split(settings.data, settings.eval_split):
-        return rows, load_rows(settings.data, settings.eval_split)
+        return rows, task.load_rows(settings.eval_data, settings.eval_split, settings.data_config)
+    if task.has_split(settings.data, settings.eval_split):
+        return rows, task.load_rows(settings.data, settings.eval_split)
     if settings.patience:
         raise ConfigError("patience stops on an evaluation score, but there is no evaluation data; give --eval_data")
     return rows, None
@@ -188,12 +206,13 @@ def _trainer(
     settings: TrainSettings,
     model: nn.Module,
     task: Task,
-    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    processor: Any,
     train_set: Dataset,
     eval_set: Dataset | None,
-    out: Path,
+    still: list[nn.Module],
 ) -> VeraTrainer:
-    evaluates = eval_set is not None
+    evaluates, out = eval_set is not None, Path(settings.out)
     every: dict[str, Any] = {"save_strategy": "epoch"}
     if settings.checkpoints:
         every = {"save_strategy": "steps", "save_steps": settings.checkpoints}
@@ -216,6 +235,8 @@ def _trainer(
         metric_for_best_model=task.metric,
         greater_is_better=task.greater_is_better,
         prediction_loss_only=task.metrics() is None,
+        eval_do_concat_batches=not task.batch_scores,
+        remove_unused_columns=False,
         logging_steps=10,
         report_to=settings.report_to,
         seed=settings.seed,
@@ -232,13 +253,14 @@ def _trainer(
     trainer = VeraTrainer(
         model=model,
         args=arguments,
-        data_collator=task.collator(tokenizer),
+        data_collator=task.collator(processor),
         train_dataset=train_set,
         eval_dataset=eval_set,
-        processing_class=tokenizer,
+        processing_class=processor,
         compute_metrics=task.metrics(),
         callbacks=callbacks,
-        adapter=NAME,
+        method=method,
+        still=still,
         loss_per_token=task.loss_per_token,
         lr=settings.lr,
         head_lr=settings.head_lr,

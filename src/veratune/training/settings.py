@@ -13,7 +13,8 @@ class TrainSettings:
 
     Args:
         model: the base model: a folder, a .gguf file, or a Hugging Face id.
-        task: text-classification, text-regression, instruction or causal-lm.
+        task: text-classification, text-regression, instruction, causal-lm, image-classification, object-detection,
+            text-to-image or unconditional-image.
         data: training rows: a file (jsonl, json, csv, tsv, parquet, txt), a folder of files named after
             their splits, or a Hugging Face data set id.
         out: folder for the adapter, checkpoints, logs and results; it must be empty unless resume is set.
@@ -23,9 +24,21 @@ class TrainSettings:
             `eval_split` of `data`, where `data` is a folder that has it; else no evaluation.
         eval_split: split to evaluate on.
         columns: the data's column for each role of the task, such as {"text": "sentence1"}.
-        max_length: tokens an example keeps.
+        max_length: tokens an example keeps (tasks on text; default 512).
         system: system message before every conversation (task instruction).
-        lr: peak learning rate of the vectors d and b, per step. 0 trains the head alone.
+        image_size: side of the images, in pixels (tasks on images). Default: the processor's own.
+        augment: what is done to training images: nothing, "flip" (left and right, at random), or "crop" (a random part of at
+            least 0.35 of the image, and flip).
+        bad_images: "fail" at an image that cannot be read, or "skip" it with a warning that names it.
+        prompts: what the sample grids are drawn for (task text-to-image); default: the first four captions.
+        min_snr: gamma of the min-SNR weights of the loss (tasks that generate images); 0 for none.
+        train_text_encoder: adapt the text encoder too, with the same targets (task text-to-image).
+        method: what is trained: "vera"; "head" (the task's output alone), "bitfit" (all biases and the head), "full"; or "peft:" and a
+            method of PEFT, such as peft:lora.
+        peft: settings of a PEFT method, such as {"r": 8}; the layers are those of `targets`.
+        batch_norm: "frozen" keeps the base model's batch statistics, and their scale and shift; "train" trains a copy of these
+            layers, which is stored as a part of the head. Default: frozen, or train with method full.
+        lr: peak learning rate of the vectors d and b (of what the method trains beside the head), per step.
         head_lr: peak learning rate of the head, per step.
         weight_decay: of AdamW, on vectors and head.
         batch_size: examples in one forward pass of one process.
@@ -58,8 +71,17 @@ class TrainSettings:
     eval_data: str | None = None
     eval_split: str = "validation"
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
-    max_length: int = 512
-    system: str = ""
+    max_length: int | None = None
+    system: str | None = None
+    image_size: int | None = None
+    augment: Literal["none", "flip", "crop"] | None = None
+    bad_images: Literal["fail", "skip"] | None = None
+    prompts: list[str] | None = None
+    min_snr: float | None = None
+    train_text_encoder: bool | None = None
+    method: str = "vera"
+    peft: dict[str, Any] = dataclasses.field(default_factory=dict)
+    batch_norm: Literal["frozen", "train"] | None = None
     lr: float = 1e-2
     head_lr: float = 1e-3
     weight_decay: float = 0.0
@@ -89,16 +111,25 @@ class TrainSettings:
             if not math.isfinite(value) or value < least:
                 raise ConfigError(f"{field} is {value}; it must be a finite number of at least {least}")
         for field, least in (
-            ("batch_size", 1), ("accumulation", 1), ("max_length", 1), ("max_steps", 0), ("patience", 0), ("checkpoints", 0), ("preview", 0),
+            ("batch_size", 1), ("accumulation", 1), ("max_steps", 0), ("patience", 0), ("checkpoints", 0), ("preview", 0),
         ):  # fmt: skip
             if getattr(self, field) < least:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least {least}")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup is {self.warmup}; it is a share of all steps, in [0, 1)")
-        if self.system and self.task != "instruction":
-            raise ConfigError(f"system is set, but task {self.task!r} has no conversations; leave it out")
+        if self.peft and not self.method.startswith("peft:"):
+            raise ConfigError(
+                f"peft is set to {self.peft}, but the method is {self.method!r}; leave it out or use method peft:NAME"
+            )
         if self.epochs == 0 and self.max_steps == 0:
             raise ConfigError("epochs and max_steps are both 0; one of them says how long to train")
 
+    def of_task(self) -> dict[str, Any]:
+        """The settings that are a task's own, as far as they are set."""
+        return {name: getattr(self, name) for name in _OF_TASKS if getattr(self, name) is not None}
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+_OF_TASKS = ("max_length", "system", "image_size", "augment", "bad_images", "prompts", "min_snr", "train_text_encoder")

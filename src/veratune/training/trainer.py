@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +13,31 @@ from tqdm import tqdm
 from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 
-from veratune.adapter import extract, update
-from veratune.attach import heads_of, vectors_of
-from veratune.errors import VeratuneError
-from veratune.formats import native
+from veratune.training.methods import Method, readable
 
-ADAPTER = "adapter.safetensors"
 _STATE = "trainer_state.json"
 
 
 class VeraTrainer(Trainer):
-    """Trainer for one adapter of a model.
+    """Trainer for what a method trains of a model.
 
-    adapter: its name; lr, head_lr: peak learning rates of vectors and head; loss_per_token: see Task.
-    Checkpoints hold the adapter's file, the optimizer and the random states, never the base model.
+    lr, head_lr: peak learning rates of vectors and head; loss_per_token: see Task; still: modules that stay in
+    evaluation mode while the model is trained, such as frozen batch normalisation.
+    Checkpoints hold the method's file, the optimizer and the random states, never the base model.
     """
 
     def __init__(
-        self, *args: Any, model: nn.Module, adapter: str, lr: float, head_lr: float, loss_per_token: bool, **kwargs: Any
+        self,
+        *args: Any,
+        model: nn.Module,
+        method: Method,
+        lr: float,
+        head_lr: float,
+        loss_per_token: bool,
+        still: Sequence[nn.Module] = (),
+        **kwargs: Any,
     ) -> None:
-        self.adapter, self.lr, self.head_lr = adapter, lr, head_lr
+        self.method, self.lr, self.head_lr, self.still = method, lr, head_lr, still
         # Trainer refuses a quantized model unless this mark says that there is an adapter on it.
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
         try:
@@ -44,47 +50,48 @@ class VeraTrainer(Trainer):
 
     @property
     def adapted(self) -> nn.Module:
-        """The model that holds the adapter."""
+        """The model that is trained, before Trainer wrapped it."""
         assert isinstance(self.model, nn.Module)
         return self.model
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if self.state.global_step == 0 and not self.is_deepspeed_enabled:
-            passed_by = [
-                v.layer
-                for v in vectors_of(self.adapted, self.adapter)
-                if any(p.requires_grad and p.grad is None for p in v.parameters())
-            ]
-            if passed_by:
+            idle = [name for name, p in self.adapted.named_parameters() if p.requires_grad and p.grad is None]
+            layers = list(dict.fromkeys(name.partition(".vera.")[0] for name in idle))
+            if layers:
                 warnings.warn(
-                    f"{len(passed_by)} adapted layers, the first '{passed_by[0]}', took no part in the first step: the model does "
+                    f"{len(layers)} adapted layers, the first '{layers[0]}', took no part in the first step: the model does "
                     "not call them, or reads their weights past the adapter. Exclude them, or they train nothing",
                     stacklevel=2,
                 )
         return loss
 
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for module in self.still:
+            module.eval()
+        return super().compute_loss(model, *args, **kwargs)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over two groups: d and b of every layer at lr, the head at head_lr."""
         if self.optimizer is None:
-            vectors = [p for v in vectors_of(self.adapted, self.adapter) for p in v.parameters()]
-            head = [p for module in heads_of(self.adapted, self.adapter).values() for p in module.parameters()]
-            groups = [{"params": vectors, "lr": self.lr}, {"params": head, "lr": self.head_lr}]
+            groups = [
+                {"params": self.method.inside(self.adapted), "lr": self.lr},
+                {"params": self.method.head(self.adapted), "lr": self.head_lr},
+            ]
             self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=self.args.weight_decay)
         return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter's file into a folder; on several processes the first one writes."""
-        adapter = extract(self.adapted, self.adapter)  # every process: a sharded adapter is gathered here
-        if self.args.should_save:
-            native.write(adapter, Path(output_dir or self.args.output_dir or ".") / ADAPTER)
+        """Write the method's file into a folder; on several processes the first one writes."""
+        self.method.write(self.adapted, Path(output_dir or self.args.output_dir or "."), self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        update(self.adapted, native.read(Path(resume_from_checkpoint) / ADAPTER), self.adapter)
+        self.method.read(self.adapted, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        update(self.adapted, native.read(Path(self.state.best_model_checkpoint) / ADAPTER), self.adapter)
+        self.method.read(self.adapted, Path(self.state.best_model_checkpoint))
 
 
 class Progress(ProgressCallback):
@@ -99,14 +106,14 @@ class Progress(ProgressCallback):
                 tqdm.write(line, file=sys.stderr)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
+def last_checkpoint(folder: Path, method: Method) -> Path | None:
     """The latest whole checkpoint: Trainer writes its state last, so one that was cut off has none."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[-1]), reverse=True)
     for checkpoint in found:
         try:
             json.loads((checkpoint / _STATE).read_text())
-            native.read(checkpoint / ADAPTER)
-        except (OSError, ValueError, VeratuneError):
+        except (OSError, ValueError):
             continue
-        return checkpoint
+        if readable(method, checkpoint):
+            return checkpoint
     return None

@@ -1,0 +1,186 @@
+"""Experiment: one table or figure, as cells that are run one by one, and a page that is made of their lines."""
+
+import abc
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import transformers
+
+from veratune.config import VeraConfig
+from veratune.errors import ConfigError, DataError
+from veratune.tasks.base import Task
+from veratune.training.methods import Method
+from veratune.training.run import RESULTS, RUN, train
+from veratune.training.settings import TrainSettings
+
+Scale = Literal["quick", "scaled", "full"]
+SCALES: tuple[Scale, ...] = ("quick", "scaled", "full")
+Line = dict[str, Any]
+LINES = "results.jsonl"
+PAGE = "README.md"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where an experiment finds and leaves things.
+
+    data, models: folders of data sets and of checkpoints, by their names in docs/data.md; None: what the hub has. out: its own
+    folder. device: as in TrainSettings.
+    """
+
+    out: Path
+    data: Path | None = None
+    models: Path | None = None
+    device: Literal["auto", "cpu"] = "auto"
+
+    def dataset(self, name: str) -> str:
+        """The folder of a data set. Raises DataError, saying how to give it."""
+        return _inside(self.data, name, "--data", "data sets")
+
+    def model(self, name: str) -> str:
+        """The folder of a checkpoint. Raises DataError, saying how to give it."""
+        return _inside(self.models, name, "--models", "checkpoints")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One number of a table: what is run once for each seed.
+
+    name: unique in its experiment; shown: what the line says of it beside the results (data, method, printed value); run: from
+    a place, a seed and a folder of its own to the measured values.
+    """
+
+    name: str
+    shown: Mapping[str, Any]
+    run: Callable[[Place, int, Path], Line]
+
+
+class Experiment(abc.ABC):
+    """name: as users type it; about: one line; seeds: how many at each scale."""
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    seeds: ClassVar[Mapping[Scale, int]] = {"quick": 1, "scaled": 1, "full": 5}
+
+    @abc.abstractmethod
+    def cells(self, scale: Scale) -> list[Cell]:
+        """What is run."""
+
+    @abc.abstractmethod
+    def page(self, lines: Sequence[Line], scale: Scale) -> str:
+        """The table, in Markdown, with what was reduced and what is claimed elsewhere."""
+
+    def draw(self, lines: Sequence[Line], place: Place) -> list[Path]:
+        """Pictures, as PNG files in the experiment's folder."""
+        return []
+
+
+def reproduce(
+    experiment: Experiment, place: Place, scale: Scale = "scaled", seeds: int | None = None, only: str = "",
+    show: Callable[[str], None] = lambda text: None,
+) -> list[Line]:  # fmt: skip
+    """Run an experiment's cells, those that are done already apart, and write its lines, page and pictures.
+
+    seeds: of each cell, from 0; default the scale's. only: cells whose names hold this word. show: called with one line of text
+    for each cell. Returns the lines of this scale. Raises VeratuneError; what was finished stays.
+    """
+    cells = [cell for cell in experiment.cells(scale) if only in cell.name]
+    if not cells:
+        raise ConfigError(
+            f"--only {only!r} is in no cell's name; {experiment.name} has {', '.join(c.name for c in experiment.cells(scale))}"
+        )
+    file = place.out / LINES
+    lines = [json.loads(text) for text in file.read_text().splitlines()] if file.is_file() else []
+    wanted = [(cell, seed) for seed in range(seeds or experiment.seeds[scale]) for cell in cells]
+    for i, (cell, seed) in enumerate(wanted):
+        if any((line["scale"], line["cell"], line["seed"]) == (scale, cell.name, seed) for line in lines):
+            continue
+        show(f"{experiment.name} {i + 1}/{len(wanted)}: {cell.name}, seed {seed}")
+        start = time.perf_counter()
+        folder = place.out / "runs" / scale / f"{cell.name.replace('/', '_').replace(' ', '-')}-{seed}"
+        found = cell.run(place, seed, folder)
+        line = {"scale": scale, "cell": cell.name, "seed": seed, **cell.shown, **found}
+        line |= {"wall_seconds": round(time.perf_counter() - start, 1), **machine()}
+        lines.append(line)
+        place.out.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+    own = [line for line in lines if line["scale"] == scale]
+    (place.out / PAGE).write_text(experiment.page(own, scale))
+    experiment.draw(own, place)
+    return own
+
+
+def fine_tune(
+    settings: Mapping[str, Any],
+    vera: VeraConfig,
+    task: Task,
+    place: Place,
+    seed: int,
+    folder: Path,
+    method: Method | None = None,
+) -> Line:
+    """One run of `veratune.training.run.train` in a folder, resumed where it was cut off; its results and learning rates."""
+    own = {"out": str(folder), "seed": seed, "device": place.device, "preview": 0, "task": task.name, **settings}
+    run = TrainSettings(**own, resume=(folder / RUN).is_file())
+    if not (folder / RESULTS).is_file():
+        train(run, vera, task=task, method=method)
+    result = json.loads((folder / RESULTS).read_text())
+    result.pop("path")
+    return result | {key: own[key] for key in ("lr", "head_lr", "epochs", "batch_size") if key in own}
+
+
+def machine() -> Line:
+    """What the figures depend on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def spread(lines: Sequence[Line], value: Callable[[Line], float], form: str = "{:.1f}") -> str:
+    """Mean ± standard deviation over lines, or the one value."""
+    values = [value(line) for line in lines]
+    if not values:
+        return "not run"
+    text = form.format(statistics.mean(values))
+    return text if len(values) == 1 else f"{text} ± {form.format(statistics.stdev(values))}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)) + "\n"
+
+
+def measured_on(lines: Sequence[Line]) -> str:
+    """The sentence under a table that says where its figures come from."""
+    if not lines:
+        return "Nothing was run yet."
+    last = lines[-1]
+    spent = sum(line["wall_seconds"] for line in lines) / 60
+    return (
+        f"Measured: {len(lines)} runs, {spent:.0f} minutes in all, on {last['device']} with {last['threads']} threads, torch {last['torch']}, "
+        f"transformers {last['transformers']}."
+    )
+
+
+def _inside(folder: Path | None, name: str, flag: str, what: str) -> str:
+    if folder is None:
+        raise DataError(
+            f"{name} is wanted: give {flag} FOLDER, a folder of {what} that holds {name}/ (docs/data.md says in which form)"
+        )
+    if not (folder / name).is_dir():
+        raise DataError(
+            f"{folder}: no folder {name}/ in it; {flag} is a folder of {what} that holds it (docs/data.md says in which form)"
+        )
+    return str(folder / name)

@@ -1,0 +1,14 @@
+"""Every experiment by its name."""
+
+from veratune.errors import ConfigError, near
+from veratune.reproduce.conv import ConvIntel, ConvMnist
+from veratune.reproduce.experiment import Experiment
+
+EXPERIMENTS: dict[str, type[Experiment]] = {kind.name: kind for kind in (ConvMnist, ConvIntel)}
+
+
+def experiment(name: str) -> Experiment:
+    """An experiment by its name. Raises ConfigError for an unknown one."""
+    if name not in EXPERIMENTS:
+        raise ConfigError(f"unknown experiment {name!r}; there are {', '.join(EXPERIMENTS)}{near(name, EXPERIMENTS)}")
+    return EXPERIMENTS[name]()

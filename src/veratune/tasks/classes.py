@@ -1,0 +1,78 @@
+"""Classes: their names from training rows, their numbers, their scores, and the part of a model that tells them apart."""
+
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import nn
+
+from veratune.errors import DataError
+from veratune.tasks.base import Metrics
+
+
+def label_names(rows: Dataset, column: str, otherwise: str = "class numbers or names are wanted") -> list[str]:
+    """The names of the classes: those that the data set declares, integers from 0, or all names in alphabetical order.
+
+    otherwise: what an error says to do with values that are no classes. Raises DataError.
+    """
+    feature = rows.features[column]
+    if hasattr(feature, "names"):
+        return list(feature.names)
+    values = set(rows[column])
+    if all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        if min(values) < 0:
+            raise DataError(f"label {min(values)} in column {column!r} is negative; classes are counted from 0")
+        if max(values) >= 10_000:
+            raise DataError(f"label {max(values)} in column {column!r} is no class; {otherwise}")
+        labels = [str(i) for i in range(max(2, max(values) + 1))]
+    elif all(isinstance(v, str | bool) for v in values):
+        labels = sorted(str(v) for v in values)
+    else:
+        kinds = sorted({type(v).__name__ for v in values})
+        raise DataError(f"labels in column {column!r} are {' and '.join(kinds)}; {otherwise}")
+    if len(labels) < 2:
+        raise DataError(f"all rows have the label {labels[0]!r}; at least two classes are wanted")
+    return labels
+
+
+def class_numbers(rows: Dataset, column: str, labels: list[str]) -> list[int]:
+    """The class of every row as its place in `labels`. Raises DataError naming the first row of a class that is not there."""
+    index = {name: i for i, name in enumerate(labels)}
+    declared = getattr(rows.features[column], "names", None)
+    numbers = []
+    for row, value in enumerate(rows[column]):
+        if declared is not None and 0 <= value < len(declared):  # the number is that of this file's own list of names
+            value = declared[value]
+        found = value if isinstance(value, int) and not isinstance(value, bool) else index.get(str(value), -1)
+        if not 0 <= found < len(labels):
+            raise DataError(f"row {row}: label {value!r} in column {column!r} is none of {', '.join(labels[:20])}")
+        numbers.append(found)
+    return numbers
+
+
+def classification_scores(classes: int) -> Metrics:
+    """Accuracy, F1 (of class 1, or the mean over three classes and more) and Matthews correlation, each from -1 or 0 to 1."""
+    average = "binary" if classes == 2 else "macro"
+
+    def score(prediction: Any) -> dict[str, float]:
+        truth, guess = prediction.label_ids, logits_of(prediction).argmax(-1)
+        return {
+            "accuracy": float(accuracy_score(truth, guess)),
+            "f1": float(f1_score(truth, guess, average=average, zero_division=0)),
+            "matthews": float(matthews_corrcoef(truth, guess)),
+        }
+
+    return score
+
+
+def logits_of(prediction: Any) -> np.ndarray:
+    """The logits among a model's outputs."""
+    logits = prediction.predictions
+    return np.asarray(logits[0] if isinstance(logits, tuple) else logits)
+
+
+def output_heads(model: nn.Module) -> tuple[str, ...]:
+    """What stands beside a Hugging Face model's backbone and has parameters: "classifier", "score", a pooler."""
+    backbone = getattr(model, "base_model_prefix", "")
+    return tuple(name for name, child in model.named_children() if name != backbone and any(True for _ in child.parameters()))

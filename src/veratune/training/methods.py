@@ -1,0 +1,180 @@
+"""Method: what a run trains. VeRA, and what it is compared with, on one loop and the same batches.
+
+Method (abstract)
+├── Vera     the vectors of an adapter, and the head; the file is the adapter's
+└── Plain    parameters of the model itself: all, biases, or what PEFT adds
+"""
+
+import abc
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from veratune.adapter import extract, update
+from veratune.attach import attach, describe, heads_of, vectors_of
+from veratune.basis.basis import Basis
+from veratune.config import VeraConfig
+from veratune.errors import AdapterFileError, ConfigError, VeratuneError, near
+from veratune.formats import native
+from veratune.formats.atomic import write_atomic
+from veratune.targets import find_heads, find_sites
+
+NAME = "default"
+
+
+class Method(abc.ABC):
+    """One way to train a model. `file` is the name of what it writes."""
+
+    file: ClassVar[str]
+
+    @abc.abstractmethod
+    def prepare(self, model: nn.Module, heads: tuple[str, ...], task: Mapping[str, Any]) -> None:
+        """Change the model in place: freeze, add, and ask for gradients. heads: modules trained in full, by path."""
+
+    @abc.abstractmethod
+    def head(self, model: nn.Module) -> list[nn.Parameter]:
+        """What is trained at the head's learning rate."""
+
+    def inside(self, model: nn.Module) -> list[nn.Parameter]:
+        """What is trained at the learning rate of the vectors: all else that asks for gradients."""
+        head = {id(p) for p in self.head(model)}
+        return [p for p in model.parameters() if p.requires_grad and id(p) not in head]
+
+    @abc.abstractmethod
+    def write(self, model: nn.Module, folder: Path, mine: bool = True) -> int:
+        """Write what was trained into a folder, if it is this process' turn. Returns the file's bytes."""
+
+    @abc.abstractmethod
+    def read(self, model: nn.Module, folder: Path) -> None:
+        """Take it back out of a folder."""
+
+    @abc.abstractmethod
+    def check(self, folder: Path) -> None:
+        """Raise VeratuneError or OSError where a folder's file is not whole."""
+
+
+class Vera(Method):
+    """VeRA as `config` says, on a basis of the user's where one is given."""
+
+    file = "adapter.safetensors"
+
+    def __init__(self, config: VeraConfig, basis: Basis | None = None) -> None:
+        self.config, self.basis = config, basis
+
+    def prepare(self, model: nn.Module, heads: tuple[str, ...], task: Mapping[str, Any]) -> None:
+        attach(model, dataclasses.replace(self.config, head=heads), NAME, basis=self.basis)
+        describe(model, NAME, task)
+
+    def head(self, model: nn.Module) -> list[nn.Parameter]:
+        return [p for module in heads_of(model, NAME).values() for p in module.parameters()]
+
+    def inside(self, model: nn.Module) -> list[nn.Parameter]:
+        return [p for v in vectors_of(model, NAME) for p in v.parameters()]
+
+    def write(self, model: nn.Module, folder: Path, mine: bool = True) -> int:
+        adapter = extract(model, NAME)  # every process: a sharded adapter is gathered here
+        return native.write(adapter, folder / self.file) if mine else 0
+
+    def read(self, model: nn.Module, folder: Path) -> None:
+        update(model, native.read(folder / self.file), NAME)
+
+    def check(self, folder: Path) -> None:
+        native.read(folder / self.file)
+
+
+class Plain(Method):
+    """Parameters of the model itself. The file holds them by name, and the head's batch statistics."""
+
+    file = "trained.safetensors"
+
+    def __init__(self, method: str, config: VeraConfig, peft: Mapping[str, Any]) -> None:
+        """method: head, bitfit, full or peft:NAME; config: its targets are those of a PEFT method."""
+        self.method, self.config, self.peft = method, config, dict(peft)
+        self._heads: tuple[str, ...] = ()
+
+    def prepare(self, model: nn.Module, heads: tuple[str, ...], task: Mapping[str, Any]) -> None:
+        self._heads = heads
+        if self.method == "head" and not heads:
+            raise ConfigError("method is 'head', but the task has no output of its own to train; use another method")
+        for parameter in model.parameters():
+            parameter.requires_grad_(self.method == "full")
+        if self.method == "bitfit":
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name.rpartition(".")[2] in ("bias", "in_proj_bias"))
+        elif self.method.startswith("peft:"):
+            self._inject(model)
+        for parameter in self.head(model):
+            parameter.requires_grad_(True)
+
+    def head(self, model: nn.Module) -> list[nn.Parameter]:
+        return [p for _, module in find_heads(model, self._heads) for p in module.parameters()]
+
+    def write(self, model: nn.Module, folder: Path, mine: bool = True) -> int:
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self._state(model).items()}
+        data = safetensors.torch.save(tensors, {"method": self.method})
+        if mine:
+            write_atomic(folder / self.file, data)
+        return len(data) if mine else 0
+
+    def read(self, model: nn.Module, folder: Path) -> None:
+        stored, own = safetensors.torch.load_file(folder / self.file), self._state(model)
+        if {k: v.shape for k, v in stored.items()} != {k: v.shape for k, v in own.items()}:
+            raise AdapterFileError(f"{folder / self.file}: its tensors are not those that {self.method} trains on this model")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(stored[name])
+
+    def check(self, folder: Path) -> None:
+        try:
+            with safetensors.safe_open(folder / self.file, "pt") as file:
+                file.keys()
+        except safetensors.SafetensorError as error:
+            raise AdapterFileError(f"{folder / self.file}: not a whole safetensors file ({error})") from None
+
+    def _state(self, model: nn.Module) -> dict[str, Tensor]:
+        """What is trained, with the batch statistics that go with it, each tensor once."""
+        kept: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        whole = [("", model)] if self.method == "full" else find_heads(model, self._heads)
+        for path, module in whole:
+            kept |= {f"{path}.{name}".lstrip("."): buffer for name, buffer in module.named_buffers() if buffer is not None}
+        return kept
+
+    def _inject(self, model: nn.Module) -> None:
+        import peft
+
+        kinds = {kind.value.lower(): made for kind, made in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        name = self.method.removeprefix("peft:").lower()
+        if name not in kinds:
+            raise ConfigError(f"PEFT has no method {name!r}{near(name, kinds) or '; it has ' + ', '.join(sorted(kinds))}")
+        paths = list(dict.fromkeys(site.module for site in find_sites(model, self.config)))
+        try:
+            config = kinds[name](**{"target_modules": "|".join(map(re.escape, paths))} | self.peft)
+            peft.inject_adapter_in_model(config, model)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"PEFT refuses {self.method} with {self.peft}: {' '.join(str(error).split())}") from error
+
+
+def method_of(name: str, config: VeraConfig, peft: Mapping[str, Any]) -> Method:
+    """The method of a name. Raises ConfigError for an unknown one."""
+    if name == "vera":
+        return Vera(config)
+    if name not in ("head", "bitfit", "full") and not name.startswith("peft:"):
+        known = ("vera", "head", "bitfit", "full", "peft:lora")
+        raise ConfigError(f"unknown method {name!r}; there are vera, head, bitfit, full and peft:NAME{near(name, known)}")
+    return Plain(name, config, peft)
+
+
+def readable(method: Method, folder: Path) -> bool:
+    """Whether a folder holds a whole file of this method."""
+    try:
+        method.check(folder)
+    except (OSError, ValueError, VeratuneError):
+        return False
+    return True
