@@ -228,7 +228,7 @@ def plain_padding(net: nn.Module) -> nn.Module:
             padding = getattr(child, "static_padding", None)
             if isinstance(child, nn.Conv2d) and isinstance(padding, nn.Module):
                 plain = nn.Conv2d(
-                    child.in_channels, child.out_channels, child.kernel_size, tuple(child.stride), groups=child.groups,
+                    child.in_channels, child.out_channels, (child.kernel_size[0], child.kernel_size[1]), (child.stride[0], child.stride[1]), groups=child.groups,
                     bias=child.bias is not None,
                 )  # fmt: skip
                 plain.load_state_dict({k: v for k, v in child.state_dict().items() if "padding" not in k})

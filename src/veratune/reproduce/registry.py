@@ -1,10 +1,14 @@
 """Every experiment by its name."""
 
 from veratune.errors import ConfigError, near
+from veratune.reproduce.cifar import CifarJpeg
 from veratune.reproduce.conv import ConvIntel, ConvMnist
 from veratune.reproduce.experiment import Experiment
+from veratune.reproduce.fewshot import EfficientNetFewShot, Table5
 
-EXPERIMENTS: dict[str, type[Experiment]] = {kind.name: kind for kind in (ConvMnist, ConvIntel)}
+EXPERIMENTS: dict[str, type[Experiment]] = {
+    kind.name: kind for kind in (Table5, ConvMnist, ConvIntel, CifarJpeg, EfficientNetFewShot)
+}
 
 
 def experiment(name: str) -> Experiment:
