@@ -165,8 +165,19 @@ def find_heads(model: nn.Module, head: Iterable[str]) -> list[tuple[str, nn.Modu
         if not found:
             known = [path.rsplit(".", 1)[-1] for path, _ in _walk(model) if path and not _INDEX.search(path)]
             raise TargetError(f"head {name!r} is no module of {type(model).__name__}{near(name, known)}")
-        out += found
+        out += [called for entry in found for called in _called(*entry)]
     return list(dict(out).items())  # names may overlap
+
+
+def _called(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """A module, or what is inside a list or dictionary of modules, which is not called itself."""
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return [(path, module)]
+    return [
+        entry
+        for name, child in module.named_children()
+        for entry in _called(f"{path}.{name}", child.base if isinstance(child, VeraHead) else child)
+    ]
 
 
 def default_targets(model: nn.Module) -> tuple[str, ...]:

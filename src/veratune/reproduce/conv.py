@@ -146,8 +146,8 @@ class ConvMnist(ConvExperiment):
 class ConvIntel(ConvExperiment):
     name, about, data = "conv-intel", "VeRA on convolutions, Intel scenes (VeRA on Images, table 2)", "intel_scenes_64"
     side = {"quick": 32, "scaled": 64, "full": 64}
-    rows = {"quick": {"train": 960, "test": 320}, "scaled": {"train": 3000, "test": 1000}, "full": {}}
-    epochs = {"quick": 2, "scaled": 4, "full": 10}
+    rows = {"quick": {"train": 960, "test": 320}, "scaled": {"train": 2000, "test": 1000}, "full": {}}
+    epochs = {"quick": 2, "scaled": 3, "full": 10}
 
 
 def _full(net: nn.Module) -> list[str]:

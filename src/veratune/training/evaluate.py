@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from veratune.adapter import Adapter, install
@@ -20,6 +20,7 @@ from veratune.tasks.language import Instruction
 from veratune.tasks.registry import from_description, task_class
 from veratune.training.generate import answer, exact_match
 from veratune.training.methods import NAME
+from veratune.training.trainer import TaskTrainer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,13 +96,14 @@ def evaluate(
             dataloader_pin_memory=False,
             disable_tqdm=True,
         )
-        trainer = Trainer(
+        trainer = TaskTrainer(
             model=loaded.model,
             args=arguments,
             data_collator=loaded.task.collator(loaded.processor),
             eval_dataset=encoded,
             processing_class=loaded.processor,
             compute_metrics=loaded.task.metrics(),
+            outputs=loaded.task.outputs,
         )
         trainer.remove_callback(PrinterCallback)  # it writes to standard output
         result = scores(trainer.evaluate())

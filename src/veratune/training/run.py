@@ -262,6 +262,7 @@ def _trainer(
         method=method,
         still=still,
         loss_per_token=task.loss_per_token,
+        outputs=task.outputs,
         lr=settings.lr,
         head_lr=settings.head_lr,
     )

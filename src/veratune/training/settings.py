@@ -30,6 +30,7 @@ class TrainSettings:
         augment: what is done to training images: nothing, "flip" (left and right, at random), or "crop" (a random part of at
             least 0.35 of the image, and flip).
         bad_images: "fail" at an image that cannot be read, or "skip" it with a warning that names it.
+        bad_boxes: "fail" at an empty box or one outside its image, or "clip" it (task object-detection).
         prompts: what the sample grids are drawn for (task text-to-image); default: the first four captions.
         min_snr: gamma of the min-SNR weights of the loss (tasks that generate images); 0 for none.
         train_text_encoder: adapt the text encoder too, with the same targets (task text-to-image).
@@ -76,6 +77,7 @@ class TrainSettings:
     image_size: int | None = None
     augment: Literal["none", "flip", "crop"] | None = None
     bad_images: Literal["fail", "skip"] | None = None
+    bad_boxes: Literal["fail", "clip"] | None = None
     prompts: list[str] | None = None
     min_snr: float | None = None
     train_text_encoder: bool | None = None
@@ -132,4 +134,14 @@ class TrainSettings:
         return dataclasses.asdict(self)
 
 
-_OF_TASKS = ("max_length", "system", "image_size", "augment", "bad_images", "prompts", "min_snr", "train_text_encoder")
+_OF_TASKS = (
+    "max_length",
+    "system",
+    "image_size",
+    "augment",
+    "bad_images",
+    "bad_boxes",
+    "prompts",
+    "min_snr",
+    "train_text_encoder",
+)

@@ -18,7 +18,26 @@ from veratune.training.methods import Method, readable
 _STATE = "trainer_state.json"
 
 
-class VeraTrainer(Trainer):
+class TaskTrainer(Trainer):
+    """Trainer that keeps of a model's outputs what a task's metrics want.
+
+    outputs: see Task. Other outputs (a detector's hidden states) would fill the memory.
+    """
+
+    def __init__(self, *args: Any, outputs: tuple[str, ...] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.outputs = outputs
+
+    def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        if not self.outputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            out = model(**inputs)
+        return out["loss"].detach().mean(), tuple(out[name].detach() for name in self.outputs), inputs["labels"]
+
+
+class VeraTrainer(TaskTrainer):
     """Trainer for what a method trains of a model.
 
     lr, head_lr: peak learning rates of vectors and head; loss_per_token: see Task; still: modules that stay in
