@@ -31,7 +31,6 @@ def run(argv: Sequence[str]) -> int:
         loaded = load(flags)
         report = merge(loaded.model)
         detach(loaded.model, keep_merged=True)
-        loaded.model.save_pretrained(place)
-        loaded.processor.save_pretrained(place)
+        loaded.task.save(loaded.model, loaded.processor, place)
     print(f"{folder}: {len(report)} weights merged in {flags.base_dtype}; rounding changed {lost_in_all(report):.2%} of ΔW")
     return 0

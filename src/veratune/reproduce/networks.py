@@ -261,8 +261,8 @@ def small_detector(labels: list[str]) -> nn.Module:
         **taken,
     )  # fmt: skip
     config = RTDetrConfig(
-        backbone_config=stages, encoder_in_channels=EfficientNetFeatures.channels, encoder_hidden_dim=128, d_model=128,
-        decoder_in_channels=[128, 128, 128], encoder_ffn_dim=256, decoder_ffn_dim=256, decoder_layers=3, num_queries=100, num_denoising=50,
+        backbone_config=stages, encoder_in_channels=EfficientNetFeatures.channels, encoder_hidden_dim=64, d_model=64,
+        decoder_in_channels=[64, 64, 64], encoder_ffn_dim=128, decoder_ffn_dim=128, decoder_layers=3, num_queries=100, num_denoising=30,
         encoder_attention_heads=4, decoder_attention_heads=4, freeze_backbone_batch_norms=False, id2label=names,
         label2id={name: i for i, name in names.items()},
     )  # fmt: skip

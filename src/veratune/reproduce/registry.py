@@ -3,12 +3,13 @@
 from veratune.errors import ConfigError, near
 from veratune.reproduce.cifar import CifarJpeg
 from veratune.reproduce.conv import ConvIntel, ConvMnist
+from veratune.reproduce.ddpm import Ddpm, LoraStyles
 from veratune.reproduce.detection import Detection
 from veratune.reproduce.experiment import Experiment
 from veratune.reproduce.fewshot import EfficientNetFewShot, Table5
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
-    kind.name: kind for kind in (Table5, ConvMnist, ConvIntel, CifarJpeg, EfficientNetFewShot, Detection)
+    kind.name: kind for kind in (Table5, ConvMnist, ConvIntel, CifarJpeg, EfficientNetFewShot, Detection, Ddpm, LoraStyles)
 }
 
 

@@ -90,6 +90,15 @@ class Task(abc.ABC):
     def preview(self, encoded: Mapping[str, Any], processor: Any) -> list[tuple[str, bool]]:
         """One encoded example as pieces of text, each with whether the loss is on it."""
 
+    def sample(self, model: nn.Module, processor: Any, path: Path) -> Path | None:
+        """A picture of what the model makes in the middle of training, as a PNG file; None for most tasks."""
+        return None
+
+    def save(self, model: nn.Module, processor: Any, folder: Path) -> None:
+        """Write a whole model, with what it needs to be loaded again."""
+        model.save_pretrained(folder)  # type: ignore[operator]
+        processor.save_pretrained(folder)
+
     def draw(self, model: nn.Module, rows: Dataset, processor: Any, folder: Path) -> list[Path]:
         """Pictures of what a trained model does, as PNG files in a folder; none for most tasks."""
         return []
@@ -161,10 +170,10 @@ def _source(model: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def loading(model: str) -> Any:
+def loading(model: str, config: str = "config.json") -> Any:
     """Make what transformers raises for a model that cannot be had one DataError that says what to do."""
-    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-        raise DataError(f"{model}: a folder without config.json; give a folder that save_pretrained wrote")
+    if Path(model).is_dir() and not (Path(model) / config).is_file():
+        raise DataError(f"{model}: a folder without {config}; give a folder that save_pretrained wrote")
     try:
         yield
     except (OSError, ValueError, ImportError) as error:

@@ -5,13 +5,24 @@ from typing import Any
 
 from veratune.errors import AdapterFileError, ConfigError, near
 from veratune.tasks.base import Task
+from veratune.tasks.diffusion import TextToImage, UnconditionalImage
 from veratune.tasks.image_classification import ImageClassification
 from veratune.tasks.language import CausalLM, Instruction
 from veratune.tasks.object_detection import ObjectDetection
 from veratune.tasks.text_classification import TextClassification, TextRegression
 
 TASKS: dict[str, type[Task]] = {
-    t.name: t for t in (TextClassification, TextRegression, Instruction, CausalLM, ImageClassification, ObjectDetection)
+    t.name: t
+    for t in (
+        TextClassification,
+        TextRegression,
+        Instruction,
+        CausalLM,
+        ImageClassification,
+        ObjectDetection,
+        TextToImage,
+        UnconditionalImage,
+    )
 }
 
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 from datasets import Dataset
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from veratune.config import VeraConfig
@@ -24,10 +24,11 @@ from veratune.formats.atomic import refuse_used, write_atomic
 from veratune.targets import find_heads
 from veratune.tasks.base import Task
 from veratune.tasks.registry import task_class
+from veratune.training.ema import Average
 from veratune.training.evaluate import scores
 from veratune.training.methods import Method, method_of
 from veratune.training.settings import TrainSettings
-from veratune.training.trainer import Progress, VeraTrainer, last_checkpoint
+from veratune.training.trainer import Progress, Samples, VeraTrainer, last_checkpoint
 
 RUN = "run.yaml"
 RESULTS = "results.json"
@@ -95,11 +96,11 @@ def train(
         if show is not None:
             for example in itertools.islice(train_set, settings.preview):
                 show(task.preview(example, processor))
-    trainer = _trainer(settings, model, task, method, processor, train_set, eval_set, still)
+    checkpoint = last_checkpoint(out / "checkpoints", method) if settings.resume else None
+    trainer = _trainer(settings, model, task, method, processor, train_set, eval_set, still, checkpoint)
     before = {} if eval_set is None else _before(trainer, out)
     set_seed(settings.seed)  # what was drawn so far must not matter to a resumed run
     start = time.perf_counter()
-    checkpoint = last_checkpoint(out / "checkpoints", method) if settings.resume else None
     trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     after = {} if eval_set is None else scores(trainer.evaluate())
@@ -211,6 +212,7 @@ def _trainer(
     train_set: Dataset,
     eval_set: Dataset | None,
     still: list[nn.Module],
+    checkpoint: Path | None,
 ) -> VeraTrainer:
     evaluates, out = eval_set is not None, Path(settings.out)
     every: dict[str, Any] = {"save_strategy": "epoch"}
@@ -249,7 +251,11 @@ def _trainer(
         disable_tqdm=False,
         **every,
     )
-    callbacks = [EarlyStoppingCallback(settings.patience)] if settings.patience else []
+    callbacks: list[TrainerCallback] = [Samples(task, model, processor, out)]
+    if settings.patience:
+        callbacks.append(EarlyStoppingCallback(settings.patience))
+    if settings.ema:
+        callbacks.append(Average(model, settings.ema, checkpoint))
     trainer = VeraTrainer(
         model=model,
         args=arguments,
@@ -292,7 +298,9 @@ def _check_out(settings: TrainSettings, vera: VeraConfig, out: Path) -> None:
     run = out / RUN
     if not run.is_file():
         raise OutputError(f"{out}: there is no run to resume (no {RUN}); leave --resume out to start one")
-    before, now = yaml.safe_load(run.read_text()), _run(settings, vera)
+    now = _run(settings, vera)
+    unsaid = {f.name: f.default for kind in (TrainSettings, VeraConfig) for f in dataclasses.fields(kind) if f.name in now}
+    before = unsaid | yaml.safe_load(run.read_text())  # a setting that is newer than the run had its default
     changed = [k for k in sorted(set(before) | set(now)) if k not in _FREE | {"head"} and before.get(k) != now.get(k)]
     if changed:
         key = changed[0]

@@ -32,6 +32,8 @@ class TrainSettings:
         bad_images: "fail" at an image that cannot be read, or "skip" it with a warning that names it.
         bad_boxes: "fail" at an empty box or one outside its image, or "clip" it (task object-detection).
         prompts: what the sample grids are drawn for (task text-to-image); default: the first four captions.
+        caption: the text of images that have none, such as "a photo of a sks dog" (task text-to-image).
+        sample_steps: denoising steps for the sample grids (tasks that generate images; default 25).
         min_snr: gamma of the min-SNR weights of the loss (tasks that generate images); 0 for none.
         train_text_encoder: adapt the text encoder too, with the same targets (task text-to-image).
         method: what is trained: "vera"; "head" (the task's output alone), "bitfit" (all biases and the head), "full"; or "peft:" and a
@@ -48,6 +50,7 @@ class TrainSettings:
         max_steps: optimizer steps; over 0 it goes before epochs.
         warmup: share of all steps in which the learning rate rises, in [0, 1).
         schedule: how the learning rate falls after that.
+        ema: decay of an exponential moving average of the trained values, which is what is kept in the end; 0 for none.
         clip: largest norm of the gradient; 0 for none.
         keep: the adapter of the best evaluation, or the last one.
         patience: evaluations without a better score before the run stops; 0: never stops early.
@@ -79,6 +82,8 @@ class TrainSettings:
     bad_images: Literal["fail", "skip"] | None = None
     bad_boxes: Literal["fail", "clip"] | None = None
     prompts: list[str] | None = None
+    caption: str | None = None
+    sample_steps: int | None = None
     min_snr: float | None = None
     train_text_encoder: bool | None = None
     method: str = "vera"
@@ -93,6 +98,7 @@ class TrainSettings:
     max_steps: int = 0
     warmup: float = 0.06
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    ema: float = 0.0
     clip: float = 1.0
     keep: Literal["best", "last"] = "best"
     patience: int = 0
@@ -117,6 +123,10 @@ class TrainSettings:
         ):  # fmt: skip
             if getattr(self, field) < least:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least {least}")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema is {self.ema}; it is a decay, in [0, 1)")
+        if self.ema and self.keep == "best":
+            raise ConfigError("ema keeps an average of all steps, keep='best' one of them; set keep to last")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup is {self.warmup}; it is a share of all steps, in [0, 1)")
         if self.peft and not self.method.startswith("peft:"):
@@ -135,13 +145,6 @@ class TrainSettings:
 
 
 _OF_TASKS = (
-    "max_length",
-    "system",
-    "image_size",
-    "augment",
-    "bad_images",
-    "bad_boxes",
-    "prompts",
-    "min_snr",
+    "max_length", "system", "image_size", "augment", "bad_images", "bad_boxes", "caption", "prompts", "sample_steps", "min_snr",
     "train_text_encoder",
-)
+)  # fmt: skip

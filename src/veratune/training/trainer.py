@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from veratune.tasks.base import Task
 from veratune.training.methods import Method, readable
 
 _STATE = "trainer_state.json"
@@ -123,6 +124,22 @@ class Progress(ProgressCallback):
             line = "  ".join(f"{k.removeprefix('eval_') if k != 'eval_loss' else k} {v:.4g}" for k, v in shown.items())
             if "loss" in shown or "eval_loss" in shown:
                 tqdm.write(line, file=sys.stderr)
+
+
+class Samples(TrainerCallback):
+    """A picture of what the model makes, beside every checkpoint: samples/STEP.png in the run's folder."""
+
+    def __init__(self, task: Task, model: nn.Module, processor: Any, folder: Path) -> None:
+        self.task, self.model, self.processor, self.folder = task, model, processor, folder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.on_save(args, state, control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            with torch.random.fork_rng():
+                self.task.sample(self.model, self.processor, self.folder / "samples" / f"{state.global_step:06d}.png")
 
 
 def last_checkpoint(folder: Path, method: Method) -> Path | None:
