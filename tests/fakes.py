@@ -1,9 +1,12 @@
 """Tiny models of real architectures, made from configurations, and a tokenizer trained on the spot: no downloads."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers as hf
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
@@ -88,4 +91,106 @@ def folder(model: nn.Module, path: Path) -> str:
     """A model and a tokenizer as save_pretrained writes them."""
     model.save_pretrained(path)
     tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def image_rows(count: int, side: int = 16, seed: int = 0) -> list[tuple[Image.Image, str]]:
+    """Pictures of two classes: red above and dark below, or the other way round, with noise."""
+    generator = np.random.default_rng(seed)
+    out = []
+    for i in range(count):
+        values = generator.integers(0, 60, (side, side, 3))
+        half = slice(0, side // 2) if i % 2 else slice(side // 2, side)
+        values[half, :, 0] += 180
+        out.append((Image.fromarray(values.astype(np.uint8)), "above" if i % 2 else "below"))
+    return out
+
+
+def image_folder(path: Path, splits: dict[str, int]) -> Path:
+    """One folder of images for each class, in one folder for each split."""
+    for seed, (split, count) in enumerate(splits.items()):
+        for i, (image, label) in enumerate(image_rows(count, seed=seed)):
+            (path / split / label).mkdir(parents=True, exist_ok=True)
+            image.save(path / split / label / f"{i}.png")
+    return path
+
+
+def image_model(path: Path, kind: str = "vit") -> str:
+    """A tiny image classifier's backbone and its processor."""
+    if kind == "vit":
+        config = hf.ViTConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=4,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=LIVELY,
+        )  # fmt: skip
+        seeded(lambda: hf.ViTModel(config)).save_pretrained(path)
+    else:
+        config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+        seeded(lambda: hf.ResNetModel(config)).save_pretrained(path)
+    hf.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(path)
+    return str(path)
+
+
+def detector(path: Path, side: int = 32) -> str:
+    """A tiny YOLOS and its processor."""
+    config = hf.YolosConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=[side, side], patch_size=8,
+        num_detection_tokens=5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=LIVELY, num_labels=7,
+    )  # fmt: skip
+    seeded(lambda: hf.YolosForObjectDetection(config)).save_pretrained(path)
+    hf.YolosImageProcessorPil(size={"height": side, "width": side}, do_pad=False).save_pretrained(path)
+    return str(path)
+
+
+def stable_diffusion(path: Path, xl: bool = False) -> str:
+    """A tiny Stable Diffusion pipeline (or XL's): U-Net, VAE, text encoder, a tokenizer of single letters."""
+    import diffusers
+
+    letters = [
+        *"abcdefghijklmnopqrstuvwxyz",
+        *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz"),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    words = path / "words"
+    words.mkdir(parents=True)
+    (words / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(letters)}))
+    (words / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = hf.CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=24)
+    text = hf.CLIPTextConfig(
+        vocab_size=len(letters), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=24, projection_dim=16, bos_token_id=len(letters) - 2, eos_token_id=len(letters) - 1,
+    )  # fmt: skip
+    more = {} if not xl else {
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 16 + 6 * 8,
+    }  # fmt: skip
+    unet = seeded(lambda: diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=64 if xl else 32,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=8, **more,
+    ))  # fmt: skip
+    vae = seeded(lambda: diffusers.AutoencoderKL(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
+        latent_channels=4, sample_size=16,
+    ))  # fmt: skip
+    scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    encoder = seeded(lambda: hf.CLIPTextModel(text))
+    if xl:
+        second = seeded(lambda: hf.CLIPTextModelWithProjection(text))
+        pipe = diffusers.StableDiffusionXLPipeline(vae, encoder, second, tokenizer, tokenizer, unet, scheduler)
+    else:
+        pipe = diffusers.StableDiffusionPipeline(
+            vae, encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+        )
+    pipe.save_pretrained(path / "pipe")
+    return str(path / "pipe")
+
+
+def ddpm(path: Path) -> str:
+    """A tiny unconditional diffusion pipeline for grey images of 16 x 16."""
+    import diffusers
+
+    unet = seeded(lambda: diffusers.UNet2DModel(
+        sample_size=16, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), attention_head_dim=8,
+    ))  # fmt: skip
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(path)
     return str(path)

@@ -6,7 +6,7 @@ from torch import nn
 from tests import fakes
 from veratune.config import VeraConfig
 from veratune.errors import TargetError
-from veratune.targets import find_sites
+from veratune.targets import find_heads, find_sites
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 99}
 DECODER = {**SMALL, "num_key_value_heads": 2, "pad_token_id": 0}
@@ -136,3 +136,16 @@ def test_a_broken_regular_expression_is_named():
 def test_a_model_without_linear_layers():
     with pytest.raises(TargetError, match="Sequential has no linear layer"):
         names(nn.Sequential(nn.ReLU()))
+
+
+def test_heads_are_full_paths_or_ends_lists_are_what_is_in_them_and_none_is_inside_another():
+    inner = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    lists = nn.ModuleList([nn.ModuleList([nn.Linear(2, 2)]), nn.Tanh()])
+    model = nn.ModuleDict({"conv1": nn.Linear(2, 2), "block": nn.ModuleDict({"conv1": inner}), "heads": lists})
+
+    def paths(*names):
+        return [path for path, _ in find_heads(model, names)]
+
+    assert paths("conv1") == ["conv1"]  # the full path goes before the ends
+    assert paths("block.conv1.0", "block.conv1") == ["block.conv1"]
+    assert paths("heads") == ["heads.0.0", "heads.1"]  # lists are not called

@@ -166,7 +166,8 @@ def find_heads(model: nn.Module, head: Iterable[str]) -> list[tuple[str, nn.Modu
             known = [path.rsplit(".", 1)[-1] for path, _ in _walk(model) if path and not _INDEX.search(path)]
             raise TargetError(f"head {name!r} is no module of {type(model).__name__}{near(name, known)}")
         out += [called for entry in found for called in _called(*entry)]
-    return list(dict(out).items())  # names may overlap
+    paths = dict(out)  # names may overlap, and a module may lie inside another one
+    return [(path, module) for path, module in paths.items() if not any(path.startswith(f"{other}.") for other in paths)]
 
 
 def _called(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:

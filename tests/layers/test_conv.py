@@ -230,13 +230,40 @@ def test_bad_input_is_refused_with_the_sizes():
     assert str(caught.value) == "A (2, 10) does not fit; A is (r, in / groups * 9) for the kernel (3, 3)"
 
 
-def test_a_convolution_with_a_forward_of_its_own_is_refused():
-    class Same(nn.Conv2d):
-        def forward(self, x):
-            return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
+class Same(nn.Conv2d):
+    """Pads to the size of its input itself, and multiplies its weight."""
 
-    with pytest.raises(UnsupportedError, match="layer '0' is a Same, a convolution with a forward of its own"):
-        build(Same(2, 3, 3))
+    def forward(self, x):
+        return nn.functional.conv2d(nn.functional.pad(x, (1, 1, 1, 1)), 2 * self.weight, self.bias)
+
+
+def test_a_convolution_with_a_forward_of_its_own_is_called_with_the_merged_weight():
+    torch.manual_seed(0)
     model = nn.Sequential(Same(2, 3, 3), nn.Conv2d(3, 3, 1))
-    vt.attach(model, vt.VeraConfig(rank=2, targets=["1"]))
-    assert isinstance(model[0], Same)
+    x = torch.randn(2, 2, 5, 5)
+    plain = model(x)
+    vt.attach(model, vt.VeraConfig(rank=2, targets=["0"]))
+    assert torch.equal(model(x), plain)
+    scramble(model, "default")
+    wanted = model[1](
+        nn.functional.conv2d(nn.functional.pad(x, (1, 1, 1, 1)), 2 * model[0].weights_with("default")["weight"], model[0].bias)
+    )
+    torch.testing.assert_close(model(x), wanted)
+    with vt.rows(model, ["default", None]):
+        mixed = model(x)
+    torch.testing.assert_close(mixed, torch.stack([wanted[0], plain[1]]))
+    model(x).square().sum().backward()
+    assert model[0].vera["default"]["whole"].d.grad.abs().sum() > 0
+    vt.merge(model)
+    torch.testing.assert_close(model(x), wanted)
+    assert torch.equal(vt.detach(model)(x), plain)
+
+
+def test_what_a_convolution_with_a_forward_of_its_own_cannot_do_is_refused():
+    with pytest.raises(UnsupportedError, match="layer '0' is a Same, a convolution with a forward of its own.*plan='factored'"):
+        build(Same(2, 3, 3), plan="factored")
+    with pytest.raises(UnsupportedError, match="dropout=0.5 needs an input of the adapter alone"):
+        build(Same(2, 3, 3), dropout=0.5)
+    model = vt.attach(nn.Sequential(Same(2, 3, 3)).bfloat16(), vt.VeraConfig(rank=2, targets=["0"]))
+    with pytest.raises(UnsupportedError, match="a weight of torch.bfloat16, too coarse to take ΔW in"):
+        model(torch.randn(1, 2, 5, 5).bfloat16())

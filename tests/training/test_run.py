@@ -118,13 +118,6 @@ def test_a_base_of_few_bits_is_trained_through(place, tmp_path, base):
     assert {v.dtype for v in native.read(result.path).d.values()} == {torch.float32}
 
 
-def test_the_head_alone_leaves_the_vectors(place, tmp_path):
-    result = train(settings(place, tmp_path / "run", lr=0.0, epochs=1), VERA)
-    adapter = native.read(result.path)
-    assert all((d == 0.1).all() for d in adapter.d.values())
-    assert not any(b.any() for b in adapter.b.values())
-
-
 def test_equal_runs_give_equal_bytes_and_seeds_differ(place, tmp_path):
     for name, changes in (("a", {}), ("b", {}), ("c", {"seed": 1}), ("d", {"gradient_checkpointing": True})):
         train(settings(place, tmp_path / name, epochs=1, **changes), VERA)
@@ -232,7 +225,7 @@ def test_sweep_ranks_and_resumes(place, tmp_path):
 
 
 def test_early_stopping_and_the_last_adapter(place, tmp_path):
-    stopped = train(settings(place, tmp_path / "a", lr=0.0, head_lr=0.0, epochs=8, patience=2), VERA)
+    stopped = train(settings(place, tmp_path / "a", lr=1e-12, head_lr=0.0, epochs=8, patience=2), VERA)
     assert stopped.steps == 18  # three evaluations: one to set the score, two without a better one
     last = train(settings(place, tmp_path / "b", epochs=1, keep="last", report_to=["tensorboard"]), VERA)
     assert last.steps == 6
@@ -251,10 +244,12 @@ def test_early_stopping_and_the_last_adapter(place, tmp_path):
         ({"model": "/nowhere"}, DataError, "base model '/nowhere' cannot be loaded"),
         ({"patience": 2, "eval_split": "test"}, ConfigError, "patience stops on an evaluation score"),
         (
-            {"model": "LLAMA", "task": "causal-lm", "data": "TEXT", "lr": 0.0},
+            {"model": "LLAMA", "task": "causal-lm", "data": "TEXT", "method": "head"},
             ConfigError,
-            "lr is 0, which trains the head alone, but task 'causal-lm' has no head; raise lr",
+            "method is 'head', but the task has no output of its own to train; use another method",
         ),
+        ({"system": "x"}, ConfigError, "system is set, but task 'text-classification' does not take it"),
+        ({"method": "lora"}, ConfigError, "unknown method 'lora'; there are vera, head, bitfit, full and peft:NAME"),
         ({"resume": True}, OutputError, r"there is no run to resume \(no run.yaml\)"),
     ],
 )
@@ -286,7 +281,8 @@ def test_an_output_folder_in_use_and_a_changed_run(place, tmp_path):
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"warmup": 1.0}, r"warmup is 1.0; it is a share of all steps, in \[0, 1\)"),
         ({"epochs": 0}, "epochs and max_steps are both 0"),
-        ({"system": "x"}, "system is set, but task 'text-classification' has no conversations"),
+        ({"lr": 0.0}, "lr is 0, with which method 'vera' trains nothing beside the head; for the head alone take method head"),
+        ({"peft": {"r": 8}}, "peft is set to {'r': 8}, but the method is 'vera'"),
     ],
 )
 def test_bad_settings(place, tmp_path, changes, message):

@@ -5,6 +5,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 import veratune as vt
+from veratune.training.methods import Vera
 from veratune.training.trainer import VeraTrainer
 
 
@@ -25,16 +26,19 @@ def trainer(model, folder):
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=1, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
     )
-    return VeraTrainer(model=model, args=arguments, train_dataset=rows, adapter="a", lr=0.1, head_lr=0.1, loss_per_token=False)
+    method = Vera(vt.VeraConfig())
+    return VeraTrainer(
+        model=model, args=arguments, train_dataset=rows, method=method, lr=0.1, head_lr=0.1, loss_per_token=False
+    )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_layer_that_is_passed_by_is_named(tmp_path):
     torch.manual_seed(0)
-    model = vt.attach(Reader(), vt.VeraConfig(rank=2, targets=["called", "read"]), "a")
+    model = vt.attach(Reader(), vt.VeraConfig(rank=2, targets=["called", "read"]))
     with pytest.warns(UserWarning, match="1 adapted layers, the first 'read', took no part in the first step"):
         trainer(model, tmp_path).train()
-    model = vt.attach(Reader(), vt.VeraConfig(rank=2, targets=["called"]), "a")
+    model = vt.attach(Reader(), vt.VeraConfig(rank=2, targets=["called"]))
     before = vt.extract(model).b["called"].clone()
     trainer(model, tmp_path).train()  # no warning: warnings are errors here
     assert not torch.equal(vt.extract(model).b["called"], before)

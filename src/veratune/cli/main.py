@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "fine-tune a model with VeRA",
     "eval": "score an adapter on rows of data",
     "chat": "talk to a base model with an adapter",
+    "sample": "draw with a diffusion pipeline and an adapter",
     "count": "parameters, bytes and memory, from a configuration alone",
     "inspect": "what is in an adapter's file",
     "merge": "write the merged model",
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("veratune", ""):
             raise
-        return _fail(f"{name} needs the package {error.name!r}: pip install 'veratune[train,plot,peft,quantized]'", 1)
+        return _fail(f"{name} needs the package {error.name!r}: pip install 'veratune[train,vision,plot,peft,quantized]'", 1)
     except KeyboardInterrupt:
         return _fail("interrupted; a training run goes on with --resume", 130)
     except BrokenPipeError:  # the reader of our output has gone

@@ -72,7 +72,8 @@ def read_lora(path: str | Path, model: nn.Module) -> LoraBasis:
             )
         layer = _layer(stored, known, flat)
         if layer is None:
-            raise BaseModelError(f"{path}: the LoRA has layer '{stored}', {type(model).__name__} has not{near(stored, known)}")
+            layer = stored.removeprefix(_PREFIXES[0])
+            raise BaseModelError(f"{path}: the LoRA has layer '{layer}', {type(model).__name__} has not{near(layer, known)}")
         A, B = held["A"].flatten(1).float(), held["B"].flatten(1).float()
         alpha = float(held["alpha"]) if "alpha" in held else _alpha(config, layer, A.shape[0])
         out[layer] = (A, B * (alpha / (math.sqrt(A.shape[0]) if config.get("use_rslora") else A.shape[0])))

@@ -30,7 +30,7 @@ METHODS: dict[str, tuple[str, dict[str, float], dict[str, Any]]] = {
 class CifarJpeg(Experiment):
     name, about = "cifar-jpeg", "ResNet-20, ResNet-56 and a small ViT of CIFAR-10, adapted to JPEG at about 300 bytes an image"
     rows: dict[Scale, dict[str, int]] = {
-        "quick": {"train": 1000, "test": 500}, "scaled": {"train": 4000, "test": 2000}, "full": {},
+        "quick": {"train": 1000, "test": 500}, "scaled": {"train": 2000, "test": 1000}, "full": {},
     }  # fmt: skip
     epochs: dict[Scale, int] = {"quick": 1, "scaled": 3, "full": 5}
 

@@ -141,7 +141,7 @@ class LoraStyles(Experiment):
     data = "mnist"
     few = 256  # images of a sub-style: what a family's LoRA is for
     rank = 16
-    family = {"method": "peft:lora", "lr": 5e-3, "peft": {"r": rank, "lora_alpha": rank}}
+    family: Mapping[str, Any] = {"method": "peft:lora", "lr": 5e-3, "peft": {"r": rank, "lora_alpha": rank}}
 
     def cells(self, scale: Scale) -> list[Cell]:
         kinds = ("family", "vectors over the family's LoRA", "VeRA, rank 64", "LoRA, rank 1", "LoRA, rank 1, last stages only")
@@ -168,7 +168,7 @@ class LoraStyles(Experiment):
         if kind != "family":
             rows["train"] = self.few
         task = DigitsTask(rows, STYLES[style])
-        settings: dict[str, Any] = {
+        settings: Mapping[str, Any] = {
             "family": self.family, "vectors over the family's LoRA": {"lr": 5e-2}, "VeRA, rank 64": {"lr": 2e-2},
             "LoRA, rank 1": METHODS["LoRA, rank 1"], "LoRA, rank 1, last stages only": METHODS["LoRA, rank 1"],
         }[kind]  # fmt: skip
@@ -225,4 +225,8 @@ def _sheet(folders: Mapping[str, Path], path: Path) -> list[Path]:
     from veratune.analysis.pictures import draw_grid
 
     there = {name: folder / "samples.png" for name, folder in folders.items() if (folder / "samples.png").is_file()}
-    return [draw_grid({name: [Image.open(file)] for name, file in there.items()}, path)] if there else []
+    pictures = {}
+    for name, file in there.items():
+        with Image.open(file) as picture:
+            pictures[name] = [picture.copy()]
+    return [draw_grid(pictures, path)] if pictures else []

