@@ -28,5 +28,5 @@ def test_charts_are_written(tmp_path):
     for labels in (["a", "b"], [str(i) for i in range(30)]):
         path = draw_confusion(np.eye(len(labels), dtype=int) * 3, labels, tmp_path / f"{len(labels)}.png")
         assert read(path).shape[1] > 300
-    path = draw_against({"x": [(10, 1.0), (1000, 2.0)]}, tmp_path / "a.png", "values", "accuracy")
+    path = draw_against({"x": [(10, 1.0, "a"), (1000, 2.0, "b")]}, tmp_path / "a.png", "values", "accuracy")
     assert read(path).shape[1] > 300

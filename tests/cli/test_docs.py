@@ -58,6 +58,13 @@ def test_the_page_of_benchmarks_is_made_of_its_lines():
     assert wanted in (ROOT / "README.md").read_text(), wanted
 
 
+def test_the_page_of_vision_is_made_of_its_lines():
+    make = load(ROOT / "docs" / "make_vision.py")
+    assert make.PAGE.read_text() == make.page(), "run make docs"
+    for name in make.NAMES:
+        assert (make.LINES / f"{name}.jsonl").is_file(), name
+
+
 def test_links_between_pages_lead_somewhere():
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):

@@ -1,6 +1,5 @@
 """Pictures of what a model does, as PNG files: confusion matrices, grids of images, boxes, curves."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 
 _COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 
@@ -77,34 +77,25 @@ def with_boxes(
     return out
 
 
-def draw_bars(values: Mapping[str, Mapping[str, float]], path: Path, ylabel: str) -> Path:
-    """Bars in groups: values[group][name]. Returns the path."""
-    names = list(dict.fromkeys(name for group in values.values() for name in group))
-    figure, axes = plt.subplots(figsize=(1.5 + 1.1 * len(values) * max(1, len(names) / 4), 3.6))
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        heights = [group.get(name, math.nan) for group in values.values()]
-        bars = axes.bar(
-            [x + i * width for x in range(len(values))], heights, width, label=name, color=_COLOURS[i % len(_COLOURS)]
-        )
-        axes.bar_label(bars, fmt="%.3g", fontsize=7)
-    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(values))], list(values))
-    axes.set_ylabel(ylabel)
-    axes.legend(fontsize=8)
-    return _save(figure, path)
-
-
 def draw_against(
-    points: Mapping[str, Sequence[tuple[float, float]]], path: Path, xlabel: str, ylabel: str, title: str = ""
+    points: Mapping[str, Sequence[tuple[float, float, str]]], path: Path, xlabel: str, ylabel: str, title: str = ""
 ) -> Path:
-    """One mark for each (x, y), x on a logarithmic scale, a colour and a name for each method. Returns the path."""
-    figure, axes = plt.subplots(figsize=(6.2, 4.0))
-    for i, (name, pairs) in enumerate(points.items()):
-        xs, ys = zip(*pairs, strict=True)
-        axes.plot(xs, ys, "o", label=name, color=_COLOURS[i % len(_COLOURS)], markersize=7, alpha=0.8)
+    """One mark for each (x, y, group), x on a logarithmic scale: a colour for each method, a shape for each group. Returns the path."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.0))
+    groups = list(dict.fromkeys(group for marks in points.values() for _, _, group in marks))
+    for i, (name, marks) in enumerate(points.items()):
+        for x, y, group in marks:
+            shape = "os^Dv"[groups.index(group) % 5]
+            axes.plot(x, y, shape, color=_COLOURS[i % len(_COLOURS)], markersize=7, alpha=0.8)
+        axes.plot([], [], "o", label=name, color=_COLOURS[i % len(_COLOURS)])
+    for i, group in enumerate(groups if len(groups) > 1 else []):
+        axes.plot([], [], "os^Dv"[i % 5], label=group, color="none", markeredgecolor="black")
     axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
     return _save(figure, path)
 
 

@@ -90,8 +90,10 @@ class CifarJpeg(Experiment):
         """accuracy.png: accuracy against trained values."""
         from veratune.analysis.pictures import draw_against
 
-        points: dict[str, list[tuple[float, float]]] = {}
+        points: dict[str, list[tuple[float, float, str]]] = {}
         for line in lines:
-            points.setdefault(line["method"], []).append((line["trained"] + line["head"], 100 * line["after"]["accuracy"]))
+            points.setdefault(line["method"], []).append(
+                (line["trained"] + line["head"], 100 * line["after"]["accuracy"], line["network"])
+            )
         title = "CIFAR-10 as JPEG: three networks"
         return [draw_against(points, place.out / "accuracy.png", "trained values", "accuracy %", title)] if points else []

@@ -120,11 +120,14 @@ class Ddpm(Experiment):
         ])  # fmt: skip
 
     def draw(self, lines: Sequence[Line], place: Place) -> list[Path]:
-        """samples.png: what each method draws from the same noise."""
+        """samples.png: what the MNIST model and each method draw from the same noise."""
+        base = place.out / "mnist-model"
+        if place.models is not None and not (base / "samples.png").is_file():
+            task = DigitsTask({})
+            task.draw(task.load_model(place.model("ddpm_mnist"), None), Dataset.from_dict({}), task.load_processor(""), base)
         scale = lines[0]["scale"] if lines else ""
-        return _sheet(
-            {name: place.out / "runs" / scale / f"{name.replace(' ', '-')}-0" for name in METHODS}, place.out / "samples.png"
-        )
+        runs = {name: place.out / "runs" / scale / f"{name.replace(' ', '-')}-0" for name in METHODS}
+        return _sheet({"nothing": base, **runs}, place.out / "samples.png")
 
 
 class LoraStyles(Experiment):

@@ -96,10 +96,10 @@ class _FewShotTable(Experiment):
         """accuracy.png: accuracy against trained values, the head apart."""
         from veratune.analysis.pictures import draw_against
 
-        points: dict[str, list[tuple[float, float]]] = {}
+        points: dict[str, list[tuple[float, float, str]]] = {}
         for line in lines:
             values = line["head"] if line["method"] == "Head" else line["trained"] + line["head"]
-            points.setdefault(line["method"], []).append((values, 100 * line["after"]["accuracy"]))
+            points.setdefault(line["method"], []).append((values, 100 * line["after"]["accuracy"], line["data"]))
         return (
             [draw_against(points, place.out / "accuracy.png", "trained values, the head too", "accuracy %")] if points else []
         )
