@@ -302,3 +302,48 @@ def test_the_installed_command():
     )
     assert out.returncode == 1
     assert out.stderr == "veratune: /nowhere.json: no such file\n"
+
+
+def test_a_diffusion_adapter_from_the_command_line(tmp_path, capsys):
+    model, data = fakes.stable_diffusion(tmp_path), tmp_path / "dog"
+    data.mkdir()
+    for i, (image, _) in enumerate(fakes.image_rows(4)):
+        image.save(data / f"{i}.png")
+    status, out, err = run(
+        capsys, "train", "--task", "text-to-image", "--model", model, "--data", data, "--caption", "a dog", "--out", tmp_path / "run",
+        "--rank", 4, "--epochs", 1, "--batch_size", 4, "--sample_steps", 1, "--device", "cpu", "--lr", "1e-2", "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    adapter = json.loads(out)["path"]
+    grid = tmp_path / "grid.png"
+    status, out, err = run(
+        capsys, "sample", "--model", model, "--adapter", adapter, "--count", 2, "--steps", 1, "--out", grid, "--device", "cpu"
+    )
+    assert (status, out) == (0, f"{grid}: 4 images\n"), err
+    assert run(capsys, "sample", "--model", model, "--adapter", adapter, "--count", 0)[0] == 2
+    status, out, err = run(
+        capsys, "merge", "--model", model, "--adapter", adapter, "--out", tmp_path / "merged", "--device", "cpu"
+    )
+    assert status == 0, err
+    assert (tmp_path / "merged" / "model_index.json").is_file()
+    status, _, err = run(
+        capsys, "sample", "--model", tmp_path / "merged", "--task", "text-to-image", "--steps", 1, "--device", "cpu"
+    )
+    assert (status, "no prompt; say what to draw with --prompts" in err) == (2, True)
+
+
+def test_sample_wants_images(place, capsys):
+    status, _, err = run(capsys, "sample", "--model", place / "llama", "--adapter", place / "a.safetensors", "--device", "cpu")
+    assert status == 2
+    assert "sample draws images, but the adapter's task is 'instruction'" in err
+
+
+def test_reproduce_lists_its_experiments_and_names_mistakes(tmp_path, capsys):
+    status, out, _ = run(capsys, "reproduce")
+    assert status == 0
+    assert "conv-mnist" in out
+    status, _, err = run(capsys, "reproduce", "conv-minst")
+    assert (status, "did you mean 'conv-mnist'" in err) == (2, True)
+    status, _, err = run(capsys, "reproduce", "conv-mnist", "--quick", "--out", tmp_path)
+    assert (status, "mnist is wanted: give --data FOLDER" in err) == (1, True)
+    assert run(capsys, "reproduce", "conv-mnist", "--quick", "--full")[0] == 2
