@@ -134,5 +134,5 @@ def test_what_is_no_pipeline_is_refused(tmp_path):
 def test_a_tiny_pipeline_overfits_a_caption_set(tmp_path):
     model, data = fakes.stable_diffusion(tmp_path), captioned(tmp_path / "data")
     vera = vt.VeraConfig(rank=64, targets=["all-conv", "all-linear"])
-    result = train(settings(model, data, tmp_path / "run", epochs=400, lr=2e-2, checkpoints=10**6), vera)
-    assert result.after["loss"] < 0.6 * result.before["loss"]
+    result = train(settings(model, data, tmp_path / "run", epochs=200, lr=4e-2, checkpoints=10**6), vera)
+    assert result.after["loss"] < 0.7 * result.before["loss"]

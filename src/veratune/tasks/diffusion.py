@@ -23,10 +23,10 @@ from transformers import PretrainedConfig
 from veratune.adapter import Adapter, install
 from veratune.errors import ConfigError, UnsupportedError
 from veratune.formats import native
-from veratune.tasks.base import Task, loading
+from veratune.tasks.base import loading
 from veratune.tasks.captions import has_caption_split, load_caption_rows
 from veratune.tasks.data import pick_columns
-from veratune.tasks.images import BadImages, augmented, check_image_settings, checked, lazily, open_image
+from veratune.tasks.images import ImageTask, augmented, checked, lazily, open_image
 
 SAMPLE_STEPS = 25
 
@@ -194,31 +194,20 @@ class Pixels:
         return torch.from_numpy(values.transpose(2, 0, 1) / 127.5 - 1)
 
 
-class ImageGeneration(Task):
+class ImageGeneration(ImageTask):
     """What tasks that generate images have in common. The score is the loss; grids of samples are drawn at every checkpoint."""
 
-    takes = frozenset({"image_size", "augment", "bad_images", "min_snr", "sample_steps"})
+    takes = ImageTask.takes | {"min_snr", "sample_steps"}
 
     def __init__(
-        self,
-        columns: Mapping[str, str] | None = None,
-        image_size: int | None = None,
-        augment: str = "none",
-        bad_images: BadImages = "fail",
-        min_snr: float = 0.0,
-        sample_steps: int = SAMPLE_STEPS,
+        self, columns: Mapping[str, str] | None = None, min_snr: float = 0.0, sample_steps: int = SAMPLE_STEPS, **options: Any
     ) -> None:
-        """See `TrainSettings`."""
-        super().__init__(columns)
-        check_image_settings(image_size, augment, bad_images)
+        """See `TrainSettings` and `ImageTask`."""
+        super().__init__(columns, **options)
         if min_snr < 0 or sample_steps < 1:
             raise ConfigError(f"min_snr is {min_snr} and sample_steps {sample_steps}; at least 0 and at least 1 are wanted")
-        self.image_size, self.augment, self.bad_images, self.min_snr = image_size, augment, bad_images, min_snr
-        self.sample_steps = sample_steps
+        self.min_snr, self.sample_steps = min_snr, sample_steps
         self.prompts: list[str] = []
-
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"image_size": self.image_size}
 
     def load_rows(self, source: str, split: str = "train", config: str | None = None) -> Dataset:
         return load_caption_rows(source, split, config)
@@ -234,7 +223,7 @@ class ImageGeneration(Task):
 
         def turn(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
             images = zip(batch["_index"], batch[column], strict=True)
-            pixels = [processor(augmented(open_image(value, row), how)) for row, value in images]  # type: ignore[arg-type]
+            pixels = [processor(augmented(open_image(value, row), how)) for row, value in images]
             return {"pixel_values": pixels, "index": batch["_index"]} | ({"captions": batch[text]} if text else {})
 
         return lazily(rows, turn)

@@ -11,14 +11,12 @@ from sklearn.metrics import confusion_matrix
 from torch import nn
 from transformers import AutoModelForImageClassification
 
-from veratune.tasks.base import Metrics, Task, load_pretrained
+from veratune.tasks.base import Metrics, load_pretrained
 from veratune.tasks.classes import class_numbers, classification_scores, label_names, logits_of, output_heads
 from veratune.tasks.data import pick_columns
 from veratune.tasks.images import (
-    Augment,
-    BadImages,
+    ImageTask,
     augmented,
-    check_image_settings,
     checked,
     has_image_split,
     lazily,
@@ -29,7 +27,7 @@ from veratune.tasks.images import (
 )
 
 
-class ImageClassification(Task):
+class ImageClassification(ImageTask):
     """Images of any form and size; labels are integers from 0, names, or the folders' names.
 
     The model's own processor resizes and normalises. After training a confusion matrix is drawn into the run's folder.
@@ -37,23 +35,13 @@ class ImageClassification(Task):
 
     name = "image-classification"
     roles = {"image": ("image", "img"), "label": ("label", "labels", "fine_label", "target")}
-    takes = frozenset({"image_size", "augment", "bad_images"})
     metric = "accuracy"
     greater_is_better = True
     needs_labels = True
 
-    def __init__(
-        self,
-        columns: Mapping[str, str] | None = None,
-        image_size: int | None = None,
-        augment: Augment = "none",
-        bad_images: BadImages = "fail",
-        labels: list[str] | None = None,
-    ) -> None:
-        """image_size, augment, bad_images: see `TrainSettings`; labels: names of the classes."""
-        super().__init__(columns)
-        check_image_settings(image_size, augment, bad_images)
-        self.image_size, self.augment, self.bad_images = image_size, augment, bad_images
+    def __init__(self, columns: Mapping[str, str] | None = None, labels: list[str] | None = None, **options: Any) -> None:
+        """labels: names of the classes; options: see `ImageTask`."""
+        super().__init__(columns, **options)
         self.labels = labels or []
         self._inputs: dict[str, Any] = {}  # what the model's forward wants beside the pixels
         self._confusion: np.ndarray | None = None
@@ -68,7 +56,7 @@ class ImageClassification(Task):
         self.labels = label_names(rows, pick_columns(rows, self.roles, self.columns)["label"])
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"image_size": self.image_size, "labels": self.labels}
+        return super().describe() | {"labels": self.labels}
 
     def load_processor(self, model: str) -> Any:
         return load_image_processor(model, self.image_size)

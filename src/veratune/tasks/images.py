@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor
 
 from veratune.errors import ConfigError, DataError
-from veratune.tasks.base import loading
+from veratune.tasks.base import Task, loading
 from veratune.tasks.data import SPLITS, has_split, load_rows
 
 BadImages = Literal["fail", "skip"]
@@ -29,6 +29,32 @@ Augment = Literal["none", "flip", "crop"]
 
 _MNIST = {"train": "train", "validation": "t10k", "test": "t10k"}  # MNIST's files have no third split
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class ImageTask(Task):
+    """What all tasks on images have in common: their size, what is done to training images, and to unreadable ones."""
+
+    takes = frozenset({"image_size", "augment", "bad_images"})
+    augments: ClassVar[tuple[str, ...]] = ("none", "flip", "crop")
+
+    def __init__(
+        self,
+        columns: Mapping[str, str] | None = None,
+        image_size: int | None = None,
+        augment: Augment = "none",
+        bad_images: BadImages = "fail",
+    ) -> None:
+        """See `TrainSettings`. Raises ConfigError for a value that a setting does not have."""
+        super().__init__(columns)
+        if image_size is not None and image_size < 1:
+            raise ConfigError(f"image_size is {image_size}; it must be at least 1 pixel")
+        for name, value, known in (("augment", augment, self.augments), ("bad_images", bad_images, ("fail", "skip"))):
+            if value not in known:
+                raise ConfigError(f"{name} is {value!r}; task {self.name!r} knows {', '.join(known)}")
+        self.image_size, self.augment, self.bad_images = image_size, augment, bad_images
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"image_size": self.image_size}
 
 
 def load_image_rows(source: str, split: str = "train", config: str | None = None) -> Dataset:
@@ -140,15 +166,6 @@ def augmented(image: pil.Image, how: Augment) -> pil.Image:
     if how != "none" and torch.rand(()).item() < 0.5:
         image = ImageOps.mirror(image)
     return image
-
-
-def check_image_settings(image_size: int | None, augment: str, bad_images: str) -> None:
-    """Raise ConfigError for a value that none of these settings has."""
-    if image_size is not None and image_size < 1:
-        raise ConfigError(f"image_size is {image_size}; it must be at least 1 pixel")
-    for name, value, known in (("augment", augment, ("none", "flip", "crop")), ("bad_images", bad_images, ("fail", "skip"))):
-        if value not in known:
-            raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
 
 
 def lazily(rows: Dataset, turn: Callable[[dict[str, list[Any]]], dict[str, list[Any]]]) -> Dataset:

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection
 
 from veratune.errors import ConfigError, DataError
-from veratune.tasks.base import Metrics, Task, load_pretrained
+from veratune.tasks.base import Metrics, load_pretrained
 from veratune.tasks.boxes import BadBoxes, checked_boxes, has_box_split, load_box_rows
 from veratune.tasks.classes import output_heads
 from veratune.tasks.data import pick_columns
-from veratune.tasks.images import BadImages, check_image_settings, checked, lazily, load_image_processor, open_image
+from veratune.tasks.images import ImageTask, checked, lazily, load_image_processor, open_image
 
 _DRAWN = 6  # images with boxes, drawn after training
 
 
-class ObjectDetection(Task):
+class ObjectDetection(ImageTask):
     """Images with boxes and their classes. The score is COCO's mean average precision, through pycocotools.
 
     What the base model's checkpoint lacks (class and box layers of another number of classes) is trained in full. After training
@@ -34,7 +34,8 @@ class ObjectDetection(Task):
 
     name = "object-detection"
     roles = {"image": ("image", "img"), "boxes": ("boxes", "bboxes"), "label": ("labels", "label", "categories")}
-    takes = frozenset({"image_size", "augment", "bad_images", "bad_boxes"})
+    takes = ImageTask.takes | {"bad_boxes"}
+    augments = ("none", "flip")  # a crop would cut boxes
     metric = "map"
     greater_is_better = True
     needs_labels = True
@@ -44,21 +45,15 @@ class ObjectDetection(Task):
     def __init__(
         self,
         columns: Mapping[str, str] | None = None,
-        image_size: int | None = None,
-        augment: str = "none",
-        bad_images: BadImages = "fail",
         bad_boxes: BadBoxes = "fail",
         labels: list[str] | None = None,
+        **options: Any,
     ) -> None:
-        """image_size, augment ("none" or "flip"), bad_images, bad_boxes: see `TrainSettings`; labels: names of the classes."""
-        super().__init__(columns)
-        check_image_settings(image_size, augment, bad_images)
-        if augment == "crop":
-            raise ConfigError("augment is 'crop', which would cut boxes; object-detection knows none and flip")
+        """bad_boxes: see `TrainSettings`; labels: names of the classes; options: see `ImageTask`."""
+        super().__init__(columns, **options)
         if bad_boxes not in ("fail", "clip"):
             raise ConfigError(f"bad_boxes is {bad_boxes!r}; it must be one of fail, clip")
-        self.image_size, self.augment, self.bad_images, self.bad_boxes = image_size, augment, bad_images, bad_boxes
-        self.labels = labels or []
+        self.bad_boxes, self.labels = bad_boxes, labels or []
         self._fresh: tuple[str, ...] = ()
         self._processor: Any = None
 
@@ -79,7 +74,7 @@ class ObjectDetection(Task):
             self.labels = sorted(map(str, found))
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"image_size": self.image_size, "labels": self.labels}
+        return super().describe() | {"labels": self.labels}
 
     def load_processor(self, model: str) -> Any:
         return load_image_processor(model, self.image_size)
