@@ -33,10 +33,8 @@ KNOWN_TO_PEFT = {"exclude": ("*up1*", "*up2", "*up3")}
 
 def outline(image: Image.Image) -> Image.Image:
     """The edge of the strokes alone."""
-    thick = image.filter(ImageFilter.MaxFilter(3))
-    return Image.eval(
-        Image.composite(thick, Image.new("L", image.size), ImageOps.invert(image.filter(ImageFilter.MinFilter(3)))), lambda v: v
-    )
+    thick, thin = image.filter(ImageFilter.MaxFilter(3)), image.filter(ImageFilter.MinFilter(3))
+    return Image.composite(thick, Image.new("L", image.size), ImageOps.invert(thin))
 
 
 def slanted(image: Image.Image, by: float) -> Image.Image:

@@ -252,7 +252,7 @@ class EfficientNetFeatures(nn.Module):
 
 
 def small_detector(labels: list[str]) -> nn.Module:
-    """An RT-DETR on EfficientNet-Lite0: pretrained features, and a small detector with random weights (about 1.5M) on them.
+    """An RT-DETR on EfficientNet-Lite0: pretrained features, and a small detector with random weights (0.9M) on them.
 
     Images want sides that are multiples of 32. Source: RT-DETR, arXiv 2304.08069, with one encoder and three decoder layers of width 128.
     """
