@@ -14,6 +14,7 @@ PAGE, PICTURES = HERE / "vision.md", HERE / "pictures"
 NAMES = ("table5", "efficientnet-fewshot", "cifar-jpeg", "conv-mnist", "conv-intel", "detection", "ddpm", "lora-styles")
 # Pictures of single runs that are shown too: experiment -> (file in its runs, name here, what it is).
 RUNS = {
+    "table5": [("", "table5-norms.png", "Norms of the trained vectors by layer (the paper's figure 3), flowers.")],
     "detection": [
         ("raccoon:-VeRA,-rank-64-0/boxes.png", "detection-boxes.png", "Test images: annotated, and found with VeRA.")
     ],
@@ -39,8 +40,15 @@ def take(folder: Path) -> None:
         (LINES / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
         for picture in own.glob("*.png"):
             shutil.copy(picture, PICTURES / f"{name}-{picture.name}")
+        if name == "table5":
+            from veratune.analysis.inspect import plot
+            from veratune.formats import native
+
+            plot(
+                native.read(own / "runs" / "scaled" / "flowers:-VeRA-0" / "adapter.safetensors"), PICTURES / "table5-norms.png"
+            )
         for file, kept, _ in RUNS.get(name, []):
-            if (own / "runs" / "scaled" / file).is_file():
+            if file and (own / "runs" / "scaled" / file).is_file():
                 shutil.copy(own / "runs" / "scaled" / file, PICTURES / kept)
 
 
@@ -52,7 +60,7 @@ def page() -> str:
         "# Vision", "",
         "What `veratune reproduce NAME` measures, at the size that two CPU cores can run (`--quick` is smaller, `--full` is the papers' own). "
         "Made by `make docs` from `benchmarks/results/reproduce`, a line for each run. One seed, where nothing else is said: differences of "
-        "a point or two between methods mean nothing.", "",
+        "a point or two between methods mean nothing. Several runs shared the machine, so their minutes say little.", "",
     ]  # fmt: skip
     for name in NAMES:
         file = LINES / f"{name}.jsonl"

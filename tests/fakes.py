@@ -130,14 +130,36 @@ def image_model(path: Path, kind: str = "vit") -> str:
     return str(path)
 
 
-def detector(path: Path, side: int = 32) -> str:
-    """A tiny YOLOS and its processor."""
-    config = hf.YolosConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=[side, side], patch_size=8,
-        num_detection_tokens=5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=LIVELY, num_labels=7,
-    )  # fmt: skip
-    seeded(lambda: hf.YolosForObjectDetection(config)).save_pretrained(path)
-    hf.YolosImageProcessorPil(size={"height": side, "width": side}, do_pad=False).save_pretrained(path)
+def detector(path: Path, kind: str = "yolos", side: int = 32) -> str:
+    """A tiny YOLOS, DETR or RT-DETR of seven classes, and its processor."""
+    stages = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"])
+    if kind == "yolos":
+        config = hf.YolosConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=[side, side], patch_size=8,
+            num_detection_tokens=5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=LIVELY, num_labels=7,
+        )  # fmt: skip
+        seeded(lambda: hf.YolosForObjectDetection(config)).save_pretrained(path)
+        hf.YolosImageProcessorPil(size={"height": side, "width": side}, do_pad=False).save_pretrained(path)
+    elif kind == "detr":  # pads a batch to its largest image
+        config = hf.DetrConfig(
+            use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=stages, d_model=32, encoder_layers=1,
+            decoder_layers=1, encoder_ffn_dim=48, decoder_ffn_dim=48, encoder_attention_heads=2, decoder_attention_heads=2, num_queries=5,
+            num_labels=7, dropout=0.0,
+        )  # fmt: skip
+        seeded(lambda: hf.DetrForObjectDetection(config)).save_pretrained(path)
+        hf.DetrImageProcessorPil(size={"shortest_edge": side, "longest_edge": 2 * side}).save_pretrained(path)
+    else:
+        sizes = {"out_features": ["stage2", "stage3", "stage4"]}
+        backbone = hf.RTDetrResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1] * 4, layer_type="basic", **sizes
+        )
+        config = hf.RTDetrConfig(
+            backbone_config=backbone, encoder_in_channels=[8, 16, 16], encoder_hidden_dim=16, d_model=32, decoder_in_channels=[16] * 3,
+            encoder_ffn_dim=32, decoder_ffn_dim=32, decoder_layers=1, num_queries=8, num_denoising=4, encoder_attention_heads=2,
+            decoder_attention_heads=2, num_labels=7,
+        )  # fmt: skip
+        seeded(lambda: hf.RTDetrForObjectDetection(config)).save_pretrained(path)
+        hf.RTDetrImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(path)
     return str(path)
 
 

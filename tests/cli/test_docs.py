@@ -63,6 +63,13 @@ def test_the_page_of_vision_is_made_of_its_lines():
     assert make.PAGE.read_text() == make.page(), "run make docs"
     for name in make.NAMES:
         assert (make.LINES / f"{name}.jsonl").is_file(), name
+    lines = {line["method"]: line for line in map(json.loads, (make.LINES / "ddpm.jsonl").read_text().splitlines())}
+    cells = [
+        f"{name} {lines[method]['after']['loss']:.3f} ({lines[method]['trained']:,}{' values' if name == 'VeRA' else ''})"
+        for name, method in (("VeRA", "VeRA, rank 64"), ("LoRA", "LoRA, rank 1"), ("full", "full"))
+    ]
+    wanted = f"epsilon MSE {lines['full']['before']['loss']:.3f} before, {', '.join(cells)}"
+    assert wanted in (ROOT / "README.md").read_text(), wanted
 
 
 def test_links_between_pages_lead_somewhere():
