@@ -8,6 +8,8 @@ import veratune as vt
 from tests import fakes
 from veratune.errors import AdapterFileError, ConfigError
 from veratune.training.methods import Plain, Vera, method_of, readable
+from veratune.training.run import _norms
+from veratune.training.settings import TrainSettings
 
 TARGETS = vt.VeraConfig(rank=4, targets=["query", "value"])
 
@@ -96,3 +98,13 @@ def test_vera_stores_the_adapter_itself(tmp_path):
     assert isinstance(method, Vera)
     method.write(model, tmp_path)
     vt.load(fakes.bert(labels=2), tmp_path / "adapter.safetensors")
+
+
+@pytest.mark.parametrize(("method", "at_head"), [("full", ()), ("vera", ("bn",)), ("head", ("bn",))])
+def test_batch_normalisation_learns_with_the_head_but_in_full_fine_tuning(method, at_head):
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "bn": nn.BatchNorm1d(2), "c": nn.Linear(2, 2)})
+    settings = TrainSettings(model="m", task="t", data="d", out="o", method=method, batch_norm="train")
+    heads, still = _norms(settings, model, ("c",))
+    assert (heads, still) == (("c", *at_head), [])
+    frozen = TrainSettings(model="m", task="t", data="d", out="o", method=method, batch_norm="frozen")
+    assert _norms(frozen, model, ("c",)) == (("c",), [model["bn"]])

@@ -189,7 +189,8 @@ def _norms(settings: TrainSettings, model: nn.Module, heads: tuple[str, ...]) ->
     found = {p: m for p, m in norms.items() if id(m) not in inside}
     if (settings.batch_norm or ("train" if settings.method == "full" else "frozen")) == "frozen":
         return heads, list(found.values())
-    return (*heads, *found), []
+    # Full fine-tuning trains and stores these anyway, at the learning rate of all else.
+    return (heads if settings.method == "full" else (*heads, *found)), []
 
 
 def _load_data(settings: TrainSettings, task: Task) -> tuple[Dataset, Dataset | None]:
