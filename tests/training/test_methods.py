@@ -40,6 +40,14 @@ def test_each_method_trains_its_own_parameters():
         assert asked == sum(sizes(model, method))
 
 
+def test_full_leaves_what_came_frozen():
+    model = fakes.bert(labels=2)
+    model.bert.embeddings.requires_grad_(False)
+    Plain("full", TARGETS, {}).prepare(model, ("classifier",), {})
+    assert not any(p.requires_grad for p in model.bert.embeddings.parameters())
+    assert all(p.requires_grad for p in model.bert.encoder.parameters())
+
+
 @pytest.mark.parametrize("name", ["head", "bitfit", "full", "peft:lora", "vera"])
 def test_what_was_trained_comes_back(tmp_path, name):
     inputs = {"input_ids": torch.arange(12).view(2, 6)}

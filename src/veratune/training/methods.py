@@ -104,7 +104,7 @@ class Plain(Method):
         if self.method == "head" and not heads:
             raise ConfigError("method is 'head', but the task has no output of its own to train; use another method")
         for parameter in model.parameters():
-            parameter.requires_grad_(self.method == "full")
+            parameter.requires_grad_(self.method == "full" and parameter.requires_grad)  # what came frozen stays so
         if self.method == "bitfit":
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.rpartition(".")[2] in ("bias", "in_proj_bias"))
