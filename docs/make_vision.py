@@ -8,6 +8,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 HERE = Path(__file__).parent
 LINES = HERE.parent / "benchmarks" / "results" / "reproduce"
 PAGE, PICTURES = HERE / "vision.md", HERE / "pictures"
@@ -49,7 +51,9 @@ def take(folder: Path) -> None:
             )
         for file, kept, _ in RUNS.get(name, []):
             if file and (own / "runs" / "scaled" / file).is_file():
-                shutil.copy(own / "runs" / "scaled" / file, PICTURES / kept)
+                with Image.open(own / "runs" / "scaled" / file) as picture:
+                    picture.thumbnail((1100, 1100))  # photographs are large as PNG
+                    picture.save(PICTURES / kept)
 
 
 def page() -> str:

@@ -1,6 +1,7 @@
 """Every file imports only from the rooms below it, and nobody imports a package's __init__."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -63,3 +64,17 @@ def test_the_mathematics_needs_no_heavy_package():
                     names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
                     for name in names:
                         assert name.partition(".")[0] in allowed | set(standard), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(p for room in ("demo", "benchmarks", "docs") for p in (SOURCE.parents[1] / room).glob("*.py")),
+    ids=lambda p: p.name,
+)
+def test_scripts_import_what_is_there(path):
+    """Also where they import late, inside a function that no test runs."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "veratune":
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                assert hasattr(module, name.name), f"{path.name} imports {name.name} from {node.module}"

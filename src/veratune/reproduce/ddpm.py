@@ -12,7 +12,19 @@ from torch import nn
 from veratune.config import VeraConfig
 from veratune.errors import DataError
 from veratune.formats.lora import read_lora
-from veratune.reproduce.experiment import Cell, Experiment, Line, Place, Scale, fine_tune, measured_on, spread, table
+from veratune.reproduce.experiment import (
+    Cell,
+    Experiment,
+    Line,
+    Place,
+    Scale,
+    fine_tune,
+    measured_on,
+    run_folder,
+    some,
+    spread,
+    table,
+)
 from veratune.reproduce.networks import DDPM, load_weights
 from veratune.tasks.diffusion import Pixels, Unconditional, UnconditionalImage
 from veratune.tasks.images import load_image_rows, open_image
@@ -59,8 +71,7 @@ class DigitsTask(UnconditionalImage):
         self.rows, self.style = rows, style
 
     def load_rows(self, source: str, split: str = "train", config: str | None = None) -> Dataset:
-        rows = load_image_rows(source, split, config)
-        rows = rows.shuffle(seed=0).select(range(min(self.rows.get(split, len(rows)), len(rows))))
+        rows = some(load_image_rows(source, split, config), self.rows.get(split))
         if self.style is None:
             return rows
         styled = [self.style(open_image(value, i).convert("L")) for i, value in enumerate(rows["image"])]
@@ -124,7 +135,7 @@ class Ddpm(Experiment):
             task = DigitsTask({})
             task.draw(task.load_model(place.model("ddpm_mnist"), None), Dataset.from_dict({}), task.load_processor(""), base)
         scale = lines[0]["scale"] if lines else ""
-        runs = {name: place.out / "runs" / scale / f"{name.replace(' ', '-')}-0" for name in METHODS}
+        runs = {name: run_folder(place, scale, name) for name in METHODS}
         return _sheet({"nothing": base, **runs}, place.out / "samples.png")
 
 
@@ -176,7 +187,7 @@ class LoraStyles(Experiment):
         epochs = self.epochs[scale] * (1 if kind == "family" else 10)
         method, vera = None, {}
         if kind.startswith("vectors"):
-            family = place.out / "runs" / scale / f"family:-outline-{seed}" / Plain.file
+            family = run_folder(place, scale, "family: outline", seed) / Plain.file
             if not family.is_file():
                 raise DataError(f"{family}: the family's LoRA is not there; run that cell first (without --only)")
             method = Vera(VeraConfig(basis="lora"), read_lora(family, Unconditional(DDPM(), None, 1)))
@@ -203,9 +214,7 @@ class LoraStyles(Experiment):
         """samples.png: what each draws from the same noise."""
         scale = lines[0]["scale"] if lines else ""
         names = [line["cell"] for line in lines if line["seed"] == 0]
-        return _sheet(
-            {name: place.out / "runs" / scale / f"{name.replace(' ', '-')}-0" for name in names}, place.out / "samples.png"
-        )
+        return _sheet({name: run_folder(place, scale, name) for name in names}, place.out / "samples.png")
 
 
 def _adapt(

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import transformers
+from datasets import Dataset
 
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError, DataError
@@ -21,7 +22,6 @@ from veratune.training.run import RESULTS, RUN, train
 from veratune.training.settings import TrainSettings
 
 Scale = Literal["quick", "scaled", "full"]
-SCALES: tuple[Scale, ...] = ("quick", "scaled", "full")
 Line = dict[str, Any]
 LINES = "results.jsonl"
 PAGE = "README.md"
@@ -104,8 +104,7 @@ def reproduce(
             continue
         show(f"{experiment.name} {i + 1}/{len(wanted)}: {cell.name}, seed {seed}")
         start = time.perf_counter()
-        folder = place.out / "runs" / scale / f"{cell.name.replace('/', '_').replace(' ', '-')}-{seed}"
-        found = cell.run(place, seed, folder)
+        found = cell.run(place, seed, run_folder(place, scale, cell.name, seed))
         line = {"scale": scale, "cell": cell.name, "seed": seed, **cell.shown, **found}
         line |= {"wall_seconds": round(time.perf_counter() - start, 1), **machine()}
         lines.append(line)
@@ -135,6 +134,16 @@ def fine_tune(
     result = json.loads((folder / RESULTS).read_text())
     result.pop("path")
     return result | {key: own[key] for key in ("lr", "head_lr", "epochs", "batch_size") if key in own}
+
+
+def run_folder(place: Place, scale: str, cell: str, seed: int = 0) -> Path:
+    """The folder of one run."""
+    return place.out / "runs" / scale / f"{cell.replace('/', '_').replace(' ', '-')}-{seed}"
+
+
+def some(rows: Dataset, count: int | None) -> Dataset:
+    """`count` rows at random, the same ones for every seed; all of them, as they come, where there are no more (or count is None)."""
+    return rows if count is None or count >= len(rows) else rows.shuffle(seed=0).select(range(count))
 
 
 def machine() -> Line:

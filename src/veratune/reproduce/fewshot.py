@@ -1,5 +1,6 @@
 """Few-shot image classification: table 5 of the VeRA paper with a vision transformer, and the same with a convolutional network."""
 
+import abc
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,7 +48,6 @@ def few(rows: Dataset, column: str, shots: int, seed: int) -> Dataset:
 class _FewShotTable(Experiment):
     """Rows: methods; columns: data sets."""
 
-    title: str
     data: Mapping[Scale, tuple[str, ...]]
     epochs: Mapping[Scale, int]
     note: str
@@ -67,8 +67,9 @@ class _FewShotTable(Experiment):
     def models(self, scale: Scale) -> tuple[str, ...]:
         return ("",)
 
+    @abc.abstractmethod
     def _run(self, scale: Scale, model: str, data: str, method: str, place: Place, seed: int, folder: Path) -> Line:
-        raise NotImplementedError
+        """One cell."""
 
     def page(self, lines: Sequence[Line], scale: Scale) -> str:
         data = list(dict.fromkeys(line["data"] for line in lines))

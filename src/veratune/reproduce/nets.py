@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import nn
 from transformers import ViTImageProcessorPil
 
+from veratune.reproduce.experiment import some
 from veratune.reproduce.networks import Classifier
 from veratune.tasks.image_classification import ImageClassification
 
@@ -26,16 +26,13 @@ class NetworkTask(ImageClassification):
         self.build, self.side, self.rows, self.classes, self.find = build, side, rows or {}, classes, heads
 
     def load_rows(self, source: str, split: str = "train", config: str | None = None) -> Dataset:
-        rows = super().load_rows(source, split, config)
-        count = self.rows.get(split, len(rows))
-        return rows.shuffle(seed=0).select(range(count)) if count < len(rows) else rows
+        return some(super().load_rows(source, split, config), self.rows.get(split))
 
     def load_processor(self, model: str) -> Any:
         mean, std = IMAGENET
         return ViTImageProcessorPil(size={"height": self.side, "width": self.side}, image_mean=mean, image_std=std)
 
     def load_model(self, model: str, processor: Any, **options: Any) -> nn.Module:
-        torch.manual_seed(torch.initial_seed())  # the same start for every method of a seed
         return Classifier(self.build(self.classes or len(self.labels)))
 
     def heads(self, model: nn.Module) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from veratune.formats import native
 from veratune.tasks.base import loading
 from veratune.tasks.captions import has_caption_split, load_caption_rows
 from veratune.tasks.data import pick_columns
-from veratune.tasks.images import ImageTask, augmented, checked, lazily, open_image
+from veratune.tasks.images import ImageTask, augmented, checked, open_image
 
 SAMPLE_STEPS = 25
 
@@ -226,7 +226,7 @@ class ImageGeneration(ImageTask):
             pixels = [processor(augmented(open_image(value, row), how)) for row, value in images]
             return {"pixel_values": pixels, "index": batch["_index"]} | ({"captions": batch[text]} if text else {})
 
-        return lazily(rows, turn)
+        return rows.with_transform(turn)
 
     def collator(self, processor: Pixels) -> Any:
         def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
@@ -296,11 +296,7 @@ class TextToImage(ImageGeneration):
         return Pixels(side * 2 ** (len(config["vae"].get("block_out_channels", [0] * 4)) - 1))
 
     def load_model(self, model: str, processor: Any, **options: Any) -> nn.Module:
-        _no_quantize(options)
-        from diffusers import DiffusionPipeline
-
-        with loading_pipeline(model):
-            pipe = DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, options.get("dtype", "float32")))
+        pipe = _load_pipeline(model, **options)
         if not hasattr(pipe, "unet") or not hasattr(pipe, "encode_prompt"):
             raise UnsupportedError(
                 f"{model} is a {type(pipe).__name__}; pipelines with a U-Net and a text encoder can be adapted (SD 1.x, 2.x, XL)"
@@ -319,11 +315,7 @@ class UnconditionalImage(ImageGeneration):
         return Pixels(self.image_size or config.get("sample_size") or 64, config.get("in_channels", 3))
 
     def load_model(self, model: str, processor: Any, **options: Any) -> nn.Module:
-        _no_quantize(options)
-        from diffusers import DiffusionPipeline
-
-        with loading_pipeline(model):
-            pipe = DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, options.get("dtype", "float32")))
+        pipe = _load_pipeline(model, **options)
         if not hasattr(pipe, "unet") or hasattr(pipe, "text_encoder"):
             raise UnsupportedError(f"{model} is a {type(pipe).__name__}; a pipeline of a U-Net and a scheduler alone is wanted")
         return Unconditional(pipe.unet, pipe.scheduler, processor.channels, self.min_snr, model)
@@ -360,6 +352,10 @@ def _pipeline_config(model: str) -> dict[str, dict[str, Any]]:
     return {"unet": dict(unet), "vae": dict(vae)}
 
 
-def _no_quantize(options: Mapping[str, Any]) -> None:
-    if options.get("quantize"):
+def _load_pipeline(model: str, dtype: str = "float32", quantize: str | None = None) -> Any:
+    if quantize:
         raise UnsupportedError("quantize is for language models; diffusion pipelines are loaded in base_dtype")
+    from diffusers import DiffusionPipeline
+
+    with loading_pipeline(model):
+        return DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))

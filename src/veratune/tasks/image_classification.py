@@ -18,10 +18,6 @@ from veratune.tasks.images import (
     ImageTask,
     augmented,
     checked,
-    has_image_split,
-    lazily,
-    load_image_processor,
-    load_image_rows,
     open_image,
     stack,
 )
@@ -46,20 +42,11 @@ class ImageClassification(ImageTask):
         self._inputs: dict[str, Any] = {}  # what the model's forward wants beside the pixels
         self._confusion: np.ndarray | None = None
 
-    def load_rows(self, source: str, split: str = "train", config: str | None = None) -> Dataset:
-        return load_image_rows(source, split, config)
-
-    def has_split(self, source: str, split: str) -> bool:
-        return has_image_split(source, split)
-
     def learn(self, rows: Dataset) -> None:
         self.labels = label_names(rows, pick_columns(rows, self.roles, self.columns)["label"])
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"labels": self.labels}
-
-    def load_processor(self, model: str) -> Any:
-        return load_image_processor(model, self.image_size)
 
     def load_model(self, model: str, processor: Any, **options: Any) -> nn.Module:
         names = dict(enumerate(self.labels))
@@ -84,7 +71,7 @@ class ImageClassification(ImageTask):
             images = [augmented(open_image(value, row), how) for row, value in enumerate(batch[column])]
             return {"pixel_values": list(processor(images, return_tensors="pt")["pixel_values"]), "labels": batch["_class"]}
 
-        return lazily(rows, turn)
+        return rows.with_transform(turn)
 
     def collator(self, processor: Any) -> Any:
         return lambda batch: stack(batch) | self._inputs

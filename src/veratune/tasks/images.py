@@ -1,13 +1,12 @@
 """Rows with images: from folders, MNIST's files and data sets, decoded one way, and unreadable ones named."""
 
-import contextlib
 import gzip
 import io
 import os
 import struct
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -56,6 +55,23 @@ class ImageTask(Task):
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"image_size": self.image_size}
 
+    def load_rows(self, source: str, split: str = "train", config: str | None = None) -> Dataset:
+        return load_image_rows(source, split, config)
+
+    def has_split(self, source: str, split: str) -> bool:
+        return has_image_split(source, split)
+
+    def load_processor(self, model: str) -> Any:
+        """The image processor of a base model, for images of the side that was asked for."""
+        with loading(model):
+            processor = AutoImageProcessor.from_pretrained(model, backend="pil")
+        if self.image_size is not None:
+            square = {"height": self.image_size, "width": self.image_size}
+            processor.size = square
+            if getattr(processor, "do_center_crop", False):
+                processor.crop_size = square
+        return processor
+
 
 def load_image_rows(source: str, split: str = "train", config: str | None = None) -> Dataset:
     """The rows of one split, with an `image` column.
@@ -90,7 +106,12 @@ def has_image_split(source: str, split: str) -> bool:
 
 
 def checked(rows: Dataset, column: str, bad: BadImages = "fail") -> Dataset:
-    """Rows whose images can be decoded, the column as {bytes, path}.
+    """Rows whose images can be decoded, the column as {bytes, path}. See `checked_with_sizes`."""
+    return checked_with_sizes(rows, column, bad)[0]
+
+
+def checked_with_sizes(rows: Dataset, column: str, bad: BadImages = "fail") -> tuple[Dataset, list[tuple[int, int]]]:
+    """Rows whose images can be decoded, the column as {bytes, path}, and the (width, height) of each in pixels.
 
     bad: "fail" raises DataError naming the first unreadable image; "skip" leaves them out and names them in a warning. Every
     image is decoded once for it.
@@ -98,22 +119,22 @@ def checked(rows: Dataset, column: str, bad: BadImages = "fail") -> Dataset:
     if not isinstance(rows.features[column], Image | dict) and rows.features[column].dtype not in ("binary", "string"):
         raise DataError(f"column {column!r} holds {rows.features[column]}; encoded images or their paths are wanted")
     rows = rows.cast_column(column, Image(decode=False))
-    kept, lost = [], []
+    kept, lost, sizes = [], [], []
     values = rows[column]
     for row in tqdm(range(len(rows)), desc="Reading images", file=sys.stderr, disable=len(rows) < 5000, leave=False):
         try:
-            open_image(values[row], row)
+            sizes.append(open_image(values[row], row).size)
             kept.append(row)
         except DataError as error:
             if bad == "fail":
                 raise DataError(f"{error}; mend it, or leave such images out with --bad_images skip") from None
             lost.append(str(error))
     if not lost:
-        return rows
+        return rows, sizes
     if not kept:
         raise DataError(f"none of the {len(rows)} images can be read; the first: {lost[0]}")
     warnings.warn(f"{len(lost)} images left out: {'; '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}", stacklevel=2)
-    return rows.select(kept)
+    return rows.select(kept), sizes
 
 
 def open_image(value: Mapping[str, Any], row: int) -> pil.Image:
@@ -142,18 +163,6 @@ def open_image(value: Mapping[str, Any], row: int) -> pil.Image:
     return image.convert("RGB")
 
 
-def load_image_processor(model: str, size: int | None = None) -> Any:
-    """The image processor of a base model. size: another side of the images, in pixels. Raises DataError."""
-    with loading(model):
-        processor = AutoImageProcessor.from_pretrained(model, backend="pil")
-    if size is not None:
-        square = {"height": size, "width": size}
-        processor.size = square
-        if getattr(processor, "do_center_crop", False):
-            processor.crop_size = square
-    return processor
-
-
 def augmented(image: pil.Image, how: Augment) -> pil.Image:
     """A training image, changed at random (torch's generator): see `TrainSettings.augment`."""
     if how == "crop":
@@ -166,11 +175,6 @@ def augmented(image: pil.Image, how: Augment) -> pil.Image:
     if how != "none" and torch.rand(()).item() < 0.5:
         image = ImageOps.mirror(image)
     return image
-
-
-def lazily(rows: Dataset, turn: Callable[[dict[str, list[Any]]], dict[str, list[Any]]]) -> Dataset:
-    """Rows that are decoded and turned into inputs when a batch asks for them."""
-    return rows.with_transform(turn)
 
 
 def stack(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -211,14 +215,11 @@ def _image_folder(folder: Path) -> Dataset:
             f"{folder}: at least two folders of images, one for each class, are wanted; it has {', '.join(classes) or 'none'}"
         )
     try:
-        rows = load_dataset("imagefolder", data_dir=str(folder), split="train", drop_labels=False)
+        return load_dataset("imagefolder", data_dir=str(folder), split="train", drop_labels=False)
     except Exception as error:  # every builder has its own exceptions for bad content
         raise DataError(
             f"{folder}: cannot be read as a folder of images: {str(error.__cause__ or error).splitlines()[0]}"
         ) from error
-    with contextlib.suppress(ValueError):
-        rows = rows.cast_column("image", Image(decode=False))
-    return rows
 
 
 def _split_folder(path: Path, split: str) -> Path | None:

@@ -20,7 +20,7 @@ from veratune.tasks.base import Metrics, load_pretrained
 from veratune.tasks.boxes import BadBoxes, checked_boxes, has_box_split, load_box_rows
 from veratune.tasks.classes import output_heads
 from veratune.tasks.data import pick_columns
-from veratune.tasks.images import ImageTask, checked, lazily, load_image_processor, open_image
+from veratune.tasks.images import ImageTask, checked_with_sizes, open_image
 
 _DRAWN = 6  # images with boxes, drawn after training
 
@@ -76,9 +76,6 @@ class ObjectDetection(ImageTask):
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"labels": self.labels}
 
-    def load_processor(self, model: str) -> Any:
-        return load_image_processor(model, self.image_size)
-
     def load_model(self, model: str, processor: Any, **options: Any) -> nn.Module:
         names = dict(enumerate(self.labels))
         loaded: Any = load_pretrained(
@@ -96,13 +93,12 @@ class ObjectDetection(ImageTask):
     def encode(self, rows: Dataset, processor: Any, training: bool = False) -> Dataset:
         columns = pick_columns(rows, self.roles, self.columns)
         column, flips = columns["image"], training and self.augment == "flip"
-        rows = checked(rows.select_columns(list(columns.values())), column, self.bad_images)
+        rows, sizes = checked_with_sizes(rows.select_columns(list(columns.values())), column, self.bad_images)
         index = {name: i for i, name in enumerate(self.labels)}
         clean: dict[str, list[Any]] = {"_boxes": [], "_classes": []}
-        for row, (value, boxes, labels) in enumerate(
-            zip(rows[column], rows[columns["boxes"]], rows[columns["label"]], strict=True)
+        for row, ((width, height), boxes, labels) in enumerate(
+            zip(sizes, rows[columns["boxes"]], rows[columns["label"]], strict=True)
         ):
-            width, height = open_image(value, row).size
             kept, names = checked_boxes(boxes, labels, width, height, row, self.bad_boxes)
             unknown = next((name for name in names if str(name) not in index), None)
             if unknown is not None:
@@ -128,7 +124,7 @@ class ObjectDetection(ImageTask):
             inputs = processor(images=images, annotations=notes, return_tensors="pt")
             return {key: list(inputs[key]) for key in ("pixel_values", "pixel_mask", "labels") if key in inputs}
 
-        return lazily(rows, turn)
+        return rows.with_transform(turn)
 
     def collator(self, processor: Any) -> Any:
         def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
