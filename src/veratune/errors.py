@@ -10,6 +10,7 @@
     │   ├── BasisError       the frozen matrices here are not those the adapter was trained with
     │   └── BaseModelError   the adapter was trained on another base model
     ├── DataError            a data set is missing, empty or has other columns than asked for
+    ├── JudgeError           a judge cannot be asked, or gives no rating
     └── OutputError          the result could not be written
 
 Each message is one line: what was found, what was wanted, what to do.
@@ -57,6 +58,10 @@ class BaseModelError(AdapterFileError):
 
 class DataError(VeratuneError, ValueError):
     """A data set is missing, empty or has other columns than asked for."""
+
+
+class JudgeError(VeratuneError):
+    """A judge cannot be asked, or gives no rating."""
 
 
 class OutputError(VeratuneError, OSError):

@@ -7,10 +7,12 @@ from torch import nn
 import veratune as vt
 from tests import fakes
 from veratune.errors import AdapterFileError, ConfigError
+from veratune.training.inserted import INSERTED
 from veratune.training.methods import Plain, Vera, method_of, readable
 from veratune.training.run import _norms
 from veratune.training.settings import TrainSettings
 
+EVERY = ("head", "full", "bitfit", "vera", "peft:lora", "peft:vera", *INSERTED)
 TARGETS = vt.VeraConfig(rank=4, targets=["query", "value"])
 
 
@@ -34,7 +36,14 @@ def test_each_method_trains_its_own_parameters():
     assert sizes(*prepared("bitfit")) == (biases - 2, head)
     assert sizes(*prepared("vera")) == (4 * (4 + 32), head)
     assert sizes(*prepared("peft:lora", r=3)) == (4 * 3 * (32 + 32), head)
-    for name in ("head", "full", "bitfit", "vera", "peft:lora"):
+    assert sizes(*prepared("dylora", r=3)) == (4 * 3 * (32 + 32), head)
+    assert sizes(*prepared("lora-fa", r=3)) == (4 * 3 * 32, head)
+    bottleneck = 2 * 32 * 5 + 32 + 5
+    assert sizes(*prepared("houlsby", size=5)) == (4 * bottleneck, head)  # two blocks
+    assert sizes(*prepared("pfeiffer", size=5)) == (2 * bottleneck, head)
+    assert sizes(*prepared("lin", size=5)) == (2 * (bottleneck + 64), head)
+    assert sizes(*prepared("adapterdrop", size=5)) == (bottleneck, head)
+    for name in EVERY:
         model, method = prepared(name)
         asked = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert asked == sum(sizes(model, method))
@@ -48,10 +57,11 @@ def test_full_leaves_what_came_frozen():
     assert all(p.requires_grad for p in model.bert.encoder.parameters())
 
 
-@pytest.mark.parametrize("name", ["head", "bitfit", "full", "peft:lora", "vera"])
+@pytest.mark.parametrize("name", EVERY)
 def test_what_was_trained_comes_back(tmp_path, name):
     inputs = {"input_ids": torch.arange(12).view(2, 6)}
     model, method = prepared(name)
+    model.eval()
     with torch.no_grad():
         for parameter in (*method.inside(model), *method.head(model)):
             parameter.add_(torch.randn_like(parameter))
@@ -59,6 +69,7 @@ def test_what_was_trained_comes_back(tmp_path, name):
     assert size == (tmp_path / method.file).stat().st_size
     assert readable(method, tmp_path)
     other, again = prepared(name)
+    other.eval()
     assert not torch.allclose(other(**inputs).logits, model(**inputs).logits)
     again.read(other, tmp_path)
     assert torch.equal(other(**inputs).logits, model(**inputs).logits)

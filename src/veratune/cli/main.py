@@ -24,6 +24,8 @@ COMMANDS = {
     "export": "write an adapter for other tools",
     "import": "read an adapter of other tools",
     "reproduce": "a table or figure of the papers, beside what is measured here",
+    "score": "BLEU, NIST, METEOR, ROUGE-L and CIDEr of texts against references",
+    "judge": "what a judge behind an OpenAI-compatible URL gives to answers",
     "bench": "time, arithmetic and memory beside PEFT",
 }
 
@@ -53,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("veratune", ""):
             raise
-        return _fail(f"{name} needs the package {error.name!r}: pip install 'veratune[train,vision,plot,peft,quantized]'", 1)
+        return _fail(
+            f"{name} needs the package {error.name!r}: pip install 'veratune[train,vision,plot,peft,quantized,scores]'", 1
+        )
     except KeyboardInterrupt:
         return _fail("interrupted; a training run goes on with --resume", 130)
     except BrokenPipeError:  # the reader of our output has gone

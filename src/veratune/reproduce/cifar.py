@@ -23,7 +23,7 @@ METHODS: dict[str, tuple[str, dict[str, float], dict[str, Any]]] = {
     "last layer": ("head", {}, {"head_lr": 1e-3}),
     "full": ("full", {"all-conv": 1e-3, "all-linear": 1e-4}, {"head_lr": 1e-3}),
     "VeRA, rank 64": ("vera", {"all-conv": 1e-2, "all-linear": 1e-2}, {}),
-    "LoRA, rank 2": ("peft:lora", {"all-conv": 2e-3, "all-linear": 1e-3}, {"peft": {"r": 2, "lora_alpha": 2}}),
+    "LoRA, rank 2": ("peft:lora", {"all-conv": 2e-3, "all-linear": 1e-3}, {"options": {"r": 2, "lora_alpha": 2}}),
 }
 
 

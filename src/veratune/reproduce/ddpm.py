@@ -32,8 +32,8 @@ from veratune.training.methods import Method, Plain, Vera
 
 METHODS: dict[str, dict[str, Any]] = {
     "VeRA, rank 64": {"method": "vera", "lr": 2e-2},
-    "LoRA, rank 1": {"method": "peft:lora", "lr": 1e-2, "peft": {"r": 1, "lora_alpha": 1}},
-    "LoRA, rank 4": {"method": "peft:lora", "lr": 5e-3, "peft": {"r": 4, "lora_alpha": 4}},
+    "LoRA, rank 1": {"method": "peft:lora", "lr": 1e-2, "options": {"r": 1, "lora_alpha": 1}},
+    "LoRA, rank 4": {"method": "peft:lora", "lr": 5e-3, "options": {"r": 4, "lora_alpha": 4}},
     "full": {"method": "full", "lr": 1e-3},
 }
 STEPS = 250  # of the 1000, for samples
@@ -153,7 +153,7 @@ class LoraStyles(Experiment):
     data = "mnist"
     few = 256  # images of a sub-style: what a family's LoRA is for
     rank = 16
-    family: Mapping[str, Any] = {"method": "peft:lora", "lr": 5e-3, "peft": {"r": rank, "lora_alpha": rank}}
+    family: Mapping[str, Any] = {"method": "peft:lora", "lr": 5e-3, "options": {"r": rank, "lora_alpha": rank}}
 
     def cells(self, scale: Scale) -> list[Cell]:
         kinds = ("family", "vectors over the family's LoRA", "VeRA, rank 64", "LoRA, rank 1", "LoRA, rank 1, last stages only")

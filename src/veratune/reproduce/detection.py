@@ -16,7 +16,7 @@ from veratune.tasks.object_detection import ObjectDetection
 DATA = {"bccd": ("bccd_detection", "validation"), "raccoon": ("raccoon_detection", "test")}
 METHODS: dict[str, dict[str, Any]] = {
     "detector on frozen features": {"method": "head"},
-    "LoRA, rank 4": {"method": "peft:lora", "lr": 2e-3, "peft": {"r": 4, "lora_alpha": 4}},
+    "LoRA, rank 4": {"method": "peft:lora", "lr": 2e-3, "options": {"r": 4, "lora_alpha": 4}},
     "VeRA, rank 64": {"method": "vera", "lr": 1e-2},
     "full": {"method": "full", "lr": 1e-4},
 }

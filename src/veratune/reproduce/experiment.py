@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import hashlib
 import json
 import platform
 import statistics
@@ -77,6 +78,10 @@ class Experiment(abc.ABC):
     def page(self, lines: Sequence[Line], scale: Scale) -> str:
         """The table, in Markdown, with what was reduced and what is claimed elsewhere."""
 
+    def wanted(self, cell: Cell, seed: int, lines: Sequence[Line]) -> bool:
+        """Whether a cell is run with a seed, after the lines so far: those of smaller seeds are all there."""
+        return True
+
     def draw(self, lines: Sequence[Line], place: Place) -> list[Path]:
         """Pictures, as PNG files in the experiment's folder."""
         return []
@@ -100,7 +105,8 @@ def reproduce(
     lines = [json.loads(text) for text in file.read_text().splitlines()] if file.is_file() else []
     wanted = [(cell, seed) for seed in range(seeds or experiment.seeds[scale]) for cell in cells]
     for i, (cell, seed) in enumerate(wanted):
-        if any((line["scale"], line["cell"], line["seed"]) == (scale, cell.name, seed) for line in lines):
+        own = [line for line in lines if line["scale"] == scale]
+        if any((line["cell"], line["seed"]) == (cell.name, seed) for line in own) or not experiment.wanted(cell, seed, own):
             continue
         show(f"{experiment.name} {i + 1}/{len(wanted)}: {cell.name}, seed {seed}")
         start = time.perf_counter()
@@ -133,7 +139,13 @@ def fine_tune(
         train(run, vera, task=task, method=method)
     result = json.loads((folder / RESULTS).read_text())
     result.pop("path")
-    return result | {key: own[key] for key in ("lr", "head_lr", "epochs", "batch_size") if key in own}
+    return result | {key: own[key] for key in ("lr", "b_lr", "head_lr", "epochs", "batch_size") if key in own}
+
+
+def shared_folder(place: Place, settings: Mapping[str, Any], vera: VeraConfig, seed: int) -> Path:
+    """The folder of a run that several tables have in common: equal settings, equal folder."""
+    text = json.dumps([settings, vera.to_dict(), seed], sort_keys=True, default=str)
+    return place.out.parent / "shared-runs" / hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def run_folder(place: Place, scale: str, cell: str, seed: int = 0) -> Path:
@@ -144,6 +156,30 @@ def run_folder(place: Place, scale: str, cell: str, seed: int = 0) -> Path:
 def some(rows: Dataset, count: int | None) -> Dataset:
     """`count` rows at random, the same ones for every seed; all of them, as they come, where there are no more (or count is None)."""
     return rows if count is None or count >= len(rows) else rows.shuffle(seed=0).select(range(count))
+
+
+class Tuned(Experiment):
+    """Every cell of a group is tried on seed 0, and the best one goes on to the other seeds.
+
+    A cell's group is `shown["group"]`: one method on one task, with as many trials of its learning rates as every other method has.
+    """
+
+    @abc.abstractmethod
+    def score(self, line: Line) -> float:
+        """What is compared, more is better."""
+
+    def best(self, group: str, lines: Sequence[Line]) -> str | None:
+        """The name of a group's best cell on seed 0; None where nothing was run."""
+        tried = [line for line in lines if line["group"] == group and line["seed"] == 0]
+        return max(tried, key=self.score)["cell"] if tried else None
+
+    def chosen(self, lines: Sequence[Line]) -> dict[str, list[Line]]:
+        """The lines of each group's best cell, a line a seed."""
+        groups = dict.fromkeys(line["group"] for line in lines)
+        return {group: [line for line in lines if line["cell"] == self.best(group, lines)] for group in groups}
+
+    def wanted(self, cell: Cell, seed: int, lines: Sequence[Line]) -> bool:
+        return seed == 0 or cell.name == self.best(cell.shown["group"], lines)
 
 
 def machine() -> Line:
@@ -157,12 +193,17 @@ def machine() -> Line:
     }
 
 
-def spread(lines: Sequence[Line], value: Callable[[Line], float], form: str = "{:.1f}") -> str:
-    """Mean ± standard deviation over lines, or the one value."""
+def spread(
+    lines: Sequence[Line],
+    value: Callable[[Line], float],
+    form: str = "{:.1f}",
+    center: Callable[[list[float]], float] = statistics.mean,
+) -> str:
+    """Mean (or another centre) ± standard deviation over lines, or the one value."""
     values = [value(line) for line in lines]
     if not values:
         return "not run"
-    text = form.format(statistics.mean(values))
+    text = form.format(center(values))
     return text if len(values) == 1 else f"{text} ± {form.format(statistics.stdev(values))}"
 
 

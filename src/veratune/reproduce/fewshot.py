@@ -195,4 +195,4 @@ class EfficientNetFewShot(_FewShotTable):
 
 def _method(name: str, rank: int) -> dict[str, Any]:
     kinds = {"Head": "head", "Full": "full", "VeRA": "vera", "LoRA": "peft:lora"}
-    return {"method": kinds[name]} | ({"peft": {"r": rank, "lora_alpha": rank}} if name == "LoRA" else {})
+    return {"method": kinds[name]} | ({"options": {"r": rank, "lora_alpha": rank}} if name == "LoRA" else {})

@@ -7,9 +7,11 @@ from veratune.reproduce.ddpm import Ddpm, LoraStyles
 from veratune.reproduce.detection import Detection
 from veratune.reproduce.experiment import Experiment
 from veratune.reproduce.fewshot import EfficientNetFewShot, Table5
+from veratune.reproduce.table2 import Table2
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
-    kind.name: kind for kind in (Table5, ConvMnist, ConvIntel, CifarJpeg, EfficientNetFewShot, Detection, Ddpm, LoraStyles)
+    kind.name: kind
+    for kind in (Table2, Table5, ConvMnist, ConvIntel, CifarJpeg, EfficientNetFewShot, Detection, Ddpm, LoraStyles)
 }
 
 

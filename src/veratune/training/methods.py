@@ -2,13 +2,13 @@
 
 Method (abstract)
 ├── Vera     the vectors of an adapter, and the head; the file is the adapter's
-└── Plain    parameters of the model itself: all, biases, or what PEFT adds
+└── Plain    parameters of the model itself: all, biases, or what PEFT and `veratune.training.inserted` add
 """
 
 import abc
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from veratune.adapter import extract, update
 from veratune.attach import attach, describe, heads_of, vectors_of
@@ -25,14 +26,27 @@ from veratune.errors import AdapterFileError, ConfigError, VeratuneError, near
 from veratune.formats import native
 from veratune.formats.atomic import write_atomic
 from veratune.targets import find_heads, find_sites
+from veratune.training.adalora import Allocate
+from veratune.training.inserted import INSERTED, insert
+from veratune.training.inserted import NAME as WHERE
 
 NAME = "default"
 
 
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Peak learning rates: inside (of the vectors, or of what else the method trains), of the head, of b where it has its own."""
+
+    inside: float
+    head: float
+    b: float | None = None
+
+
 class Method(abc.ABC):
-    """One way to train a model. `file` is the name of what it writes."""
+    """One way to train a model. `file` is the name of what it writes; callbacks: what it wants to do while the model is trained."""
 
     file: ClassVar[str]
+    callbacks: Sequence[TrainerCallback] = ()
 
     @abc.abstractmethod
     def prepare(self, model: nn.Module, heads: tuple[str, ...], task: Mapping[str, Any]) -> None:
@@ -46,6 +60,10 @@ class Method(abc.ABC):
         """What is trained at the learning rate of the vectors: all else that asks for gradients."""
         head = {id(p) for p in self.head(model)}
         return [p for p in model.parameters() if p.requires_grad and id(p) not in head]
+
+    def groups(self, model: nn.Module, rates: Rates) -> list[tuple[list[nn.Parameter], float]]:
+        """Everything that is trained, with its learning rate."""
+        return [(self.inside(model), rates.inside), (self.head(model), rates.head)]
 
     @abc.abstractmethod
     def write(self, model: nn.Module, folder: Path, mine: bool = True) -> int:
@@ -78,6 +96,13 @@ class Vera(Method):
     def inside(self, model: nn.Module) -> list[nn.Parameter]:
         return [p for v in vectors_of(model, NAME) for p in v.parameters()]
 
+    def groups(self, model: nn.Module, rates: Rates) -> list[tuple[list[nn.Parameter], float]]:
+        if rates.b is None:
+            return super().groups(model, rates)
+        named = [(name, p) for v in vectors_of(model, NAME) for name, p in v.named_parameters()]
+        d, b = ([p for name, p in named if name == which] for which in ("d", "b"))
+        return [(d, rates.inside), (b, rates.b), (self.head(model), rates.head)]
+
     def write(self, model: nn.Module, folder: Path, mine: bool = True) -> int:
         adapter = extract(model, NAME)  # every process: a sharded adapter is gathered here
         return native.write(adapter, folder / self.file) if mine else 0
@@ -94,9 +119,10 @@ class Plain(Method):
 
     file = "trained.safetensors"
 
-    def __init__(self, method: str, config: VeraConfig, peft: Mapping[str, Any]) -> None:
-        """method: head, bitfit, full or peft:NAME; config: its targets are those of a PEFT method."""
-        self.method, self.config, self.peft = method, config, dict(peft)
+    def __init__(self, method: str, config: VeraConfig, options: Mapping[str, Any]) -> None:
+        """method: as `method_of` knows it, but vera; config: its targets are those of LoRAs; options: the method's own settings."""
+        self.method, self.config, self.options = method, config, dict(options)
+        self.callbacks: list[TrainerCallback] = []
         self._heads: tuple[str, ...] = ()
 
     def prepare(self, model: nn.Module, heads: tuple[str, ...], task: Mapping[str, Any]) -> None:
@@ -108,6 +134,8 @@ class Plain(Method):
         if self.method == "bitfit":
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.rpartition(".")[2] in ("bias", "in_proj_bias"))
+        elif self.method in INSERTED:
+            insert(self.method, model, self.config, self.options)
         elif self.method.startswith("peft:"):
             self._inject(model)
         for parameter in self.head(model):
@@ -144,7 +172,7 @@ class Plain(Method):
         whole = [("", model)] if self.method == "full" else find_heads(model, self._heads)
         for path, module in whole:
             kept |= {f"{path}.{name}".lstrip("."): buffer for name, buffer in module.named_buffers() if buffer is not None}
-        return kept
+        return kept | {name: buffer for name, buffer in model.named_buffers() if f".{WHERE}." in name}
 
     def _inject(self, model: nn.Module) -> None:
         import peft
@@ -154,21 +182,32 @@ class Plain(Method):
         if name not in kinds:
             raise ConfigError(f"PEFT has no method {name!r}{near(name, kinds) or '; it has ' + ', '.join(sorted(kinds))}")
         paths = list(dict.fromkeys(site.module for site in find_sites(model, self.config)))
+        own: dict[str, Any] = {"target_modules": "|".join(map(re.escape, paths))}
+        if name == "adalora":
+            own["total_step"] = 10**9  # known when training begins
         try:
-            config = kinds[name](**{"target_modules": "|".join(map(re.escape, paths))} | self.peft)
-            peft.inject_adapter_in_model(config, model)
+            config = kinds[name](**{"target_modules": "|".join(map(re.escape, paths))} | self.options)
+            if config.is_prompt_learning:
+                raise TypeError("it adds tokens, and no parameters to the model's layers")
+            tuner = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](  # type: ignore[index]
+                model, config, "default"
+            )
+            if name == "adalora":
+                self.callbacks.append(Allocate(model, tuner, bool({"tinit", "tfinal"} & set(self.options))))
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"PEFT refuses {self.method} with {self.peft}: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"PEFT refuses {self.method} with {self.options}: {' '.join(str(error).split())}") from error
 
 
-def method_of(name: str, config: VeraConfig, peft: Mapping[str, Any]) -> Method:
+def method_of(name: str, config: VeraConfig, options: Mapping[str, Any]) -> Method:
     """The method of a name. Raises ConfigError for an unknown one."""
     if name == "vera":
         return Vera(config)
-    if name not in ("head", "bitfit", "full") and not name.startswith("peft:"):
-        known = ("vera", "head", "bitfit", "full", "peft:lora")
-        raise ConfigError(f"unknown method {name!r}; there are vera, head, bitfit, full and peft:NAME{near(name, known)}")
-    return Plain(name, config, peft)
+    known = ("vera", "head", "bitfit", "full", *INSERTED)
+    if name not in known and not name.startswith("peft:"):
+        raise ConfigError(
+            f"unknown method {name!r}; there are {', '.join(known)} and peft:NAME{near(name, (*known, 'peft:lora'))}"
+        )
+    return Plain(name, config, options)
 
 
 def readable(method: Method, folder: Path) -> bool:

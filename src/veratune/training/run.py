@@ -26,7 +26,7 @@ from veratune.tasks.base import Task
 from veratune.tasks.registry import task_class
 from veratune.training.ema import Average
 from veratune.training.evaluate import scores
-from veratune.training.methods import Method, method_of
+from veratune.training.methods import Method, Rates, method_of
 from veratune.training.settings import TrainSettings
 from veratune.training.trainer import Progress, Samples, VeraTrainer, last_checkpoint
 
@@ -78,7 +78,7 @@ def train(
     if _first_process():
         _check_out(settings, vera, out)
     task = task or build_task(settings)
-    method = method or method_of(settings.method, vera, settings.peft)
+    method = method or method_of(settings.method, vera, settings.options)
     rows, eval_rows = _load_data(settings, task)
     task.learn(rows)
     processor = task.load_processor(settings.model)
@@ -221,10 +221,12 @@ def _trainer(
         every = {"save_strategy": "steps", "save_steps": settings.checkpoints}
     if evaluates:
         every |= {"eval_strategy": every["save_strategy"], "eval_steps": settings.checkpoints or None}
+    on_gpu = torch.cuda.is_available() and settings.device != "cpu"
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
+        train_sampling_strategy="group_by_length" if settings.group_by_length else "random",
         gradient_accumulation_steps=settings.accumulation,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
@@ -245,14 +247,16 @@ def _trainer(
         seed=settings.seed,
         activation_checkpointing=settings.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
-        use_cpu=settings.device == "cpu",
-        bf16=settings.base_dtype == "bfloat16" and torch.cuda.is_available() and settings.device != "cpu",
+        use_cpu=settings.device == "cpu" or not torch.accelerator.is_available(),
+        bf16=settings.mixed_precision == "bf16"
+        or (settings.mixed_precision == "auto" and settings.base_dtype == "bfloat16" and on_gpu),
+        label_smoothing_factor=settings.label_smoothing,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         disable_tqdm=False,
         **every,
     )
-    callbacks: list[TrainerCallback] = [Samples(task, model, processor, out)]
+    callbacks: list[TrainerCallback] = [Samples(task, model, processor, out), *method.callbacks]
     if settings.patience:
         callbacks.append(EarlyStoppingCallback(settings.patience))
     if settings.ema:
@@ -270,8 +274,7 @@ def _trainer(
         still=still,
         loss_per_token=task.loss_per_token,
         outputs=task.outputs,
-        lr=settings.lr,
-        head_lr=settings.head_lr,
+        rates=Rates(settings.lr, settings.head_lr, settings.b_lr),
     )
     trainer.remove_callback(ProgressCallback)  # it writes to standard output
     trainer.add_callback(Progress)

@@ -36,19 +36,21 @@ class TrainSettings:
         sample_steps: denoising steps for the sample grids (tasks that generate images; default 25).
         min_snr: gamma of the min-SNR weights of the loss (tasks that generate images); 0 for none.
         train_text_encoder: adapt the text encoder too, with the same targets (task text-to-image).
-        method: what is trained: "vera"; "head" (the task's output alone), "bitfit" (all biases and the head), "full"; or "peft:" and a
-            method of PEFT, such as peft:lora.
-        peft: settings of a PEFT method, such as {"r": 8}; the layers are those of `targets`.
+        method: what is trained: "vera"; "head" (the task's output alone), "bitfit" (all biases and the head), "full"; "houlsby", "pfeiffer",
+            "lin" or "adapterdrop" (adapter layers), "dylora", "lora-fa"; or "peft:" and a method of PEFT, such as peft:lora.
+        options: settings of such a method, such as {"r": 8}; the layers of a LoRA or a PEFT method are those of `targets`.
         batch_norm: "frozen" keeps the base model's batch statistics, and their scale and shift; "train" trains a copy of these
             layers, which is stored as a part of the head. Default: frozen, or train with method full.
         lr: peak learning rate of the vectors d and b (of what the method trains beside the head), per step.
+        b_lr: peak learning rate of the vectors b alone (method vera); default: lr.
         head_lr: peak learning rate of the head, per step.
         weight_decay: of AdamW, on vectors and head.
         batch_size: examples in one forward pass of one process.
+        group_by_length: make batches of examples of like length: less padding, so faster, and less random.
         accumulation: forward passes per optimizer step.
         epochs: passes over the data.
         max_steps: optimizer steps; over 0 it goes before epochs.
-        warmup: share of all steps in which the learning rate rises, in [0, 1).
+        warmup: share of all steps in which the learning rate rises, in [0, 1); from 1 up, their number.
         schedule: how the learning rate falls after that.
         ema: decay of an exponential moving average of the trained values, which is what is kept in the end; 0 for none.
         clip: largest norm of the gradient; 0 for none.
@@ -56,7 +58,10 @@ class TrainSettings:
         patience: evaluations without a better score before the run stops; 0: never stops early.
         seed: of data order, dropout and the head's start.
         basis_seed: of the frozen matrices A and B.
+        label_smoothing: weight of the uniform distribution in the targets of the cross entropy, in [0, 1).
         base_dtype: of the frozen weights.
+        mixed_precision: "bf16" computes matrix products in bfloat16 by autocast, about twice as fast where the processor can;
+            "auto" does so on a GPU with a bfloat16 base, "no" never.
         quantize: load the base with bitsandbytes in 4 or 8 bits.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         checkpoints: optimizer steps between checkpoints; 0: one after each epoch.
@@ -87,12 +92,14 @@ class TrainSettings:
     min_snr: float | None = None
     train_text_encoder: bool | None = None
     method: str = "vera"
-    peft: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
     batch_norm: Literal["frozen", "train"] | None = None
     lr: float = 1e-2
+    b_lr: float | None = None
     head_lr: float = 1e-3
     weight_decay: float = 0.0
     batch_size: int = 16
+    group_by_length: bool = False
     accumulation: int = 1
     epochs: float = 3.0
     max_steps: int = 0
@@ -104,7 +111,9 @@ class TrainSettings:
     patience: int = 0
     seed: int = 0
     basis_seed: int = 0
+    label_smoothing: float = 0.0
     base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     quantize: Literal["4bit", "8bit"] | None = None
     gradient_checkpointing: bool = False
     checkpoints: int = 0
@@ -114,8 +123,18 @@ class TrainSettings:
     device: Literal["auto", "cpu"] = "auto"
 
     def __post_init__(self) -> None:
-        for field, least in (("lr", 0), ("head_lr", 0), ("weight_decay", 0), ("clip", 0), ("epochs", 0)):
+        for field, least in (
+            ("lr", 0),
+            ("b_lr", 0),
+            ("head_lr", 0),
+            ("weight_decay", 0),
+            ("clip", 0),
+            ("epochs", 0),
+            ("warmup", 0),
+        ):
             value = getattr(self, field)
+            if value is None:
+                continue
             if not math.isfinite(value) or value < least:
                 raise ConfigError(f"{field} is {value}; it must be a finite number of at least {least}")
         for field, least in (
@@ -127,16 +146,18 @@ class TrainSettings:
             raise ConfigError(f"ema is {self.ema}; it is a decay, in [0, 1)")
         if self.ema and self.keep == "best":
             raise ConfigError("ema keeps an average of all steps, keep='best' one of them; set keep to last")
-        if not 0 <= self.warmup < 1:
-            raise ConfigError(f"warmup is {self.warmup}; it is a share of all steps, in [0, 1)")
+        if self.warmup > 1 and self.warmup != int(self.warmup):
+            raise ConfigError(f"warmup is {self.warmup}; it is a share of all steps, in [0, 1), or a whole number of them")
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"label_smoothing is {self.label_smoothing}; it is a weight, in [0, 1)")
+        if self.b_lr is not None and self.method != "vera":
+            raise ConfigError(f"b_lr is set, but method {self.method!r} has no vectors b; leave it out or use method vera")
         if self.lr == 0 and self.method != "head":
             raise ConfigError(
                 f"lr is 0, with which method {self.method!r} trains nothing beside the head; for the head alone take method head"
             )
-        if self.peft and not self.method.startswith("peft:"):
-            raise ConfigError(
-                f"peft is set to {self.peft}, but the method is {self.method!r}; leave it out or use method peft:NAME"
-            )
+        if self.options and self.method in ("vera", "head", "bitfit", "full"):
+            raise ConfigError(f"options is set to {self.options}, but method {self.method!r} takes none; leave it out")
         if self.epochs == 0 and self.max_steps == 0:
             raise ConfigError("epochs and max_steps are both 0; one of them says how long to train")
 

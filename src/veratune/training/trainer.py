@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from veratune.tasks.base import Task
-from veratune.training.methods import Method, readable
+from veratune.training.methods import Method, Rates, readable
 
 _STATE = "trainer_state.json"
 
@@ -41,7 +41,7 @@ class TaskTrainer(Trainer):
 class VeraTrainer(TaskTrainer):
     """Trainer for what a method trains of a model.
 
-    lr, head_lr: peak learning rates of vectors and head; loss_per_token: see Task; still: modules that stay in
+    rates: peak learning rates; loss_per_token: see Task; still: modules that stay in
     evaluation mode while the model is trained, such as frozen batch normalisation.
     Checkpoints hold the method's file, the optimizer and the random states, never the base model.
     """
@@ -51,13 +51,12 @@ class VeraTrainer(TaskTrainer):
         *args: Any,
         model: nn.Module,
         method: Method,
-        lr: float,
-        head_lr: float,
+        rates: Rates,
         loss_per_token: bool,
         still: Sequence[nn.Module] = (),
         **kwargs: Any,
     ) -> None:
-        self.method, self.lr, self.head_lr, self.still = method, lr, head_lr, still
+        self.method, self.rates, self.still = method, rates, still
         # Trainer refuses a quantized model unless this mark says that there is an adapter on it.
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
         try:
@@ -93,13 +92,10 @@ class VeraTrainer(TaskTrainer):
         return super().compute_loss(model, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over two groups: d and b of every layer at lr, the head at head_lr."""
+        """AdamW over what the method trains, each group at its own learning rate."""
         if self.optimizer is None:
-            groups = [
-                {"params": self.method.inside(self.adapted), "lr": self.lr},
-                {"params": self.method.head(self.adapted), "lr": self.head_lr},
-            ]
-            self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=self.args.weight_decay)
+            groups = [{"params": found, "lr": rate} for found, rate in self.method.groups(self.adapted, self.rates) if found]
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
         return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

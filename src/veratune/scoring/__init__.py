@@ -1,0 +1,1 @@
+"""Scores of generated text: against references, and by a judge."""
