@@ -99,6 +99,39 @@ def draw_against(
     return _save(figure, path)
 
 
+def draw_lines(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    path: Path,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    log: bool = False,
+) -> Path:
+    """One line with marks for each name, through its (x, y); log: x on a logarithmic scale. Returns the path."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.0))
+    for i, (name, points) in enumerate(series.items()):
+        axes.plot(
+            *zip(*points, strict=True), marker="os^Dv"[i % 5], markersize=5, label=name, color=_COLOURS[i % len(_COLOURS)]
+        )
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if log:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def draw_bars(bars: Mapping[str, float], path: Path, ylabel: str) -> Path:
+    """One bar for each name, with its value on top. Returns the path."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.0))
+    drawn = axes.bar(list(bars), list(bars.values()), color=_COLOURS[: len(bars)])
+    axes.bar_label(drawn, fmt="%.3g", fontsize=8)
+    axes.set_ylabel(ylabel)
+    axes.grid(axis="y", alpha=0.3)
+    return _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()

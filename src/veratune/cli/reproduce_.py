@@ -22,6 +22,13 @@ def parser() -> Parser:
     out.add_argument("--seeds", type=int | None, default=None, help="seeds of each cell, from 0; default the scale's")
     out.add_argument("--only", type=str, default="", help="only the cells whose names hold this word")
     out.add_argument("--threads", type=int | None, default=None, help="threads for torch")
+    out.add_argument(
+        "--judge_url", type=str | None, default=None, help="an OpenAI-compatible API that rates answers (tables 4 and 13)"
+    )
+    out.add_argument("--judge_model", type=str, default="gpt-4", help="the judge's name there")
+    out.add_argument(
+        "--judge_key", type=str, default="OPENAI_API_KEY", help="the environment variable that holds the judge's key"
+    )
     out.add_argument("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU if there is one")
     out.add_argument("--json", type=bool, default=False, help="print the results as one JSON list")
     return out
@@ -42,13 +49,17 @@ def run(argv: Sequence[str]) -> int:
     import torch
 
     from veratune.reproduce.experiment import PAGE, Place, reproduce
+    from veratune.scoring.judge import Judge
 
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
     chosen = experiment(name)
+    judge = Judge(
+        url=flags.judge_url, model=flags.judge_model, key=flags.judge_key, cache=Path(flags.out) / name / "judge.jsonl"
+    )
     place = Place(
         out=Path(flags.out) / name, data=Path(flags.data) if flags.data else None,
-        models=Path(flags.models) if flags.models else None, device=flags.device,
+        models=Path(flags.models) if flags.models else None, device=flags.device, judge=judge if flags.judge_url or judge.cache.is_file() else None,
     )  # fmt: skip
     scale: Literal["quick", "scaled", "full"] = "quick" if flags.quick else "full" if flags.full else "scaled"
     notes = Console(stderr=True, highlight=False)

@@ -17,8 +17,9 @@ from datasets import Dataset
 
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError, DataError
+from veratune.scoring.judge import Judge
 from veratune.tasks.base import Task
-from veratune.training.methods import Method
+from veratune.training.methods import Method, method_of
 from veratune.training.run import RESULTS, RUN, train
 from veratune.training.settings import TrainSettings
 
@@ -33,13 +34,14 @@ class Place:
     """Where an experiment finds and leaves things.
 
     data, models: folders of data sets and of checkpoints, by their names in docs/data.md; None: what the hub has. out: its own
-    folder. device: as in TrainSettings.
+    folder. device: as in TrainSettings. judge: who rates answers; None: they are not rated.
     """
 
     out: Path
     data: Path | None = None
     models: Path | None = None
     device: Literal["auto", "cpu"] = "auto"
+    judge: Judge | None = None
 
     def dataset(self, name: str) -> str:
         """The folder of a data set. Raises DataError, saying how to give it."""
@@ -140,6 +142,22 @@ def fine_tune(
     result = json.loads((folder / RESULTS).read_text())
     result.pop("path")
     return result | {key: own[key] for key in ("lr", "b_lr", "head_lr", "epochs", "batch_size") if key in own}
+
+
+def load_trained(
+    settings: Mapping[str, Any], vera: VeraConfig, task: Task, place: Place, folder: Path | None
+) -> tuple[Any, Any]:
+    """The model of a run that `fine_tune` made in a folder, in evaluation mode, and its processor. folder None: the bare model."""
+    run = TrainSettings(**{"out": str(folder), "device": place.device, "task": task.name, **settings})
+    processor = task.load_processor(run.model)
+    model: Any = task.load_model(run.model, processor, dtype=run.base_dtype, quantize=run.quantize)
+    if folder is not None:
+        method = method_of(run.method, dataclasses.replace(vera, seed=run.basis_seed), run.options)
+        method.prepare(model, task.heads(model), task.describe())
+        method.read(model, folder)
+    if place.device == "auto" and torch.cuda.is_available() and run.quantize is None:
+        model.cuda()
+    return model.eval(), processor
 
 
 def shared_folder(place: Place, settings: Mapping[str, Any], vera: VeraConfig, seed: int) -> Path:

@@ -13,6 +13,7 @@ from veratune.reproduce.experiment import Cell, Line, Place, Scale, Tuned, fine_
 from veratune.reproduce.language_models import minilm
 from veratune.tasks.base import Task
 from veratune.tasks.text_classification import TextClassification, TextRegression
+from veratune.training.methods import Method
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,10 +100,10 @@ class Trial:
     vera: VeraConfig
 
 
-def scaled_run(task: str, trial: Trial, scale: Scale, place: Place, seed: int) -> Line:
+def scaled_run(task: str, trial: Trial, scale: Scale, place: Place, seed: int, method: Method | None = None) -> Line:
     """One cell at the size of two cores: MiniLM, some rows, the score after the last epoch.
 
-    Runs with equal settings are shared among all tables.
+    method: another than the settings name. Runs with equal settings are shared among all tables.
     """
     own = GLUE[task]
     quick = scale == "quick"
@@ -119,8 +120,10 @@ def scaled_run(task: str, trial: Trial, scale: Scale, place: Place, seed: int) -
         "rows": rows,
         "evaluated": evaluated,
     }
+    if method is not None:
+        key["kind"] = type(method).__name__
     folder = shared_folder(place, key, trial.vera, seed)
-    line = fine_tune(settings, trial.vera, glue_task(task, rows, evaluated, own.max_length), place, seed, folder)
+    line = fine_tune(settings, trial.vera, glue_task(task, rows, evaluated, own.max_length), place, seed, folder, method)
     return line | {"rows": rows, "run": folder.name}
 
 

@@ -1,6 +1,7 @@
 """Answers of a causal model: batched and greedy for scores, streamed for people."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -15,10 +16,11 @@ def answer(
     *,
     max_new_tokens: int = 128,
     batch_size: int = 16,
+    **search: Any,
 ) -> Iterator[str]:
-    """The model's next turn in each conversation, greedily decoded, in order.
+    """The model's next turn in each conversation, in order: greedily decoded, or by beams.
 
-    max_new_tokens: per answer. Prompts of one batch are padded on the left.
+    max_new_tokens: per answer. search: settings of transformers' generate, such as num_beams. Prompts of one batch are padded on the left.
     """
     side = tokenizer.padding_side
     tokenizer.padding_side = "left"
@@ -28,7 +30,7 @@ def answer(
             inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
             with torch.inference_mode():
                 out = model.generate(  # type: ignore[operator]
-                    **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+                    **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id, **search
                 )
             for tokens in out[:, inputs["input_ids"].shape[1] :]:
                 yield str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
