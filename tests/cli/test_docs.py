@@ -58,11 +58,12 @@ def test_the_page_of_benchmarks_is_made_of_its_lines():
     assert wanted in (ROOT / "README.md").read_text(), wanted
 
 
-def test_the_page_of_vision_is_made_of_its_lines():
-    make = load(ROOT / "docs" / "make_vision.py")
-    assert make.PAGE.read_text() == make.page(), "run make docs"
-    for name in make.NAMES:
-        assert (make.LINES / f"{name}.jsonl").is_file(), name
+def test_the_pages_of_tables_are_made_of_their_lines():
+    make = load(ROOT / "docs" / "make_reproduced.py")
+    for page, (_, names) in make.PAGES.items():
+        assert (ROOT / "docs" / f"{page}.md").read_text() == make.page(page), "run make docs"
+        for name in names:
+            assert (make.LINES / f"{name}.jsonl").is_file(), name
     lines = {line["method"]: line for line in map(json.loads, (make.LINES / "ddpm.jsonl").read_text().splitlines())}
     cells = [
         f"{name} {lines[method]['after']['loss']:.3f} ({lines[method]['trained']:,}{' values' if name == 'VeRA' else ''})"

@@ -249,7 +249,7 @@ def test_early_stopping_and_the_last_adapter(place, tmp_path):
             "method is 'head', but the task has no output of its own to train; use another method",
         ),
         ({"system": "x"}, ConfigError, "system is set, but task 'text-classification' does not take it"),
-        ({"method": "lora"}, ConfigError, "unknown method 'lora'; there are vera, head, bitfit, full and peft:NAME"),
+        ({"method": "lora"}, ConfigError, "unknown method 'lora'; there are vera, head, bitfit, full, houlsby.* and peft:NAME"),
         ({"resume": True}, OutputError, r"there is no run to resume \(no run.yaml\)"),
     ],
 )
@@ -279,12 +279,69 @@ def test_an_output_folder_in_use_and_a_changed_run(place, tmp_path):
     [
         ({"lr": float("nan")}, "lr is nan; it must be a finite number of at least 0"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
-        ({"warmup": 1.0}, r"warmup is 1.0; it is a share of all steps, in \[0, 1\)"),
+        ({"warmup": 1.5}, r"warmup is 1.5; it is a share of all steps, in \[0, 1\), or a whole number of them"),
+        ({"label_smoothing": 1.0}, r"label_smoothing is 1.0; it is a weight, in \[0, 1\)"),
+        ({"b_lr": 0.1, "method": "full"}, "b_lr is set, but method 'full' has no vectors b"),
+        ({"b_lr": -1.0}, "b_lr is -1.0; it must be a finite number of at least 0"),
         ({"epochs": 0}, "epochs and max_steps are both 0"),
         ({"lr": 0.0}, "lr is 0, with which method 'vera' trains nothing beside the head; for the head alone take method head"),
-        ({"peft": {"r": 8}}, "peft is set to {'r': 8}, but the method is 'vera'"),
+        ({"options": {"r": 8}}, "options is set to {'r': 8}, but method 'vera' takes none"),
     ],
 )
 def test_bad_settings(place, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         settings(place, tmp_path, **changes)
+
+
+def test_adalora_prunes_to_its_budget_within_the_run(place, tmp_path):
+    options = {"init_r": 4, "target_r": 2, "deltaT": 1}
+    run = settings(place, tmp_path / "run", method="peft:adalora", options=options, epochs=6, lr=5e-2, keep="last")
+    vera = vt.VeraConfig(targets=("query", "value"))
+    train(run, vera)
+    from safetensors.torch import load_file
+
+    kept = [(t != 0).sum().item() for n, t in load_file(tmp_path / "run" / "trained.safetensors").items() if "lora_E" in n]
+    assert len(kept) == 4  # query and value of two blocks
+    assert sum(kept) == 4 * 2  # of 4 * 4 at the start
+
+
+def test_every_method_trains_on_the_same_loop(place, tmp_path):
+    vera = vt.VeraConfig(rank=8, targets=("query", "value"))
+    for method in ("houlsby", "dylora", "lora-fa", "peft:vera"):
+        options = {"r": 4} if method in ("lora-fa", "peft:vera") else {}
+        result = train(settings(place, tmp_path / method.replace(":", "-"), method=method, options=options, epochs=1), vera)
+        assert result.trained > 0
+        assert Path(result.path).name == "trained.safetensors"
+
+
+def test_mixed_precision_and_smoothed_targets(place, tmp_path):
+    plain = train(settings(place, tmp_path / "a", epochs=2), VERA)
+    mixed = train(settings(place, tmp_path / "b", epochs=2, mixed_precision="bf16"), VERA)
+    assert mixed.after["loss"] == pytest.approx(plain.after["loss"], rel=0.05)
+    assert not same_bits(tmp_path / "a", tmp_path / "b")
+    smooth = train(settings(place, tmp_path / "c", epochs=2, label_smoothing=0.3, group_by_length=True), VERA)
+    loaded = load_for(str(place / "bert"), smooth.path, device="cpu")
+    rows = loaded.task.encode(loaded.task.load_rows(str(place / "sentiment"), "validation"), loaded.processor)
+    log = torch.log_softmax(loaded.model(**loaded.processor.pad(rows.remove_columns("labels")[:], return_tensors="pt")).logits, -1)
+    hard = -log.gather(1, torch.tensor(rows["labels"])[:, None]).mean()
+    assert smooth.after["loss"] == pytest.approx((0.7 * hard - 0.3 * log.mean()).item(), rel=1e-3)
+    assert abs(smooth.after["loss"] - hard.item()) > 1e-3
+
+
+def test_the_vectors_b_may_have_a_learning_rate_of_their_own(place, tmp_path):
+    """Adam's first step is the learning rate itself, so one step shows it."""
+    train(settings(place, tmp_path / "run", max_steps=1, lr=1e-2, b_lr=4e-2, warmup=0, schedule="constant_with_warmup"), VERA)
+    adapter = native.read(tmp_path / "run" / "adapter.safetensors")
+    moved_d = max((d - adapter.config.start_d).abs().max().item() for d in adapter.d.values())
+    moved_b = max(b.abs().max().item() for b in adapter.b.values())
+    assert moved_b == pytest.approx(4e-2, rel=1e-3)
+    assert moved_d == 0 or moved_d == pytest.approx(1e-2, rel=1e-3)  # d has no gradient while b is 0
+    trained = {p.name for p in (tmp_path / "run").iterdir()}
+    assert "results.json" in trained
+
+
+def test_warmup_in_steps(place, tmp_path):
+    train(settings(place, tmp_path / "run", max_steps=12, warmup=12, schedule="constant_with_warmup"), VERA)
+    state = json.loads(next((tmp_path / "run" / "checkpoints").rglob("trainer_state.json")).read_text())
+    rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+    assert rates[0] == pytest.approx(3e-2 * 9 / 12, rel=0.15)

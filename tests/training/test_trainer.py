@@ -5,7 +5,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 import veratune as vt
-from veratune.training.methods import Vera
+from veratune.training.methods import Rates, Vera
 from veratune.training.trainer import VeraTrainer
 
 
@@ -28,7 +28,7 @@ def trainer(model, folder):
     )
     method = Vera(vt.VeraConfig())
     return VeraTrainer(
-        model=model, args=arguments, train_dataset=rows, method=method, lr=0.1, head_lr=0.1, loss_per_token=False
+        model=model, args=arguments, train_dataset=rows, method=method, rates=Rates(0.1, 0.1), loss_per_token=False
     )
 
 

@@ -73,7 +73,7 @@ class Table4(Experiment):
     questions: ClassVar[str] = "mt_bench"
     printed: ClassVar[Mapping[tuple[str, str], float]] = PRINTED4
     rank: ClassVar[int] = 1024
-    rows: ClassVar[Mapping[Scale, int | None]] = {"quick": 16, "scaled": 400, "full": None}
+    rows: ClassVar[Mapping[Scale, int | None]] = {"quick": 16, "scaled": 160, "full": None}
 
     def cells(self, scale: Scale) -> list[Cell]:
         runs = list(self.printed) if scale == "full" else [("", "nothing"), ("", "LoRA"), ("", "VeRA")]

@@ -79,7 +79,7 @@ class Size:
 
 SIZES: dict[Scale, Size] = {
     "quick": Size(32, 16, 8, {**BEAMS, "num_beams": 2}),
-    "scaled": Size(240, 64, 50, {**BEAMS, "num_beams": 4}),
+    "scaled": Size(200, 48, 40, {**BEAMS, "num_beams": 4}),
     "full": Size(None, None, None, BEAMS),
 }
 

@@ -186,7 +186,7 @@ class Plain(Method):
         if name == "adalora":
             own["total_step"] = 10**9  # known when training begins
         try:
-            config = kinds[name](**{"target_modules": "|".join(map(re.escape, paths))} | self.options)
+            config = kinds[name](**own | self.options)
             if config.is_prompt_learning:
                 raise TypeError("it adds tokens, and no parameters to the model's layers")
             tuner = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](  # type: ignore[index]
