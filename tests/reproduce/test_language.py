@@ -165,6 +165,16 @@ def test_deltas_from_a_file_alone_are_those_of_the_model(tmp_path):
         assert torch.allclose(wrapped(x) - wrapped.base(x), x @ delta.T, atol=1e-6)
 
 
+def test_full_runs_take_local_folders_before_the_hub(tmp_path):
+    (tmp_path / "glue_rte").mkdir()
+    (tmp_path / "roberta-base").mkdir()
+    place = Place(out=tmp_path, data=tmp_path, models=tmp_path)
+    assert place.dataset("glue_rte", glue.HUB) == str(tmp_path / "glue_rte")
+    assert place.dataset("glue_cola", glue.HUB) == glue.HUB
+    assert place.model("roberta-base", glue.BASE) == str(tmp_path / "roberta-base")
+    assert Place(out=tmp_path).model("roberta-base", glue.BASE) == glue.BASE
+
+
 def rows(path: Path, split: str, values):
     path.mkdir(exist_ok=True)
     (path / f"{split}.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))

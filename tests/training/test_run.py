@@ -322,7 +322,9 @@ def test_mixed_precision_and_smoothed_targets(place, tmp_path):
     smooth = train(settings(place, tmp_path / "c", epochs=2, label_smoothing=0.3, group_by_length=True), VERA)
     loaded = load_for(str(place / "bert"), smooth.path, device="cpu")
     rows = loaded.task.encode(loaded.task.load_rows(str(place / "sentiment"), "validation"), loaded.processor)
-    log = torch.log_softmax(loaded.model(**loaded.processor.pad(rows.remove_columns("labels")[:], return_tensors="pt")).logits, -1)
+    log = torch.log_softmax(
+        loaded.model(**loaded.processor.pad(rows.remove_columns("labels")[:], return_tensors="pt")).logits, -1
+    )
     hard = -log.gather(1, torch.tensor(rows["labels"])[:, None]).mean()
     assert smooth.after["loss"] == pytest.approx((0.7 * hard - 0.3 * log.mean()).item(), rel=1e-3)
     assert abs(smooth.after["loss"] - hard.item()) > 1e-3

@@ -43,13 +43,13 @@ class Place:
     device: Literal["auto", "cpu"] = "auto"
     judge: Judge | None = None
 
-    def dataset(self, name: str) -> str:
-        """The folder of a data set. Raises DataError, saying how to give it."""
-        return _inside(self.data, name, "--data", "data sets")
+    def dataset(self, name: str, hub: str | None = None) -> str:
+        """The folder of a data set; where there is none, its id on the hub. Raises DataError, saying how to give it."""
+        return _inside(self.data, name, "--data", "data sets", hub)
 
-    def model(self, name: str) -> str:
-        """The folder of a checkpoint. Raises DataError, saying how to give it."""
-        return _inside(self.models, name, "--models", "checkpoints")
+    def model(self, name: str, hub: str | None = None) -> str:
+        """The folder of a checkpoint; where there is none, its id on the hub. Raises DataError, saying how to give it."""
+        return _inside(self.models, name, "--models", "checkpoints", hub)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,7 +242,9 @@ def measured_on(lines: Sequence[Line]) -> str:
     )
 
 
-def _inside(folder: Path | None, name: str, flag: str, what: str) -> str:
+def _inside(folder: Path | None, name: str, flag: str, what: str, hub: str | None) -> str:
+    if hub is not None and (folder is None or not (folder / name).is_dir()):
+        return hub
     if folder is None:
         raise DataError(
             f"{name} is wanted: give {flag} FOLDER, a folder of {what} that holds {name}/ (docs/data.md says in which form)"

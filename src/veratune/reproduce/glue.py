@@ -55,6 +55,7 @@ PAPER_MODEL: dict[str, dict[str, Any]] = {
     BASE: {"batch_size": 64, "max_length": 512},
     LARGE: {"batch_size": 128, "max_length": 128},  # four GPUs with 32 each
 }
+HUB = "nyu-mll/glue"
 # LoRA's own settings, Hu et al. 2022, table 9: epochs, batch size, learning rate; rank 8 on query and value.
 LORA: dict[str, dict[str, tuple[int, int, float]]] = {
     BASE: {
@@ -128,10 +129,17 @@ def scaled_run(task: str, trial: Trial, scale: Scale, place: Place, seed: int, m
 
 
 def paper_run(task: str, model: str, trial: Trial, place: Place, seed: int, folder: Path) -> Line:
-    """One cell of the paper: all rows from the hub, every epoch evaluated, the best one kept."""
-    settings = {
-        "model": model, "data": "nyu-mll/glue", "data_config": task, "eval_data": "nyu-mll/glue", "keep": "best", **trial.settings,
-    }  # fmt: skip
+    """One cell of the paper: all rows, every epoch evaluated, the best one kept."""
+    source = place.dataset(f"glue_{task}", HUB)
+    settings: dict[str, Any] = {
+        "model": place.model(model.rpartition("/")[2], model),
+        "data": source,
+        "eval_data": source,
+        "keep": "best",
+    }
+    settings |= trial.settings
+    if source == HUB:
+        settings["data_config"] = task
     own = glue_task(task, None, None, settings.pop("max_length", PAPER_MODEL[model]["max_length"]))
     return fine_tune(settings, trial.vera, own, place, seed, folder)
 

@@ -87,16 +87,22 @@ class Table4(Experiment):
 
     def _run(self, scale: Scale, model: str, method: str, place: Place, seed: int, folder: Path) -> Line:
         full = scale == "full"
-        source = "yahma/alpaca-cleaned" if full else place.dataset("alpaca_9k")
+        source = place.dataset("alpaca-cleaned", "yahma/alpaca-cleaned") if full else place.dataset("alpaca_9k")
         task = Alpaca(
             self.rows[scale], 64 if full else 16 if scale == "quick" else 64, 512 if full else 128, None if full else 360
         )
         own = dict(TABLE9.get(method, {}))
         rank = self.rank if method == "VeRA" else int(own.get("rank", 1))
         own.pop("rank", None)
-        settings: dict[str, Any] = {"model": model, "data": source, "keep": "last", "checkpoints": 10**6, **own}
+        settings: dict[str, Any] = {
+            "data": source,
+            "keep": "last",
+            "checkpoints": 10**6,
+            **own,
+        }
         if full:
-            settings |= {"quantize": "4bit", "base_dtype": "bfloat16", "gradient_checkpointing": True}
+            local = place.model(model.rpartition("/")[2], model)
+            settings |= {"model": local, "quantize": "4bit", "base_dtype": "bfloat16", "gradient_checkpointing": True}
         else:
             settings |= {"model": smollm2(place.out.parent / "smollm2"), "mixed_precision": "bf16", "group_by_length": True}
             settings |= {"lr": SMALL.get(method, 0), "accumulation": 2}

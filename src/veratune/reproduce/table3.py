@@ -128,7 +128,10 @@ class Table3(Experiment):
         task = E2e(size, max_length=512 if model else 128)
         settings: dict[str, Any] = {"data": source, "keep": "last", "checkpoints": 10**6}
         if model:
-            settings |= {"model": model, **(TABLE10[model] if method == "VeRA" else LORA)}
+            settings |= {
+                "model": place.model(model.rpartition("/")[2], model),
+                **(TABLE10[model] if method == "VeRA" else LORA),
+            }
             rank = int(settings.pop("rank", 4))
         else:
             own, rank = SMALL.get(method, ({"method": "head"}, 1))

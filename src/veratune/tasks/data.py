@@ -117,7 +117,8 @@ def _from_hub(source: str, split: str, config: str | None) -> Dataset:
     except (DatasetNotFoundError, HfHubHTTPError, ConnectionError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(
-            f"{source!r} is no local file or folder, and as a data set id it could not be fetched: {reason}"
+            f"{source!r} is no local file or folder, and as a data set id it could not be fetched: {reason}. "
+            "Without network, pass the path of a local file or folder"
         ) from error
     except ValueError as error:
         raise DataError(f"data set {source!r}: {str(error).splitlines()[0]}") from error
