@@ -149,31 +149,7 @@ def install(
     such as a base that was fine-tuned further.
     Raises BaseModelError naming the first layer that differs, or AdapterError; then nothing has changed.
     """
-    sites = {site.name: site for site in _sites_or_mismatch(model, adapter)}
-    for layer, (m, n) in adapter.shapes.items():
-        if layer not in sites:
-            raise BaseModelError(
-                f"the adapter was trained on another base model{_was(adapter)}: it has layer '{layer}', "
-                f"{type(model).__name__} has not{near(layer, sites)}"
-            )
-        kernel, own = adapter.kernels.get(layer, ()), sites[layer].part.kernel
-        if kernel != own:
-            raise BaseModelError(
-                f"the adapter was trained on another base model{_was(adapter)}: layer '{layer}' is {_what(kernel)} in the file and "
-                f"{_what(own)} in {type(model).__name__}"
-            )
-        if sites[layer].shape != (m, n):
-            found = sites[layer].shape
-            raise BaseModelError(
-                f"the adapter was trained on another base model{_was(adapter)}: layer '{layer}' is {n} -> {m} in the "
-                f"file and {found[1]} -> {found[0]} in {type(model).__name__}"
-            )
-    for layer in sites:
-        if layer not in adapter.shapes:
-            raise BaseModelError(f"the adapter was trained on another base model{_was(adapter)}: it lacks layer '{layer}'")
-    if check_base and adapter.probe is not None:
-        _check_probe(model, adapter, list(sites.values()))
-    _check_head(model, adapter)
+    check_fits(model, adapter, check_base=check_base)
     if adapter.config.basis == "lora":
         if basis is None:
             raise BasisError(
@@ -199,6 +175,39 @@ def update(model: nn.Module, adapter: Adapter, name: str) -> None:
             module.load_state_dict(_of_head(adapter, path))
 
 
+def check_fits(model: nn.Module, adapter: Adapter, *, check_base: bool = True) -> list[Site]:
+    """The model's sites for an adapter that was trained on this base model.
+
+    check_base: compare the weights' probe too. Raises BaseModelError naming the first layer that differs.
+    """
+    sites = {site.name: site for site in _sites_or_mismatch(model, adapter)}
+    for layer, (m, n) in adapter.shapes.items():
+        if layer not in sites:
+            raise BaseModelError(
+                f"the adapter was trained on another base model{_was(adapter)}: it has layer '{layer}', "
+                f"{type(model).__name__} has not{near(layer, sites)}"
+            )
+        kernel, own = adapter.kernels.get(layer, ()), sites[layer].part.kernel
+        if kernel != own:
+            raise BaseModelError(
+                f"the adapter was trained on another base model{_was(adapter)}: layer '{layer}' is {_what(kernel)} in the file and "
+                f"{_what(own)} in {type(model).__name__}"
+            )
+        if sites[layer].shape != (m, n):
+            found = sites[layer].shape
+            raise BaseModelError(
+                f"the adapter was trained on another base model{_was(adapter)}: layer '{layer}' is {n} -> {m} in the "
+                f"file and {found[1]} -> {found[0]} in {type(model).__name__}"
+            )
+    for layer in sites:
+        if layer not in adapter.shapes:
+            raise BaseModelError(f"the adapter was trained on another base model{_was(adapter)}: it lacks layer '{layer}'")
+    if check_base and adapter.probe is not None:
+        _check_probe(model, adapter, list(sites.values()))
+    _check_head(model, adapter)
+    return list(sites.values())
+
+
 def base_id(model: nn.Module) -> str:
     """The base model's hub id, or its folder's name without the way there; the class name for other models."""
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
@@ -219,7 +228,11 @@ def probe(model: nn.Module, sites: list[Site]) -> Tensor | None:
 
 
 def _check_probe(model: nn.Module, adapter: Adapter, sites: list[Site]) -> None:
-    found = probe(model, sites)
+    check_probe(probe(model, sites), adapter, base_id(model))
+
+
+def check_probe(found: Tensor | None, adapter: Adapter, model: str) -> None:
+    """Compare weights of a base model (see `probe`) with those that an adapter remembers. Raises BaseModelError."""
     if found is None or adapter.probe is None:
         return
     # Quantization moves weights by a tenth; another model's weights have nothing in common with these.
@@ -227,7 +240,7 @@ def _check_probe(model: nn.Module, adapter: Adapter, sites: list[Site]) -> None:
     if alike < 0.9:
         raise BaseModelError(
             f"the adapter was trained on another base model{_was(adapter)}: the layers fit, but the weights of "
-            f"'{base_id(model)}' agree only to {alike:.2f}; load the right base, or pass check_base=False to insist"
+            f"'{model}' agree only to {alike:.2f}; load the right base, or pass check_base=False to insist"
         )
 
 

@@ -10,6 +10,7 @@
     │   ├── BasisError       the frozen matrices here are not those the adapter was trained with
     │   └── BaseModelError   the adapter was trained on another base model
     ├── DataError            a data set is missing, empty or has other columns than asked for
+    ├── BankFullError        every slot for adapters is in use now
     ├── JudgeError           a judge cannot be asked, or gives no rating
     └── OutputError          the result could not be written
 
@@ -58,6 +59,10 @@ class BaseModelError(AdapterFileError):
 
 class DataError(VeratuneError, ValueError):
     """A data set is missing, empty or has other columns than asked for."""
+
+
+class BankFullError(VeratuneError):
+    """Every slot for adapters is in use now; a request may come again later."""
 
 
 class JudgeError(VeratuneError):
