@@ -12,6 +12,8 @@
     ├── DataError            a data set is missing, empty or has other columns than asked for
     ├── BankFullError        every slot for adapters is in use now
     ├── JudgeError           a judge cannot be asked, or gives no rating
+    ├── StoreError           a store of adapters cannot do what it was asked
+    │   └── UnknownAdapterError  it has no such adapter or version
     └── OutputError          the result could not be written
 
 Each message is one line: what was found, what was wanted, what to do.
@@ -67,6 +69,14 @@ class BankFullError(VeratuneError):
 
 class JudgeError(VeratuneError):
     """A judge cannot be asked, or gives no rating."""
+
+
+class StoreError(VeratuneError):
+    """A store of adapters cannot do what it was asked."""
+
+
+class UnknownAdapterError(StoreError, LookupError):
+    """A store has no such adapter, or no such version of it."""
 
 
 class OutputError(VeratuneError, OSError):
