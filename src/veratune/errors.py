@@ -10,6 +10,7 @@
     │   ├── BasisError       the frozen matrices here are not those the adapter was trained with
     │   └── BaseModelError   the adapter was trained on another base model
     ├── DataError            a data set is missing, empty or has other columns than asked for
+    ├── BusyError            too many requests are waiting; one may come again later
     ├── BankFullError        every slot for adapters is in use now
     ├── JudgeError           a judge cannot be asked, or gives no rating
     ├── StoreError           a store of adapters cannot do what it was asked
@@ -61,6 +62,10 @@ class BaseModelError(AdapterFileError):
 
 class DataError(VeratuneError, ValueError):
     """A data set is missing, empty or has other columns than asked for."""
+
+
+class BusyError(VeratuneError):
+    """Too many requests are waiting; this one may come again later."""
 
 
 class BankFullError(VeratuneError):

@@ -1,0 +1,131 @@
+"""Scheduler: whose request is next, and which requests are too many. No tensors in here.
+
+Each tenant has a queue; tenants take turns, so that one who asks a lot waits behind their own requests and not everybody behind
+theirs.
+"""
+
+import collections
+import dataclasses
+import threading
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+from veratune.errors import BusyError, ConfigError
+
+
+class Asked(Protocol):
+    """What the scheduler knows of a request. tenant: who asks; size: the most tokens it may take, prompt and answer."""
+
+    @property
+    def tenant(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+
+R = TypeVar("R", bound=Asked)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """rows: requests that run at once; waiting: requests in all queues; waiting_tenant: in one of them; tokens: of all that run and wait
+    together, prompts and the most they may answer."""
+
+    rows: int = 32
+    waiting: int = 512
+    waiting_tenant: int = 64
+    tokens: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ConfigError(f"{field.name} is {getattr(self, field.name)}; it must be at least 1")
+
+
+class Scheduler(Generic[R]):
+    """Requests that wait and requests that run. Every method may be called from any thread.
+
+    `add` refuses what is too much, `take` says who runs next, `done` ends a request that ran, and `withdraw` one that may still wait.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._queues: collections.OrderedDict[str, collections.deque[R]] = collections.OrderedDict()
+        self._running: list[R] = []
+        self._tokens = 0
+        self._lock = threading.Lock()
+        self._news = threading.Condition(self._lock)
+
+    @property
+    def waiting(self) -> int:
+        """How many wait."""
+        return sum(len(queue) for queue in self._queues.values())
+
+    @property
+    def running(self) -> int:
+        """How many run."""
+        return len(self._running)
+
+    def add(self, request: R) -> None:
+        """Put a request at the end of its tenant's queue. Raises BusyError, naming the bound that it is over."""
+        limits = self.limits
+        with self._lock:
+            own = len(self._queues.get(request.tenant, ()))
+            if own >= limits.waiting_tenant:
+                raise BusyError(f"{own} requests of this tenant are waiting already; try again later")
+            if self.waiting >= limits.waiting:
+                raise BusyError(f"{self.waiting} requests are waiting already; try again later")
+            if self._tokens + request.size > limits.tokens and self._tokens:
+                raise BusyError(f"{self._tokens} tokens are being worked on or wait already; try again later")
+            self._queues.setdefault(request.tenant, collections.deque()).append(request)
+            self._tokens += request.size
+            self._news.notify()
+
+    def take(self, may: Callable[[R], bool] = lambda request: True) -> R | None:
+        """The next request to run, or None while all rows are taken or nobody waits.
+
+        Tenants come in turns. may: whether a request can start now; the next tenant's is asked where one cannot.
+        """
+        with self._lock:
+            if len(self._running) >= self.limits.rows:
+                return None
+            for tenant in list(self._queues):
+                queue = self._queues[tenant]
+                if may(queue[0]):
+                    request = queue.popleft()
+                    if queue:
+                        self._queues.move_to_end(tenant)
+                    else:
+                        del self._queues[tenant]
+                    self._running.append(request)
+                    return request
+            return None
+
+    def done(self, request: R) -> None:
+        """End a request that runs."""
+        with self._lock:
+            self._running.remove(request)
+            self._tokens -= request.size
+
+    def withdraw(self, request: R) -> bool:
+        """Take a request out of its queue. Returns whether it was there; one that runs already stays."""
+        with self._lock:
+            queue = self._queues.get(request.tenant)
+            if queue is None or request not in queue:
+                return False
+            queue.remove(request)
+            if not queue:
+                del self._queues[request.tenant]
+            self._tokens -= request.size
+            return True
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until somebody asks, or for so long."""
+        with self._lock:
+            if not self.waiting:
+                self._news.wait(seconds)
+
+    def wake(self) -> None:
+        """End a `wait`."""
+        with self._lock:
+            self._news.notify_all()

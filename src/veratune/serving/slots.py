@@ -1,0 +1,130 @@
+"""Keys and values of the rows that are being generated: a place for each row, of its own length, rows that come and go.
+
+Rows that run stand one behind the other from place 0, so that a batch is a view of the memory and not a copy; when a row leaves, the last
+one takes its place.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from veratune.errors import UnsupportedError
+
+
+@dataclasses.dataclass
+class Window:
+    """What one forward pass reads and writes: rows first..first + count; starts: how many tokens each of them has already; queries: how many
+    come with this pass, the same for all rows."""
+
+    first: int
+    count: int
+    starts: Tensor
+    queries: int
+    longest: int
+
+
+class SlotCache(Cache):
+    """A cache for transformers' causal models in which every row has its own length.
+
+    Memory grows with the longest row in use: rows x tokens x 2 x width of keys for every layer.
+    """
+
+    def __init__(self, rows: int, length: int) -> None:
+        """rows, length: the most rows at once, and the most tokens of one."""
+        super().__init__(layers=[])
+        self.rows, self.length = rows, length
+        self.held = [0] * rows
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._window: Window | None = None
+
+    def open(self, first: int, count: int, queries: int, device: torch.device) -> Window:
+        """Say which rows the next forward pass is for, and how many tokens it adds to each."""
+        starts = torch.tensor(self.held[first : first + count], device=device)
+        longest = max(self.held[first : first + count]) + queries
+        self._window = Window(first, count, starts, queries, longest)
+        return self._window
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """(rows, 1, queries, longest): 0 where a token sees another of its own row, up to itself, and -inf elsewhere."""
+        window = self._opened()
+        seen = torch.arange(window.longest, device=window.starts.device)
+        upto = window.starts[:, None] + torch.arange(window.queries, device=window.starts.device)
+        hidden = seen > upto[:, :, None]
+        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)[:, None]
+
+    def positions(self) -> Tensor:
+        """(rows, queries)"""
+        window = self._opened()
+        return window.starts[:, None] + torch.arange(window.queries, device=window.starts.device)
+
+    def close(self) -> None:
+        """The pass went well: the rows have its tokens now."""
+        window = self._opened()
+        for row in range(window.first, window.first + window.count):
+            self.held[row] += window.queries
+        self._window = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values (rows, heads, queries, width) in their places, and give back all of those rows."""
+        window = self._opened()
+        while len(self._keys) <= layer_idx:
+            self._keys.append(key_states.new_empty(0))
+            self._values.append(value_states.new_empty(0))
+        end = window.first + window.count
+        out = []
+        for held, new in ((self._keys, key_states), (self._values, value_states)):
+            memory = held[layer_idx] = self._large_enough(held[layer_idx], new, end, window.longest)
+            rows = memory[window.first : end]
+            at = self.positions()
+            # (row, query) pairs first: advanced indices around a slice put their dimensions in front.
+            rows[torch.arange(window.count, device=at.device)[:, None], :, at] = new.transpose(1, 2)
+            out.append(rows[:, :, : window.longest])
+        return out[0], out[1]
+
+    def move(self, source: int, target: int) -> None:
+        """Let a row take another place, whose row is gone."""
+        length = self.held[source]
+        for memory in (*self._keys, *self._values) if length else ():
+            memory[target, :, :length] = memory[source, :, :length]
+        self.held[target], self.held[source] = length, 0
+
+    def free(self, row: int) -> None:
+        """Forget a row."""
+        self.held[row] = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        window = self._opened()
+        return window.longest - window.queries
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self._opened().longest, 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of memory held."""
+        return sum(t.numel() * t.element_size() for t in (*self._keys, *self._values))
+
+    def _opened(self) -> Window:
+        if self._window is None:
+            raise UnsupportedError("the cache was used outside of a pass that it was opened for")
+        return self._window
+
+    def _large_enough(self, held: Tensor, new: Tensor, rows: int, length: int) -> Tensor:
+        """The memory, grown to twice what it was until these rows and tokens fit."""
+        have = (held.shape[0], held.shape[2]) if held.numel() else (0, 0)
+        if rows <= have[0] and length <= have[1]:
+            return held
+        wanted = (
+            min(self.rows, max(rows, 2 * have[0], 4)) if rows > have[0] else have[0],
+            min(self.length, max(length, 2 * have[1], 64)) if length > have[1] else have[1],
+        )
+        grown = new.new_zeros(wanted[0], new.shape[1], wanted[1], new.shape[3])
+        if held.numel():
+            grown[: have[0], :, : have[1]] = held
+        return grown
