@@ -26,6 +26,8 @@ COMMANDS = {
     "reproduce": "a table or figure of the papers, beside what is measured here",
     "score": "BLEU, NIST, METEOR, ROUGE-L and CIDEr of texts against references",
     "judge": "what a judge behind an OpenAI-compatible URL gives to answers",
+    "serve": "many adapters behind an OpenAI-compatible API",
+    "key": "a key for the server",
     "bench": "time, arithmetic and memory beside PEFT",
 }
 
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (error.name or "").partition(".")[0] in ("veratune", ""):
             raise
         return _fail(
-            f"{name} needs the package {error.name!r}: pip install 'veratune[train,vision,plot,peft,quantized,scores]'", 1
+            f"{name} needs the package {error.name!r}: pip install 'veratune[train,vision,plot,peft,quantized,scores,serve]'", 1
         )
     except KeyboardInterrupt:
         return _fail("interrupted; a training run goes on with --resume", 130)

@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from veratune.errors import ConfigError, near
 
-LISTS = ("targets", "exclude", "layers", "head", "report_to", "prompts")
+LISTS = ("targets", "exclude", "layers", "head", "report_to", "prompts", "tenants", "adapters")
 
 
 class Usage(Exception):

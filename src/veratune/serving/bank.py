@@ -11,6 +11,7 @@ Slot 0 of every plane is the bare base model. A slot in use is never written to:
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import threading
 import time
@@ -167,6 +168,8 @@ class Bank:
         if any(isinstance(module, VeraLayer | BankLayer) for module in model.modules()):
             raise AdapterError("the model has adapters already; a bank wants the bare base model (veratune.detach)")
         self.model, self.slots, self.dtype, self.limit = model, slots, dtype, limit
+        # The model as it came, for finding layers and comparing weights while the other one runs: modules of its own, the same tensors.
+        self.plain: nn.Module = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
         self.counts = Counts()
         self.batch: _Batch | None = None
         self._planes: dict[tuple[Any, ...], Plane] = {}
@@ -321,9 +324,7 @@ class Bank:
         if plane is not None:
             check_probe(plane.probe, adapter, base_id(self.model))
             return plane
-        with self._unwrapped():
-            sites = check_fits(self.model, adapter)
-            plane = Plane(self.model, adapter, sites, self.slots, self.dtype)
+        plane = Plane(self.plain, adapter, check_fits(self.plain, adapter), self.slots, self.dtype)
         for path in (*plane.layers, *set(plane.head_of.values())):
             if path not in self._wrapped:
                 base = self.model.get_submodule(path)
@@ -332,17 +333,6 @@ class Bank:
                 self._wrapped[path] = made
         self._planes[kind] = plane
         return plane
-
-    @contextlib.contextmanager
-    def _unwrapped(self) -> Iterator[None]:
-        """The model as it came: targets are found in it, and weights compared with it."""
-        for path, layer in self._wrapped.items():
-            _replace(self.model, path, layer.base)
-        try:
-            yield
-        finally:
-            for path, layer in self._wrapped.items():
-                _replace(self.model, path, layer)
 
 
 class BankLayer(nn.Module):

@@ -157,6 +157,11 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="veratune-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs and takes requests."""
+        return self._thread is not None and self._thread.is_alive() and not self._drain
+
     def close(self, drain: float = 0.0) -> None:
         """Take no more requests, give those there are `drain` seconds to end, and stop."""
         self._drain = True

@@ -1,0 +1,294 @@
+"""The API over a real socket: the openai client unchanged, adapters in and out, and nothing of one tenant for another."""
+
+import json
+import re
+import socket
+import threading
+import time
+
+import httpx2 as httpx
+import openai
+import pytest
+import uvicorn
+
+import veratune as vt
+from tests import fakes
+from tests.serving.test_bank import adapter
+from tests.serving.test_engine import alone, small_llama
+from veratune.errors import ConfigError, UnsupportedError
+from veratune.formats import native
+from veratune.serving.bank import Bank
+from veratune.serving.engine import Engine
+from veratune.serving.http import build, check_address
+from veratune.serving.keys import Keys
+from veratune.serving.scheduler import Limits
+from veratune.serving.service import Service
+from veratune.serving.store import SqliteStore
+
+QV = vt.VeraConfig(rank=6, targets=("query", "value"))
+OWN = {name: adapter(small_llama, QV, i) for i, name in enumerate(("alice", "bob", "new"))}
+FILES = {name: native.encode(own) for name, own in OWN.items()}
+
+
+class Served:
+    """A server in a thread, with keys for two tenants."""
+
+    def __init__(self, path, **options):
+        self.keys = Keys(path / "keys.json")
+        self.key = {name: self.keys.add((name,)) for name in ("ann", "ben")}
+        self.key["both"] = self.keys.add(("ann", "ben"))
+        model = small_llama().eval()
+        self.engine = Engine(
+            model, fakes.tokenizer(), Bank(model, slots=4), limits=options.pop("limits", Limits(rows=4)), length=128
+        )
+        self.store = SqliteStore(path / "adapters.db")
+        self.service = Service(self.engine, self.store, "base")
+        self.engine.start()
+        listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        config = uvicorn.Config(build(self.service, self.keys, **options), log_level="error", lifespan="off")
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, args=([listening],))
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+
+    def http(self, who="ann"):
+        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.key[who]}"}, timeout=30)
+
+    def openai(self, who="ann"):
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key[who], max_retries=0)
+
+    def stop(self):
+        self.server.should_exit = True
+        self.thread.join()
+        self.engine.close()
+        self.store.close()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    found = Served(tmp_path_factory.mktemp("served"), upload_limit=200_000, body_limit=20_000)
+    with found.http("ann") as ann, found.http("ben") as ben:
+        assert ann.put("/v1/adapters/alice", content=FILES["alice"]).status_code == 201
+        assert ben.put("/v1/adapters/bob", content=FILES["bob"]).status_code == 201
+    yield found
+    found.stop()
+
+
+def greedy(name, prompt, tokens=8):
+    """What the model says with an adapter, by transformers' own generate, up to its end token."""
+    said = alone(small_llama, prompt, OWN.get(name), tokens)
+    made = fakes.tokenizer()
+    said = said[: said.index(made.eos_token_id)] if made.eos_token_id in said else said
+    return made.decode(said, skip_special_tokens=True)
+
+
+def test_the_openai_client_runs_unchanged(served):
+    made = fakes.tokenizer()
+    talk = [{"role": "user", "content": "turn the light on"}]
+    ids = made(made.apply_chat_template(talk, tokenize=False, add_generation_prompt=True), add_special_tokens=False)[
+        "input_ids"
+    ]
+    with served.openai() as client:
+        for model, own in (("alice", "alice"), ("base", None)):
+            whole = client.chat.completions.create(model=model, messages=talk, temperature=0, max_tokens=8)
+            assert whole.choices[0].message.content == greedy(own, ids)
+            assert whole.usage.prompt_tokens == len(ids)
+            stream = client.chat.completions.create(
+                model=model, messages=talk, temperature=0, max_tokens=8, stream=True, stream_options={"include_usage": True}
+            )
+            chunks = list(stream)
+            assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == greedy(own, ids)
+            assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] in ("stop", "length")
+            assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
+        plain = client.completions.create(model="alice", prompt=[4, 5, 6], temperature=0, max_tokens=8, logprobs=2)
+        assert plain.choices[0].text == greedy("alice", [4, 5, 6])
+        assert len(plain.choices[0].logprobs.tokens) == plain.usage.completion_tokens
+        told = client.chat.completions.create(
+            model="alice", messages=talk, temperature=0, max_tokens=2, logprobs=True, top_logprobs=2
+        )
+        assert len(told.choices[0].logprobs.content[0].top_logprobs) == 2
+        assert [m.id for m in client.models.list()] == ["base", "alice"]
+        assert client.models.retrieve("alice").id == "alice"
+
+
+def test_errors_are_the_clients_own_classes(served):
+    talk = [{"role": "user", "content": "hi"}]
+    with served.openai() as client:
+        with pytest.raises(openai.NotFoundError, match="does not exist, or this key may not use it"):
+            client.chat.completions.create(model="nobody", messages=talk)
+        with pytest.raises(openai.BadRequestError, match="over the 128"):
+            client.completions.create(model="base", prompt=[4] * 200)
+        with pytest.raises(openai.BadRequestError, match="temperature"):
+            client.chat.completions.create(model="base", messages=talk, temperature=5)
+        with pytest.raises(openai.BadRequestError, match="tools: it is not known here"):
+            client.chat.completions.create(model="base", messages=talk, tools=[{"type": "function", "function": {"name": "f"}}])
+    with (
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="wrong", max_retries=0) as client,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        client.models.list()
+
+
+def test_an_adapter_comes_is_updated_rolled_back_and_goes(served):
+    with served.http() as http, served.openai() as client:
+
+        def says():
+            return client.completions.create(model="mine", prompt=[7, 8], temperature=0, max_tokens=8).choices[0].text
+
+        first = http.put("/v1/adapters/mine", content=FILES["alice"])
+        assert (first.status_code, first.json()["version"], first.json()["bytes"]) == (201, 1, len(FILES["alice"]))
+        assert says() == greedy("alice", [7, 8])
+        assert http.put("/v1/adapters/mine", content=FILES["new"]).json()["version"] == 2
+        assert says() == greedy("new", [7, 8]) != greedy("alice", [7, 8])
+        assert http.get("/v1/adapters/mine").content == FILES["new"]
+        assert http.get("/v1/adapters/mine", params={"version": 1}).content == FILES["alice"]
+        assert http.post("/v1/adapters/mine/rollback", json={"version": 1}).json()["version"] == 3
+        assert says() == greedy("alice", [7, 8])
+        assert [v["version"] for v in http.get("/v1/adapters/mine/versions").json()["data"]] == [3, 2, 1]
+        assert [e["id"] for e in http.get("/v1/adapters").json()["data"]] == ["alice", "mine"]
+        assert http.post("/v1/load_lora_adapter", json={"lora_name": "mine"}).status_code == 200
+        assert http.post("/v1/unload_lora_adapter", json={"lora_name": "mine"}).status_code == 200
+        assert http.post("/v1/load_lora_adapter", json={"lora_name": "mine", "lora_path": "/etc/passwd"}).status_code == 400
+        assert http.delete("/v1/adapters/mine").json()["deleted"]
+        with pytest.raises(openai.NotFoundError):
+            says()
+        assert http.get("/v1/adapters/mine").status_code == 404
+        assert http.delete("/v1/adapters/mine").status_code == 404
+
+
+def test_nothing_of_one_tenant_is_for_another(served):
+    talk = [{"role": "user", "content": "hi"}]
+    with served.http("ben") as ben, served.openai("ben") as client, served.http("both") as both:
+        answers = {}
+        for model in ("alice", "ann/alice", "ann/nobody", "nobody", "ann/../alice", "a b"):
+            with pytest.raises(openai.NotFoundError) as caught:
+                client.chat.completions.create(model=model, messages=talk)
+            answers[model] = caught.value.body["message"].replace(model, "X")
+        assert len({re.sub("'.*'", "", text) for text in answers.values()}) == 1
+        assert [m.id for m in client.models.list()] == ["base", "bob"]
+        foreign = [
+            ben.get("/v1/adapters/alice", params={"tenant": "ann"}),
+            ben.get("/v1/adapters/ghost", params={"tenant": "ann"}),
+        ]
+        assert [r.status_code for r in foreign] == [404, 404]
+        assert foreign[0].content == foreign[1].content
+        for call in (ben.delete, ben.get):
+            assert call("/v1/adapters/alice", params={"tenant": "ann"}).status_code == 404
+        assert ben.put("/v1/adapters/x", params={"tenant": "ann"}, content=FILES["bob"]).status_code == 404
+        assert ben.post("/v1/adapters/alice/rollback", params={"tenant": "ann"}, json={"version": 1}).status_code == 404
+        assert ben.get("/v1/adapters").json()["data"][0]["id"] == "bob"
+        assert [m["id"] for m in both.get("/v1/models").json()["data"]] == ["base", "alice", "ben/bob"]
+        assert both.post("/v1/completions", json={"model": "ben/bob", "prompt": [4], "max_tokens": 1}).status_code == 200
+        page = both.get("/v1/models", params={"limit": 1}).json()
+        assert [m["id"] for m in page["data"]] == ["base", "alice"]
+        assert [m["id"] for m in both.get("/v1/models", params={"after": "alice"}).json()["data"]] == ["ben/bob"]
+
+
+def poisoned():
+    good = FILES["alice"]
+    own = OWN["alice"]
+    nan = {k: v.clone() for k, v in own.b.items()}
+    next(iter(nan.values()))[0] = float("nan")
+    import safetensors.torch
+
+    tensors = safetensors.torch.load(good)
+    return {
+        "empty": b"", "text": b"hello", "cut off": good[:-10], "huge header": (2**62).to_bytes(8, "little") + b"{}", "changed": good[:-1] + bytes([good[-1] ^ 1]),
+        "no metadata": safetensors.torch.save(tensors), "another base": native.encode(adapter(fakes.bert, QV, 0)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("what", poisoned())
+def test_a_poisoned_adapter_is_refused_and_nothing_is_stored(served, what):
+    with served.http() as http:
+        reply = http.put("/v1/adapters/poison", content=poisoned()[what])
+        assert reply.status_code == 400, reply.text
+        assert reply.json()["error"]["message"]
+        assert http.get("/v1/adapters/poison").status_code == 404
+
+
+def test_limits_on_sizes_and_names(served):
+    with served.http() as http:
+        assert http.put("/v1/adapters/large", content=bytes(200_001)).status_code == 413
+        assert http.put("/v1/adapters/large", content=(bytes(50_000) for _ in range(5))).status_code == 413
+        assert http.post("/v1/completions", json={"model": "base", "prompt": "x" * 30_000}).status_code == 413
+        assert http.put("/v1/adapters/.hidden", content=FILES["alice"]).status_code == 400
+        assert http.put("/v1/adapters/..%2F..%2Fx", content=FILES["alice"]).status_code in (400, 404)
+        assert http.post("/v1/completions", content=b"{").status_code == 400
+        assert http.get("/v1/nothing").status_code == 404
+
+
+def test_what_prometheus_and_a_balancer_ask_for(served):
+    with httpx.Client(base_url=served.url) as http:
+        assert http.get("/health").json() == {"status": "ok"}
+        assert http.get("/ready").json() == {"status": "ready"}
+        text = http.get("/metrics").text
+    for name in (
+        "adapters_loaded",
+        "adapters_capacity 4.0",
+        "answer_tokens_total",
+        'requests_total{how="length"}',
+        "step_seconds_total",
+    ):
+        assert f"veratune_{name}" in text
+
+
+def test_a_client_that_goes_away_frees_its_row(served):
+    body = {"model": "alice", "prompt": [4, 5], "max_tokens": 120, "temperature": 1.0, "stream": True}
+    before = served.engine.counts.ended["cancelled"]
+    with served.http() as http:
+        for _ in range(3):
+            with http.stream("POST", "/v1/completions", json=body) as reply:
+                next(reply.iter_lines())
+    end = time.time() + 20
+    while served.engine.scheduler.running and time.time() < end:
+        time.sleep(0.05)
+    assert served.engine.scheduler.running == 0
+    assert served.engine.counts.ended["cancelled"] >= before
+    assert all(entry.pins == 0 for entry in served.engine.bank._entries.values())
+
+
+def test_too_many_requests_are_told_to_come_again(tmp_path):
+    served = Served(tmp_path, limits=Limits(rows=1, waiting=1))
+    try:
+        replies = []
+
+        def ask():
+            with served.http() as http:
+                replies.append(
+                    http.post("/v1/completions", json={"model": "base", "prompt": [4], "max_tokens": 100, "temperature": 1.0})
+                )
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        statuses = [reply.status_code for reply in replies]
+        assert set(statuses) <= {200, 429}
+        assert statuses.count(200) >= 1
+        refused = next(reply for reply in replies if reply.status_code == 429)
+        assert refused.headers["Retry-After"] == "1"
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+    finally:
+        served.stop()
+
+
+def test_keys_are_kept_as_hashes(tmp_path):
+    keys = Keys(tmp_path / "k.json")
+    key = keys.add(("ann",))
+    assert key not in (tmp_path / "k.json").read_text()
+    again = Keys(tmp_path / "k.json")
+    assert again.caller(key).tenants == ("ann",)
+    assert again.caller(key + "x") is None
+    assert again.caller(None) is None
+    assert Keys(None).caller(None).tenant == "default"
+    (tmp_path / "bad.json").write_text(json.dumps([{"sha256": "x", "tenants": ["../up"]}]))
+    with pytest.raises(ConfigError, match="no list of keys"):
+        Keys(tmp_path / "bad.json")
+    check_address("127.0.0.1", Keys(None))
+    check_address("0.0.0.0", again)
+    with pytest.raises(UnsupportedError, match="listens on 127.0.0.1 alone"):
+        check_address("0.0.0.0", Keys(None))
