@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo chat test test-all lint docs benchmarks vision language clean
+.PHONY: install demo chat serve test test-all lint docs benchmarks vision language clean
 
 install: .venv/.installed
 
@@ -19,6 +19,9 @@ demo: install
 
 chat: install
 	$(BIN)/veratune chat --model out/demo/smollm2 --adapter out/demo/run/adapter.safetensors
+
+serve: install
+	$(BIN)/veratune serve --model out/demo/smollm2 --adapters house=out/demo/run/adapter.safetensors --store out/demo/adapters.db
 
 lint: install
 	$(BIN)/ruff check .

@@ -347,3 +347,61 @@ def test_reproduce_lists_its_experiments_and_names_mistakes(tmp_path, capsys):
     status, _, err = run(capsys, "reproduce", "conv-mnist", "--quick", "--out", tmp_path)
     assert (status, "mnist is wanted: give --data FOLDER" in err) == (1, True)
     assert run(capsys, "reproduce", "conv-mnist", "--quick", "--full")[0] == 2
+
+
+def test_a_server_answers_and_ends_on_sigterm(tmp_path):
+    """The command as users start it: a process, a real socket, an adapter from a file."""
+    import signal
+    import socket
+    import subprocess
+    import time
+    import urllib.request
+
+    fakes.folder(fakes.llama(), tmp_path / "llama")
+    model = vt.attach(fakes.llama(), vt.VeraConfig(rank=4, targets=("query",)), "x")
+    vt.save(model, tmp_path / "x.safetensors", name="x")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [
+        "serve",
+        "--model",
+        str(tmp_path / "llama"),
+        "--port",
+        str(port),
+        "--store",
+        str(tmp_path / "a.db"),
+        "--length",
+        "64",
+    ]
+    words += ["--adapters", f"mine={tmp_path / 'x.safetensors'}", "--name", "tiny"]
+    server = subprocess.Popen([sys.executable, "-m", "veratune.cli.main", *words], stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.time() + 90
+        while time.time() < end:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready").close()
+                break
+            except OSError:
+                assert server.poll() is None, server.stderr.read()
+                time.sleep(0.1)
+        body = json.dumps({"model": "mine", "prompt": [4, 5], "max_tokens": 3, "temperature": 0}).encode()
+        asked = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(asked) as reply:
+            assert json.load(reply)["usage"]["prompt_tokens"] == 2
+    finally:
+        server.send_signal(signal.SIGTERM)
+        _, said = server.communicate(timeout=60)
+    assert server.returncode in (0, -signal.SIGTERM)
+    assert f"tiny on http://127.0.0.1:{port}/v1" in said.replace("\n", " ")
+
+
+def test_a_key_is_printed_once_and_a_server_without_keys_stays_at_home(tmp_path, capsys):
+    assert main(["key", "--key_file", str(tmp_path / "k.json"), "--tenants", "ann,ben"]) == 0
+    key = capsys.readouterr().out.strip()
+    assert key.startswith("vt-")
+    assert key not in (tmp_path / "k.json").read_text()
+    assert main(["serve", "--model", "m", "--host", "0.0.0.0"]) == 1
+    assert "listens on 127.0.0.1 alone" in capsys.readouterr().err
+    assert main(["serve", "--model", "m", "--adapters", "x"]) == 2
+    assert "NAME=FILE of an adapter's file is wanted" in capsys.readouterr().err

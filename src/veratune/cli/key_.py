@@ -7,7 +7,7 @@ from veratune.cli.parsing import Parser, new_parser, parse
 
 def parser() -> Parser:
     out = new_parser("key", "Make a key for the server. It is printed once; the file keeps its hash.")
-    out.add_argument("--key_file", type=str, required=True, help="the file of keys, made if it is not there")
+    out.add_argument("--key_file", type=str, default="out/keys.json", help="the file of keys, made if it is not there")
     out.add_argument(
         "--tenants",
         type=list[str],
