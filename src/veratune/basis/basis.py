@@ -129,6 +129,7 @@ class RandomBasis(Basis):
     def __init__(self, seed: int, init: Init, sharing: Sharing) -> None:
         super().__init__()
         self.seed, self.init, self.sharing = seed, init, sharing
+        self._fingerprints: dict[str, str] = {}  # asked for whenever a file is read
 
     def roles(self, layer: str, out_features: int, in_features: int) -> tuple[str, str]:
         suffix = {"shared": "", "per_shape": f"/{out_features}x{in_features}", "unique": f"/{layer}"}[self.sharing]
@@ -150,12 +151,14 @@ class RandomBasis(Basis):
         return self._fingerprint(f"{self.init}:{self.sharing}", ("A", "B"))
 
     def _fingerprint(self, kind: str, roles: tuple[str, str]) -> str:
-        digest = hashlib.sha256(kind.encode())
-        for role in roles:
-            for row in _SAMPLE_ROWS:
-                bits = random_words(self.seed, _role_number(role), range(row, row + 1), _SAMPLE_COLUMNS)
-                digest.update(values(bits, self.init).astype("<f4").tobytes())
-        return digest.hexdigest()[:32]
+        if kind not in self._fingerprints:
+            digest = hashlib.sha256(kind.encode())
+            for role in roles:
+                for row in _SAMPLE_ROWS:
+                    bits = random_words(self.seed, _role_number(role), range(row, row + 1), _SAMPLE_COLUMNS)
+                    digest.update(values(bits, self.init).astype("<f4").tobytes())
+            self._fingerprints[kind] = digest.hexdigest()[:32]
+        return self._fingerprints[kind]
 
 
 class MonarchBasis(RandomBasis):
