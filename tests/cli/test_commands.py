@@ -405,3 +405,19 @@ def test_a_key_is_printed_once_and_a_server_without_keys_stays_at_home(tmp_path,
     assert "listens on 127.0.0.1 alone" in capsys.readouterr().err
     assert main(["serve", "--model", "m", "--adapters", "x"]) == 2
     assert "NAME=FILE of an adapter's file is wanted" in capsys.readouterr().err
+
+
+def test_a_recipe_is_settings_by_name_and_flags_overrule_it(capsys):
+    from veratune.cli.parsing import RECIPES, parse
+    from veratune.cli.train_ import parser
+
+    needed = ["--model", "m", "--task", "t", "--data", "d", "--out", "o"]
+    for name in RECIPES:
+        flags = parse(parser(), ["--recipe", name, *needed])
+        assert flags.targets
+        assert flags.lr > 0
+    flags = parse(parser(), ["--rank", "64", "--recipe", "spread", *needed])
+    assert (flags.targets, flags.vectors, flags.rank) == (("all-linear",), "d", 64)
+    status, _, said = run(capsys, "train", "--recipe", "spraed", *needed)
+    assert status == 2
+    assert "no recipe 'spraed'; there are paper, spread; did you mean 'spread'" in said

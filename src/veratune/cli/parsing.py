@@ -19,6 +19,10 @@ from veratune.errors import ConfigError, near
 LISTS = ("targets", "exclude", "layers", "head", "report_to", "prompts", "tenants", "adapters")
 
 
+# Settings that were measured to do well, by name; docs/recipes.md says on what.
+RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+
+
 class Usage(Exception):
     """A command line that cannot be understood: exit status 2."""
 
@@ -61,6 +65,12 @@ def parse(parser: Parser, argv: Sequence[str]) -> Namespace:
         if at + 1 >= len(words):
             raise Usage("--config wants the name of a YAML file")
         words = _from_file(parser, words[at + 1]) + words[:at] + words[at + 2 :]
+    if "--recipe" in words and "recipe" in parser.flags():
+        at = words.index("--recipe")
+        name = words[at + 1] if at + 1 < len(words) else ""
+        if name not in RECIPES:
+            raise Usage(f"no recipe {name!r}; there are {', '.join(RECIPES)}{near(name, RECIPES)}")
+        words = _from_file(parser, str(RECIPES[name])) + words
     # jsonargparse reports some mistakes by exception; main makes all of them one line.
     return parser.parse_args(words)
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from veratune.cli.parsing import Parser, new_parser, parse, print_json, split
+from veratune.cli.parsing import RECIPES, Parser, new_parser, parse, print_json, split
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError
 from veratune.training.settings import TrainSettings
@@ -22,6 +22,12 @@ SKIPPED = {"seed", "dtype"}  # the run has flags of its own for these
 def parser() -> Parser:
     out = new_parser("train", "Fine-tune a model with VeRA and write the adapter, a file of kilobytes.")
     out.add_argument("--config", type=str, help="YAML file of these settings; flags overrule it")
+    out.add_argument(
+        "--recipe",
+        type=str | None,
+        default=None,
+        help=f"settings by name: {', '.join(RECIPES)}; --config and flags overrule them",
+    )
     out.add_argument(
         "--sweep", type=str, default="", help="train for every value, as lr=1e-3,4e-3;rank=64,256, and rank the runs"
     )
