@@ -38,7 +38,10 @@ def test_each_method_trains_its_own_parameters():
     assert sizes(*prepared("peft:lora", r=3)) == (4 * 3 * (32 + 32), head)
     assert sizes(*prepared("dylora", r=3)) == (4 * 3 * (32 + 32), head)
     assert sizes(*prepared("lora-fa", r=3)) == (4 * 3 * 32, head)
-    assert sizes(*prepared("peft:lora", r=3, use_dora=True)) == (4 * (3 * (32 + 32) + 32), head)  # DoRA: a magnitude for each output
+    assert sizes(*prepared("peft:lora", r=3, use_dora=True)) == (
+        4 * (3 * (32 + 32) + 32),
+        head,
+    )  # DoRA: a magnitude for each output
     bottleneck = 2 * 32 * 5 + 32 + 5
     assert sizes(*prepared("houlsby", size=5)) == (4 * bottleneck, head)  # two blocks
     assert sizes(*prepared("pfeiffer", size=5)) == (2 * bottleneck, head)

@@ -249,6 +249,11 @@ def test_early_stopping_and_the_last_adapter(place, tmp_path):
             "method is 'head', but the task has no output of its own to train; use another method",
         ),
         ({"system": "x"}, ConfigError, "system is set, but task 'text-classification' does not take it"),
+        (
+            {"task": "text-regression", "columns": {"label": "score"}, "label_smoothing": 0.1},
+            ConfigError,
+            "of task 'text-regression' is no cross entropy",
+        ),
         ({"method": "lora"}, ConfigError, "unknown method 'lora'; there are vera, head, bitfit, full, houlsby.* and peft:NAME"),
         ({"resume": True}, OutputError, r"there is no run to resume \(no run.yaml\)"),
     ],

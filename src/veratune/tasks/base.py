@@ -24,7 +24,7 @@ class Task(abc.ABC):
     name: as users type it; roles: usual column names by role; optional: roles that may be absent; takes: the
     settings of a run that are this task's own; metric: the score that decides, as Trainer names it;
     greater_is_better: its direction; loss_per_token: whether the model's loss is a mean over the tokens of the whole
-    batch, all processes and accumulated passes together; batch_scores: whether `metrics` wants predictions and labels
+    batch, all processes and accumulated passes together; cross_entropy: whether the loss is one, of logits, which can be smoothed; batch_scores: whether `metrics` wants predictions and labels
     as lists of batches, since they cannot be joined; needs_labels: whether a model cannot be built without the names of
     the classes; outputs: those of the model that `metrics` wants, in order; () for all.
     """
@@ -36,6 +36,7 @@ class Task(abc.ABC):
     metric: ClassVar[str] = "loss"
     greater_is_better: ClassVar[bool] = False
     loss_per_token: ClassVar[bool] = False
+    cross_entropy: ClassVar[bool] = False
     batch_scores: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     outputs: ClassVar[tuple[str, ...]] = ()

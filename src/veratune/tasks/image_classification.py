@@ -33,6 +33,7 @@ class ImageClassification(ImageTask):
     roles = {"image": ("image", "img"), "label": ("label", "labels", "fine_label", "target")}
     metric = "accuracy"
     greater_is_better = True
+    cross_entropy = True
     needs_labels = True
 
     def __init__(self, columns: Mapping[str, str] | None = None, labels: list[str] | None = None, **options: Any) -> None:

@@ -31,6 +31,7 @@ class LanguageTask(TextTask):
     """What all language modelling has in common: a causal model, padded batches, the loss as the score."""
 
     loss_per_token = True
+    cross_entropy = True
 
     def load_base(self, model: str, **options: Any) -> PreTrainedModel:
         return load_pretrained(AutoModelForCausalLM, model, **options)

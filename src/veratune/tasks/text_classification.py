@@ -27,6 +27,7 @@ class TextClassification(TextTask):
     optional = frozenset({"pair"})
     metric = "accuracy"
     greater_is_better = True
+    cross_entropy = True
     needs_labels = True
 
     def __init__(
@@ -76,6 +77,7 @@ class TextRegression(TextClassification):
     name = "text-regression"
     roles = {**TextClassification.roles, "label": ("label", "labels", "score", "target")}
     metric = "pearson"
+    cross_entropy = False
     needs_labels = False
 
     def learn(self, rows: Dataset) -> None:

@@ -79,10 +79,16 @@ def train(
         _check_out(settings, vera, out)
     task = task or build_task(settings)
     method = method or method_of(settings.method, vera, settings.options)
+    if settings.label_smoothing and not task.cross_entropy:
+        raise ConfigError(
+            f"label_smoothing is {settings.label_smoothing}, but the loss of task {task.name!r} is no cross entropy; leave it out"
+        )
     rows, eval_rows = _load_data(settings, task)
     task.learn(rows)
     processor = task.load_processor(settings.model)
     train_set = task.encode(rows, processor, training=True)
+    if settings.group_by_length and "input_ids" not in train_set.column_names:
+        raise ConfigError(f"group_by_length is for texts; examples of task {task.name!r} have no length, leave it out")
     eval_set = task.encode(eval_rows, processor) if eval_rows is not None else None
 
     set_seed(settings.seed)
