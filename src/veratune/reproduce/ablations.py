@@ -22,8 +22,9 @@ from veratune.reproduce.glue import GLUE, LARGE, GlueTable, Trial, paper_trial, 
 
 QV = ("query", "value")
 RATES = {"lr": 3e-2, "head_lr": 5e-3}  # of the scaled VeRA runs
+HEADS = {"stsb": 2e-2}  # tasks whose head wants another
 LORA_RATES = {"lr": 2e-3, "head_lr": 5e-3}
-SMALL = ("mrpc", "sst2")  # tasks of the scaled runs: on so few rows MiniLM does not leave chance on RTE
+SMALL = ("sst2", "stsb")  # tasks of the scaled runs: on so few rows MiniLM stays near chance on MRPC and RTE
 
 
 class _Ablation(GlueTable):
@@ -42,7 +43,8 @@ class _Ablation(GlueTable):
                     cells.append(self.cell(scale, task, variant, paper_trial(task, LARGE, "VeRA", **changes), LARGE))
                 else:
                     vera = VeraConfig(**{"rank": 192, "targets": QV, **changes})
-                    cells.append(self.cell(scale, task, variant, Trial(settings=RATES, vera=vera)))
+                    rates = {**RATES, "head_lr": HEADS.get(task, RATES["head_lr"])}
+                    cells.append(self.cell(scale, task, variant, Trial(settings=rates, vera=vera)))
         return cells
 
     def page(self, lines: Sequence[Line], scale: Scale) -> str:
@@ -54,7 +56,7 @@ class _Ablation(GlueTable):
         return "\n".join([
             f"# {self.name}: {self.about}", "",
             table(["variant", "printed", *(f"{GLUE[task].title}, measured" for task in tasks)], rows),
-            "Mean ± standard deviation over the seeds. Scaled: MiniLM, rank 192, as table2's scaled runs, learning rates 3e-2 and 5e-3 for all; "
+            "Mean ± standard deviation over the seeds. Scaled: MiniLM, rank 192, as table2's scaled runs, learning rates 3e-2 and, for the head, 5e-3 (STS-B 2e-2) for all; "
             "the prints are RoBERTa-large's. A variant may want other rates than the default's, as in the paper.", "", measured_on(lines), "",
         ])  # fmt: skip
 
@@ -76,7 +78,7 @@ class Table6(_Ablation):
 class Table7(_Ablation):
     name = "table7"
     about = "one pair of matrices for all layers, or one for each (VeRA, table 7)"
-    tasks = {"quick": ("sst2",), "scaled": (*SMALL, "cola", "stsb"), "full": ("mrpc", "rte", "cola", "stsb")}
+    tasks = {"quick": ("sst2",), "scaled": SMALL, "full": ("mrpc", "rte", "cola", "stsb")}
     variants = {"shared": {}, "unique": {"sharing": "unique"}}
     printed = {
         "shared": "MRPC 90.0 ± 0.9, RTE 84.6 ± 1.5, CoLA 67.7 ± 0.8, STS-B 91.5 ± 0.6",
