@@ -1,4 +1,4 @@
-"""Write docs/vision.md and docs/language.md from benchmarks/results/reproduce (a test compares the pages).
+"""Write docs/vision.md and docs/language.md, and a sentence of docs/recipes.md, from benchmarks/results/reproduce (a test compares the pages).
 
     python docs/make_reproduced.py [--from FOLDER ...]
 
@@ -7,6 +7,7 @@ With --from (where `veratune reproduce` left its results), take lines and pictur
 
 import json
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -107,8 +108,33 @@ def page(which: str) -> str:
     return "\n".join(out)
 
 
+def recipes() -> str:
+    """docs/recipes.md with its measured sentence: medians of table2, method by method."""
+    from veratune.reproduce.glue import GLUE, score_of
+    from veratune.reproduce.registry import experiment
+
+    lines = [json.loads(line) for line in (LINES / "table2.jsonl").read_text().splitlines()]
+    chosen = experiment("table2").chosen(lines)
+    parts = []
+    for task in ("stsb", "sst2", "qnli"):
+        title = GLUE[task].title
+        found = {
+            method: f"{statistics.median(map(score_of, chosen[f'{title}: {method}'])):.1f}"
+            for method in ("VeRA, only d, all linear", "VeRA", "LoRA")
+        }
+        parts.append(f"{title} {found['VeRA, only d, all linear']} (VeRA {found['VeRA']}, LoRA {found['LoRA']})")
+    sizes = {of[0]["method"]: of[0]["trained"] for of in chosen.values() if of}
+    text = (
+        f"{'; '.join(parts)}, with {sizes['VeRA, only d, all linear']:,} values against VeRA's {sizes['VeRA']:,} and the {sizes['LoRA']:,} of LoRA "
+        "rank 8, medians of two or three seeds."
+    )
+    before, _, rest = (HERE / "recipes.md").read_text().partition("<!-- measured -->\n")
+    return f"{before}<!-- measured -->\n{text}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
+
+
 if __name__ == "__main__":
     if "--from" in sys.argv:
         take([Path(word) for word in sys.argv[sys.argv.index("--from") + 1 :]])
     for which in PAGES:
         (HERE / f"{which}.md").write_text(page(which))
+    (HERE / "recipes.md").write_text(recipes())

@@ -64,6 +64,7 @@ def test_the_pages_of_tables_are_made_of_their_lines():
         assert (ROOT / "docs" / f"{page}.md").read_text() == make.page(page), "run make docs"
         for name in names:
             assert (make.LINES / f"{name}.jsonl").is_file(), name
+    assert (ROOT / "docs" / "recipes.md").read_text() == make.recipes(), "run make docs"
     lines = {line["method"]: line for line in map(json.loads, (make.LINES / "ddpm.jsonl").read_text().splitlines())}
     cells = [
         f"{name} {lines[method]['after']['loss']:.3f} ({lines[method]['trained']:,}{' values' if name == 'VeRA' else ''})"
