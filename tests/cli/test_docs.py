@@ -74,6 +74,22 @@ def test_the_pages_of_tables_are_made_of_their_lines():
     assert wanted in (ROOT / "README.md").read_text(), wanted
 
 
+def test_the_means_in_the_readme_are_those_of_the_page():
+    page = (ROOT / "docs" / "language.md").read_text()
+    means = {
+        name: (values, mean)
+        for name, values, mean in re.findall(r"^\| ([^|]+) \| ([\d,]+) \|.*\| ([\d.]+) \|$", page, re.M)
+        if "±" in page
+    }
+    wanted = "MiniLM, mean score: " + ", ".join(
+        f"{said} {means[name][1]} ({means[name][0]} values)"
+        for said, name in (
+            ("full fine-tuning", "Full"), ("LoRA rank 8", "LoRA"), ("VeRA", "VeRA"), ("VeRA spread over all linear layers", "VeRA, only d, all linear")
+        )
+    )  # fmt: skip
+    assert wanted in (ROOT / "README.md").read_text(), wanted
+
+
 def test_links_between_pages_lead_somewhere():
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):

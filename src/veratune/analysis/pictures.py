@@ -91,7 +91,8 @@ def draw_against(
     for i, group in enumerate(groups if len(groups) > 1 else []):
         axes.plot([], [], "os^Dv"[i % 5], label=group, color="none", markeredgecolor="black")
     axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    places = [x for marks in points.values() for x, _, _ in marks]
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if max(places) < 300 * max(min(places), 1) else (1,)))
     axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.grid(alpha=0.3)
@@ -122,13 +123,15 @@ def draw_lines(
     return _save(figure, path)
 
 
-def draw_bars(bars: Mapping[str, float], path: Path, ylabel: str) -> Path:
-    """One bar for each name, with its value on top. Returns the path."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.0))
-    drawn = axes.bar(list(bars), list(bars.values()), color=_COLOURS[: len(bars)])
-    axes.bar_label(drawn, fmt="%.3g", fontsize=8)
-    axes.set_ylabel(ylabel)
-    axes.grid(axis="y", alpha=0.3)
+def draw_bars(bars: Mapping[str, float], path: Path, label: str) -> Path:
+    """One lying bar for each name, with its value at its end. Returns the path."""
+    figure, axes = plt.subplots(figsize=(6.4, 1.2 + 0.35 * len(bars)))
+    names = list(bars)[::-1]
+    drawn = axes.barh(names, [bars[name] for name in names], color=_COLOURS[1])
+    axes.bar_label(drawn, fmt="%.3g", fontsize=8, padding=2)
+    axes.set_xlabel(label)
+    axes.margins(x=0.12)
+    axes.grid(axis="x", alpha=0.3)
     return _save(figure, path)
 
 

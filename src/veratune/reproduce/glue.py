@@ -33,7 +33,7 @@ GLUE = {
     "mrpc": Glue(title="MRPC", rows=1200, epochs=2),
     "cola": Glue(title="CoLA", score="matthews", rows=3000, epochs=3, max_length=64),
     "qnli": Glue(title="QNLI", columns={"text": "question", "pair": "sentence"}, rows=1500, epochs=1.5),
-    "rte": Glue(title="RTE", rows=1000, epochs=1.5),
+    "rte": Glue(title="RTE", rows=500, epochs=1),
     "stsb": Glue(title="STS-B", score="pearson", rows=1500, epochs=2.5),
 }
 EVALUATED = 500  # rows of the scaled runs' evaluation

@@ -182,7 +182,7 @@ class Table12(Experiment):
                 entry["rank"] or "-",
                 f"{entry['trained']:,}",
                 f"{entry['seconds']:.3f}",
-                f"{entry['ratio']:.2f}",
+                f"{entry['over_frozen']:.2f}",
                 f"{entry['peak_bytes'] / 2**20:,.0f}",
             ]
             for line in lines

@@ -181,7 +181,7 @@ class Recipes(Tuned):
                     gains.setdefault(name, []).append(
                         statistics.mean(map(self.score, of)) - statistics.mean(map(self.score, base))
                     )
-        means = {name: statistics.mean(values) for name, values in gains.items()}
+        means = {name: statistics.mean(values) for name, values in gains.items() if len(values) == 2}
         return [draw_bars(means, place.out / "gains.png", "points over VeRA, mean of SST-2 and STS-B")] if means else []
 
 

@@ -71,16 +71,16 @@ class Table2(GlueTable):
         out = [f"# {self.name}: {self.about}", ""]
         for model in dict.fromkeys(line["model"] for line in lines):
             own = [line for of in self.chosen([line for line in lines if line["model"] == model]).values() for line in of]
-            # The mean is over the tasks that every method has run.
-            have = [{line["task"] for line in own if line["method"] == method} for method in METHODS]
-            common = set.intersection(*[tasks for tasks in have if tasks]) or set(GLUE)
+            common = _common(own)
             rows = []
             for method in METHODS:
                 found = [[line for line in own if line["method"] == method and line["task"] == task] for task in GLUE]
                 if any(found):
                     first = next(line for of in found for line in of)
                     middles = {task: statistics.median(map(score_of, of)) for task, of in zip(GLUE, found, strict=True) if of}
-                    mean = f"{statistics.mean(middles[task] for task in common):.1f}" if common <= set(middles) else "-"
+                    mean = (
+                        f"{statistics.mean(middles[task] for task in common):.1f}" if common and common <= set(middles) else "-"
+                    )
                     rows.append([
                         method, "-" if method == "Head" else f"{first['trained']:,}",
                         *(spread(of, score_of, center=statistics.median) for of in found), mean,
@@ -100,16 +100,24 @@ class Table2(GlueTable):
         return "\n".join([*out, NOTE, "", measured_on(lines), ""])
 
     def draw(self, lines: Sequence[Line], place: Place) -> list[Path]:
-        """scores.png: the mean score against the trained values, the head apart."""
+        """scores.png: the mean score over the tasks that every method has, against the trained values, the head too."""
         from veratune.analysis.pictures import draw_against
 
+        own = [line for of in self.chosen([line for line in lines if not line["model"]]).values() for line in of]
+        tasks = _common(own)
         points: dict[str, list[tuple[float, float, str]]] = {}
-        for of in self.chosen(lines).values():
-            if of and of[0]["method"] != "Head":
-                points.setdefault(of[0]["method"], []).append(
-                    (of[0]["trained"], statistics.median(map(score_of, of)), GLUE[of[0]["task"]].title)
-                )
-        return [draw_against(points, place.out / "scores.png", "trained values, the head apart", "score")] if points else []
+        for method in METHODS:
+            found = [[line for line in own if (line["method"], line["task"]) == (method, task)] for task in sorted(tasks)]
+            if all(found) and found:
+                mean = statistics.mean(statistics.median(map(score_of, of)) for of in found)
+                points[method] = [(found[0][0]["trained"] + found[0][0]["head"], mean, "")]
+        return [draw_against(points, place.out / "scores.png", "trained values, the head too", "mean score")] if points else []
+
+
+def _common(lines: Sequence[Line]) -> set[str]:
+    """The tasks that every method has run."""
+    have = [{line["task"] for line in lines if line["method"] == method} for method in METHODS]
+    return set.intersection(*[tasks for tasks in have if tasks] or [set()])
 
 
 NOTE = (
