@@ -76,10 +76,10 @@ def test_the_pages_of_tables_are_made_of_their_lines():
 
 def test_the_means_in_the_readme_are_those_of_the_page():
     page = (ROOT / "docs" / "language.md").read_text()
+    measured = page[page.index("## table2") : page.index("Printed in the paper for", page.index("## table2"))]
     means = {
         name: (values, mean)
-        for name, values, mean in re.findall(r"^\| ([^|]+) \| ([\d,]+) \|.*\| ([\d.]+) \|$", page, re.M)
-        if "±" in page
+        for name, values, mean in re.findall(r"^\| ([^|]+) \| ([\d,]+) \|.*\| ([\d.]+) \|$", measured, re.M)
     }
     wanted = "MiniLM, mean score: " + ", ".join(
         f"{said} {means[name][1]} ({means[name][0]} values)"
