@@ -21,7 +21,7 @@ from veratune.basis.lora import LoraBasis
 from veratune.config import VeraConfig
 from veratune.errors import AdapterError, BaseModelError, ConfigError, UnsupportedError, near
 from veratune.layers.attention import VeraMultiheadAttention
-from veratune.layers.base import Rounding, Rows, VeraHead, VeraLayer, VeraVectors, VeraWeightLayer, lost_in_all
+from veratune.layers.base import Rounding, Rows, VeraHead, VeraLayer, VeraVectors, VeraWeightLayer, lost_in_all, put_in
 from veratune.layers.conv import VeraConv, is_conv
 from veratune.layers.linear import VeraLinear
 from veratune.layers.quantized import is_dense
@@ -386,21 +386,13 @@ def _layers_at(model: nn.Module, kinds: Mapping[str, type[VeraLayer]]) -> dict[s
     """The VeraLayers at these paths; one that is new stands in every place where its module stood."""
     found = {path: model.get_submodule(path) for path in kinds}
     made = {module: kinds[path](module, path) for path, module in found.items() if not isinstance(module, VeraLayer)}
-    for parent in [m for m in model.modules() if not isinstance(m, VeraLayer)]:
-        for name, child in list(parent._modules.items()):
-            if child in made:
-                setattr(parent, name, made[child])
+    put_in(model, lambda module: made.get(module, module))
     return {path: module if isinstance(module, VeraLayer) else made[module] for path, module in found.items()}
 
 
 def _put_back(model: nn.Module, choose: Callable[[VeraLayer], nn.Module]) -> None:
     """Replace each VeraLayer, wherever it stands, by what `choose` says."""
-    for parent in [m for m in model.modules() if not isinstance(m, VeraLayer)]:
-        for name, child in list(parent._modules.items()):
-            if isinstance(child, VeraLayer):
-                chosen = choose(child)
-                if chosen is not child:
-                    setattr(parent, name, chosen)
+    put_in(model, lambda module: choose(module) if isinstance(module, VeraLayer) else module)
 
 
 def _forget(model: nn.Module, note: _Note) -> None:

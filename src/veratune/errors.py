@@ -14,7 +14,10 @@
     ├── BankFullError        every slot for adapters is in use now
     ├── JudgeError           a judge cannot be asked, or gives no rating
     ├── StoreError           a store of adapters cannot do what it was asked
-    │   └── UnknownAdapterError  it has no such adapter or version
+    │   ├── UnknownAdapterError  it has no such adapter or version
+    │   └── BadNameError         a tenant or an adapter cannot have this name
+    ├── UnknownJobError      there is no such job or file
+    ├── ClosedError          the server is going down
     └── OutputError          the result could not be written
 
 Each message is one line: what was found, what was wanted, what to do.
@@ -82,6 +85,18 @@ class StoreError(VeratuneError):
 
 class UnknownAdapterError(StoreError, LookupError):
     """A store has no such adapter, or no such version of it."""
+
+
+class BadNameError(StoreError, ValueError):
+    """A tenant or an adapter cannot have this name."""
+
+
+class UnknownJobError(VeratuneError, LookupError):
+    """A tenant has no such fine-tuning job, or no such file of rows."""
+
+
+class ClosedError(VeratuneError):
+    """The server is going down and takes no more requests, or went down before an answer was whole."""
 
 
 class OutputError(VeratuneError, OSError):

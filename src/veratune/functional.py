@@ -121,11 +121,21 @@ def carries(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.float64)
 
 
-def vera_rows(x: Tensor, A: Matrix, B: Matrix, d: Tensor | None, b: Tensor | None, index: Tensor, scale: float = 1.0) -> Tensor:
+def vera_rows(
+    x: Tensor,
+    A: Matrix,
+    B: Matrix,
+    d: Tensor | None,
+    b: Tensor | None,
+    index: Tensor,
+    scale: float = 1.0,
+    *,
+    projected: Tensor | None = None,
+) -> Tensor:
     """y[i] = scale * b[index[i]] * (B (d[index[i]] * (A x[i])))
 
     x: (N, *T, n), a batch of N rows; d: (k, r) and b: (k, m), the vectors of k adapters on one basis;
-    index: (N,) integers in [0, k). Returns (N, *T, m). Gradients flow to x, d and b.
+    index: (N,) integers in [0, k); projected: A x, where it is known already. Returns (N, *T, m). Gradients flow to x, d and b.
     Raises ShapeError naming the argument, what was found and what was wanted.
 
     >>> A, B = torch.ones(4, 8), torch.ones(6, 4)
@@ -139,12 +149,12 @@ def vera_rows(x: Tensor, A: Matrix, B: Matrix, d: Tensor | None, b: Tensor | Non
     middle = (1,) * (x.dim() - 2)
 
     def spread(vectors: Tensor) -> Tensor:
-        return vectors[index].view(len(index), *middle, vectors.shape[1])
+        return vectors.index_select(0, index).view(len(index), *middle, vectors.shape[1])
 
-    z = times(A, x)
-    z = z * scale if d is None else z * spread(_scaled(d, scale, z.dtype))
+    z = times(A, x) if projected is None else projected
+    z = z * scale if d is None else z * _scaled(spread(d), scale, z.dtype)
     y = times(B, z)
-    return y if b is None else y * spread(b.to(y.dtype))
+    return y if b is None else y * spread(b).to(y.dtype)
 
 
 def _step_by_step(

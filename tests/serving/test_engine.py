@@ -10,7 +10,7 @@ import veratune as vt
 from tests import fakes
 from tests.serving.test_bank import adapter
 from veratune.adapter import install
-from veratune.errors import BusyError, ConfigError, UnsupportedError
+from veratune.errors import BusyError, ClosedError, ConfigError, UnsupportedError
 from veratune.serving.bank import Bank
 from veratune.serving.engine import Engine, Request
 from veratune.serving.sampling import Sampling, Text, choose
@@ -238,7 +238,7 @@ def test_a_thread_serves_and_goes_down():
     late = server.submit(Request("t", [4], Sampling(temperature=0, max_tokens=100)))
     server.close(drain=30)
     assert late.result() is not None
-    with pytest.raises(UnsupportedError, match="going down"):
+    with pytest.raises(ClosedError, match="going down"):
         server.submit(Request("t", [4], GREEDY))
 
 

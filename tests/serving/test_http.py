@@ -1,5 +1,6 @@
 """The API over a real socket: the openai client unchanged, adapters in and out, and nothing of one tenant for another."""
 
+import dataclasses
 import json
 import re
 import socket
@@ -9,17 +10,21 @@ import time
 import httpx2 as httpx
 import openai
 import pytest
+import torch
 import uvicorn
 
 import veratune as vt
 from tests import fakes
 from tests.serving.test_bank import adapter
+from tests.serving.test_encoder import HEADED, encoder, trained
+from tests.serving.test_encoder import alone as alone_read
 from tests.serving.test_engine import alone, small_llama
 from veratune.errors import ConfigError, UnsupportedError
 from veratune.formats import native
 from veratune.serving.bank import Bank
 from veratune.serving.engine import Engine
 from veratune.serving.http import build, check_address
+from veratune.serving.jobs import Jobs
 from veratune.serving.keys import Keys
 from veratune.serving.scheduler import Limits
 from veratune.serving.service import Service
@@ -42,11 +47,17 @@ class Served:
             model, fakes.tokenizer(), Bank(model, slots=4), limits=options.pop("limits", Limits(rows=4)), length=128
         )
         self.store = SqliteStore(path / "adapters.db")
-        self.service = Service(self.engine, self.store, "base")
-        self.engine.start()
+        reader = encoder() if options.pop("encoder", False) else None
+        self.service = Service(self.store, self.engine, reader, name="base", encoder_name="reader")
+        for loop in self.service.loops.values():
+            loop.start()
+        bases = options.pop("jobs", None)
+        self.jobs = Jobs(path / "jobs", bases, self.service.put) if bases else None
+        if self.jobs:
+            self.jobs.start()
         listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        config = uvicorn.Config(build(self.service, self.keys, **options), log_level="error", lifespan="off")
+        config = uvicorn.Config(build(self.service, self.keys, self.jobs, **options), log_level="error", lifespan="off")
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, args=([listening],))
         self.thread.start()
@@ -62,7 +73,9 @@ class Served:
     def stop(self):
         self.server.should_exit = True
         self.thread.join()
-        self.engine.close()
+        if self.jobs:
+            self.jobs.close()
+        self.service.close()
         self.store.close()
 
 
@@ -221,15 +234,17 @@ def test_limits_on_sizes_and_names(served):
 
 
 def test_what_prometheus_and_a_balancer_ask_for(served):
+    with served.http() as http:
+        assert http.post("/v1/completions", json={"model": "base", "prompt": [9], "max_tokens": 1}).status_code == 200
     with httpx.Client(base_url=served.url) as http:
         assert http.get("/health").json() == {"status": "ok"}
         assert http.get("/ready").json() == {"status": "ready"}
         text = http.get("/metrics").text
     for name in (
         "adapters_loaded",
-        "adapters_capacity 4.0",
+        'adapters_capacity{base="base"} 4.0',
         "answer_tokens_total",
-        'requests_total{how="length"}',
+        'requests_total{base="base",how="length"}',
         "step_seconds_total",
     ):
         assert f"veratune_{name}" in text
@@ -292,3 +307,57 @@ def test_keys_are_kept_as_hashes(tmp_path):
     check_address("0.0.0.0", again)
     with pytest.raises(UnsupportedError, match="listens on 127.0.0.1 alone"):
         check_address("0.0.0.0", Keys(None))
+
+
+def test_embeddings_and_classes_come_from_the_encoder(tmp_path):
+    """Beside a causal model: the openai client's embeddings, classes with names, and each base model for what it does."""
+    served = Served(tmp_path, encoder=True)
+    try:
+        headed = dataclasses.replace(trained(HEADED, 1), task={"name": "text-classification", "labels": ["bad", "good"]})
+        with served.http() as http, served.openai() as client:
+            assert http.put("/v1/adapters/taste", content=native.encode(headed)).status_code == 201
+            assert http.put("/v1/adapters/three", content=native.encode(trained(HEADED, 3, labels=3))).status_code == 201
+            assert http.put("/v1/adapters/alice", content=FILES["alice"]).status_code == 201
+            assert [m.id for m in client.models.list()] == ["base", "reader", "alice", "taste", "three"]
+            texts = ["a great film", "awful"]
+            for model, own in (("reader", None), ("taste", headed)):
+                found = client.embeddings.create(model=model, input=texts)
+                for text, entry in zip(texts, found.data, strict=True):
+                    assert torch.allclose(torch.tensor(entry.embedding), alone_read(own, text, "embedding"), atol=1e-5)
+            plain = client.embeddings.create(model="reader", input=[4, 5, 6], encoding_format="float")
+            assert len(plain.data) == 1
+            assert len(plain.data[0].embedding) == 32
+            many = client.embeddings.create(model="reader", input=["light"] * 40)  # more than there are rows
+            assert [entry.index for entry in many.data] == list(range(40))
+            reply = http.post("/v1/classify", json={"model": "taste", "input": texts}).json()
+            for text, entry in zip(texts, reply["data"], strict=True):
+                logits = alone_read(headed, text, "logits")
+                assert torch.allclose(torch.tensor(entry["probs"]), logits.softmax(-1), atol=1e-5)
+                assert entry["label"] == ["bad", "good"][int(logits.argmax())]
+            three = http.post("/v1/classify", json={"model": "three", "input": "light", "pair": "please"}).json()
+            assert three["data"][0]["num_classes"] == 3
+            for body, why in (
+                ({"model": "reader", "input": "x"}, "no trained head"), ({"model": "taste", "input": []}, "0 texts"),
+                ({"model": "taste", "input": ["x"], "pair": ["a", "b"]}, "2 texts for 1"), ({"model": "alice", "input": "x"}, "another base model"),
+            ):  # fmt: skip
+                refused = http.post("/v1/classify", json=body)
+                assert refused.status_code == 400
+                assert why in refused.json()["error"]["message"]
+            with pytest.raises(openai.BadRequestError, match="'base' generates, and nothing else"):
+                client.embeddings.create(model="base", input="x")
+            with pytest.raises(openai.BadRequestError, match=r"'reader' reads texts"):
+                client.completions.create(model="reader", prompt="x")
+            with pytest.raises(openai.BadRequestError, match="another base model"):
+                client.completions.create(model="taste", prompt="x")
+            with pytest.raises(openai.BadRequestError, match="embeddings have 32"):
+                client.embeddings.create(model="reader", input="x", dimensions=16)
+            assert client.completions.create(model="alice", prompt=[4, 5], max_tokens=2, temperature=0).usage.completion_tokens
+    finally:
+        served.stop()
+
+
+def test_a_server_without_an_encoder_says_so(served):
+    with served.openai() as client, pytest.raises(openai.BadRequestError, match="no encoder"):
+        client.embeddings.create(model="base", input="x")
+    with served.http() as http:
+        assert "does not fine-tune" in http.get("/v1/fine_tuning/jobs").json()["error"]["message"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from obstore.store import LocalStore, MemoryStore
 
-from veratune.errors import StoreError, UnknownAdapterError
+from veratune.errors import AdapterFileError, StoreError, UnknownAdapterError
 from veratune.serving.store import CachedStore, ObjectStore, SqliteStore
 
 KINDS = ("sqlite", "memory", "folder", "cached")
@@ -122,7 +122,7 @@ def test_names_that_could_mean_something_else_are_refused(store, name):
 
 
 def test_mistakes(store, tmp_path):
-    with pytest.raises(StoreError, match="has no bytes"):
+    with pytest.raises(AdapterFileError, match="has no bytes"):
         store.put("a", "x", b"")
     with pytest.raises(UnknownAdapterError, match="no adapter 'x'"):
         store.versions("a", "x")

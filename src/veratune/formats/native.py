@@ -17,8 +17,12 @@ Equal adapters give equal bytes. Reading trusts nothing: see `decode`.
 
 import base64
 import binascii
+import copy
+import dataclasses
+import functools
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ import torch
 from torch import Tensor
 
 from veratune.adapter import PROBE, Adapter
+from veratune.basis.basis import basis_of
 from veratune.config import VeraConfig
 from veratune.errors import AdapterFileError, BasisError, VeratuneError
 from veratune.formats.atomic import write_atomic
@@ -39,6 +44,10 @@ _ENTRY = "veratune"
 _LARGEST = 2**34  # bytes; an adapter with a trained head may be large, one beyond this is a mistake
 _LARGEST_BASIS = 2**31  # values; what a file may make this machine draw before its layers were compared with a model's
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = _FLOATS | {
+    "F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_DIGEST = re.compile(rb'\\"digest\\":\\"([0-9a-f]{64})\\"')  # inside a JSON text inside JSON
 
 
 def write(adapter: Adapter, path: str | Path) -> int:
@@ -84,57 +93,149 @@ def decode(data: bytes) -> Adapter:
     """The adapter in a file's bytes.
 
     Checked, in this order: the container (sizes, offsets, overlaps), the metadata's form and version, the
-    digest, the settings, every tensor's name, dtype, shape and finiteness, the basis' fingerprint.
+    digest, the settings, every tensor's name, dtype, shape and finiteness, the basis' fingerprint. What the header alone says is checked
+    once for all files that have it in common, the digest apart.
     Raises AdapterFileError, or BasisError where the matrices made here would be others.
     """
+    start = 8 + int.from_bytes(data[:8], "little")
+    header, digest = _without_digest(data[8:start])
+    layout = _LAYOUTS.get(header)
+    if layout is None or len(data) - start != layout.size:
+        layout = _layout(data)
+        digest = str(layout.about.get("digest"))
+    body = memoryview(data)[start:]
+    if layout.digest_of(body) != digest:
+        raise AdapterFileError("its content does not match its digest: it was damaged or tampered with")
+    adapter = layout.meaning.adapter(layout, body)
+    if (
+        header
+        and len(header) <= _LARGEST_LAYOUT
+        and _LAYOUTS.setdefault(header, layout) is layout
+        and len(_LAYOUTS) > _LAYOUTS_KEPT
+    ):
+        _LAYOUTS.pop(next(iter(_LAYOUTS)), None)
+    return adapter
+
+
+@dataclasses.dataclass(frozen=True)
+class _Meaning:
+    """What a file's metadata say, checked."""
+
+    config: VeraConfig
+    shapes: dict[str, tuple[int, int]]
+    base_id: str
+    probe: Tensor | None
+    task: dict[str, Any]
+    kernels: dict[str, tuple[int, ...]]
+    over: str
+
+    def adapter(self, layout: "_Layout", body: memoryview) -> Adapter:
+        """The adapter with the tensors of one file."""
+        found: dict[str, dict[str, Tensor]] = {"d": {}, "b": {}, "head": {}}
+        memory = bytearray(body)  # that the tensors may be written to
+        for name, (dtype, shape, first, last) in layout.tensors.items():
+            kind, _, layer = name.partition("/")
+            flat = (
+                torch.frombuffer(memory, dtype=dtype, offset=first, count=(last - first) // dtype.itemsize)
+                if last > first
+                else None
+            )
+            found[kind][layer] = torch.empty(shape, dtype=dtype) if flat is None else flat.view(shape)
+        return Adapter(
+            self.config, dict(self.shapes), found["d"], found["b"], found["head"], self.base_id, self.probe, copy.deepcopy(self.task),
+            dict(self.kernels), self.over,
+        )  # fmt: skip
+
+
+class _Layout:
+    """A file's header: what it says, and where its tensors are, by name: dtype, shape, first byte and the byte after the last."""
+
+    def __init__(self, header: dict[str, Any], size: int) -> None:
+        self.about, self.size = _about(header), size
+        self.dtypes = {name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+        unknown = sorted(set(self.dtypes.values()) - set(_DTYPES))
+        if unknown:
+            raise AdapterFileError(f"it has tensors of dtype {', '.join(unknown)}; {', '.join(_DTYPES)} are known")
+        self.tensors = {
+            name: (_DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
+            for name, entry in sorted(header.items())
+            if name != "__metadata__"
+        }
+        rest = {k: v for k, v in self.about.items() if k != "digest"}
+        self._start = hashlib.sha256(_text_of(rest))
+        self._labels = [_label(name, dtype, shape) for name, (dtype, shape, _, _) in self.tensors.items()]
+
+    def digest_of(self, body: memoryview) -> str:
+        """The digest of a file with this header."""
+        digest = self._start.copy()
+        for label, (_, _, first, last) in zip(self._labels, self.tensors.values(), strict=True):
+            digest.update(label)
+            digest.update(body[first:last])
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def meaning(self) -> _Meaning:
+        about = self.about
+        try:
+            config = VeraConfig.from_dict(about["config"])
+            shapes = [(int(m), int(n)) for m, n in about["shapes"]]
+            base_id, probe = str(about["base"]["id"]), _from_text(about["base"]["probe"])
+            fingerprint, task = str(about["basis"]), dict(about["task"])
+            kernels = {layer: tuple(map(int, kernel)) for layer, kernel in about.get("kernels", {}).items()}
+        except VeratuneError as error:
+            raise AdapterFileError(f"its configuration is not valid: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise AdapterFileError(f"its metadata lacks or garbles an entry ({type(error).__name__}: {error})") from None
+        layers: set[str] = set()
+        for name, (dtype, *_) in self.tensors.items():
+            kind, _, layer = name.partition("/")
+            if kind not in ("d", "b", "head") or not layer:
+                raise AdapterFileError(f"tensor {name!r} is neither d/<layer>, b/<layer> nor head/<name>")
+            if kind != "head" and dtype not in _FLOATS.values():
+                raise AdapterFileError(
+                    f"tensor {name!r} is of dtype {self.dtypes[name]}; one of {', '.join(_FLOATS)} is wanted"
+                )
+            if kind != "head":
+                layers.add(layer)
+        if len(layers) != len(shapes):
+            raise AdapterFileError(f"it has vectors for {len(layers)} layers and shapes for {len(shapes)}")
+        by_layer = dict(zip(sorted(layers), shapes, strict=True))
+        for layer, (m, n) in by_layer.items():
+            if m < 1 or n < 1 or max(m, n) * config.rank > _LARGEST_BASIS:
+                raise AdapterFileError(f"layer '{layer}' claims the size {n} -> {m} at rank {config.rank}, which no layer has")
+        for layer, kernel in kernels.items():
+            if layer not in by_layer or not 1 <= len(kernel) <= 3 or min(kernel) < 1:
+                raise AdapterFileError(
+                    f"it says that layer '{layer}' has a kernel of {list(kernel)}, which no convolution of its layers has"
+                )
+        over = fingerprint if config.basis == "lora" else ""  # compared with the LoRA when the adapter goes into a model
+        if not over and basis_of(config, by_layer).fingerprint() != fingerprint:
+            raise BasisError(
+                f"the basis drawn here (seed {config.seed}, basis={config.basis!r}) is not the one the adapter was trained "
+                "with: its fingerprint differs. The file is of another version, or was changed"
+            )
+        return _Meaning(config, by_layer, base_id, probe, task, kernels, over)
+
+
+_LAYOUTS: dict[bytes, _Layout] = {}  # of files that were read lately, by header without its digest
+_LAYOUTS_KEPT, _LARGEST_LAYOUT = 64, 2**20
+
+
+def _without_digest(header: bytes) -> tuple[bytes, str]:
+    """A header with its digest cut out, and the digest; nothing and "" where it is not found as `encode` writes it."""
+    found = _DIGEST.search(header)
+    return (header[: found.start(1)] + header[found.end(1) :], found[1].decode()) if found else (b"", "")
+
+
+def _layout(data: bytes) -> _Layout:
+    """The layout of a file, its container checked."""
     try:
-        tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        safetensors.deserialize(data)
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
     except (safetensors.SafetensorError, ValueError, KeyError, RecursionError, OverflowError) as error:
         raise AdapterFileError(f"not a whole safetensors file ({error}); was it cut off?") from None
-    about = _about(header)
-    kinds = {name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
-    if about.get("digest") != _digest({k: v for k, v in about.items() if k != "digest"}, tensors):
-        raise AdapterFileError("its content does not match its digest: it was damaged or tampered with")
-    try:
-        config = VeraConfig.from_dict(about["config"])
-        shapes = [(int(m), int(n)) for m, n in about["shapes"]]
-        base_id, probe = str(about["base"]["id"]), _from_text(about["base"]["probe"])
-        fingerprint, task = str(about["basis"]), dict(about["task"])
-        kernels = {layer: tuple(map(int, kernel)) for layer, kernel in about.get("kernels", {}).items()}
-    except VeratuneError as error:
-        raise AdapterFileError(f"its configuration is not valid: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise AdapterFileError(f"its metadata lacks or garbles an entry ({type(error).__name__}: {error})") from None
-    found: dict[str, dict[str, Tensor]] = {"d": {}, "b": {}, "head": {}}
-    for name in sorted(tensors):  # safetensors hands them out in another order each time
-        tensor = tensors[name]
-        kind, _, layer = name.partition("/")
-        if kind not in found or not layer:
-            raise AdapterFileError(f"tensor {name!r} is neither d/<layer>, b/<layer> nor head/<name>")
-        if kind != "head" and kinds[name] not in _FLOATS:
-            raise AdapterFileError(f"tensor {name!r} is of dtype {kinds[name]}; one of {', '.join(_FLOATS)} is wanted")
-        found[kind][layer] = tensor
-    layers = sorted(set(found["d"]) | set(found["b"]))
-    if len(layers) != len(shapes):
-        raise AdapterFileError(f"it has vectors for {len(layers)} layers and shapes for {len(shapes)}")
-    by_layer = dict(zip(layers, shapes, strict=True))
-    for layer, (m, n) in by_layer.items():
-        if m < 1 or n < 1 or max(m, n) * config.rank > _LARGEST_BASIS:
-            raise AdapterFileError(f"layer '{layer}' claims the size {n} -> {m} at rank {config.rank}, which no layer has")
-    for layer, kernel in kernels.items():
-        if layer not in by_layer or not 1 <= len(kernel) <= 3 or min(kernel) < 1:
-            raise AdapterFileError(
-                f"it says that layer '{layer}' has a kernel of {list(kernel)}, which no convolution of its layers has"
-            )
-    over = fingerprint if config.basis == "lora" else ""  # compared with the LoRA when the adapter goes into a model
-    adapter = Adapter(config, by_layer, found["d"], found["b"], found["head"], base_id, probe, task, kernels, over)
-    if adapter.fingerprint != fingerprint:
-        raise BasisError(
-            f"the basis drawn here (seed {config.seed}, basis={config.basis!r}) is not the one the adapter was trained "
-            "with: its fingerprint differs. The file is of another version, or was changed"
-        )
-    return adapter
+    return _Layout(header, len(data) - 8 - size)
 
 
 def _about(header: Any) -> dict[str, Any]:
@@ -156,12 +257,20 @@ def _canonical(value: Any) -> str:
 
 
 def _digest(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(_canonical(about).encode("utf-8", "surrogatepass"))
+    digest = hashlib.sha256(_text_of(about))
     for name in sorted(tensors):
         tensor = tensors[name]
-        digest.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode("utf-8", "surrogatepass"))
+        digest.update(_label(name, tensor.dtype, tuple(tensor.shape)))
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _text_of(about: dict[str, Any]) -> bytes:
+    return _canonical(about).encode("utf-8", "surrogatepass")
+
+
+def _label(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
+    return f"\0{name}\0{dtype}\0{list(shape)}\0".encode("utf-8", "surrogatepass")
 
 
 def _to_text(probe: Tensor | None) -> str:

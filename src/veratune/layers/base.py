@@ -14,7 +14,7 @@ back. Its tensors keep their names in `state_dict`, so that checkpoints of the b
 import abc
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import torch
@@ -146,24 +146,17 @@ class VeraVectors(nn.Module):
         return delta_weight(*self.pair(device, dtype), self.d, self.b, self.scale)
 
 
-class VeraLayer(nn.Module, abc.ABC):
-    """A layer with adapters. Attributes it does not have are those of the layer it stands for.
+class StandIn(nn.Module):
+    """A module in the place of another one. Attributes it does not have are those of the module it stands for.
 
-    base: the layer that came in; name: its path in the model; active: the adapter that computes, or None;
-    rows: the adapters of a mixed batch, which go before `active`; merged: the adapter that is inside W.
+    base: that module; name: its path in the model.
     """
 
     def __init__(self, base: nn.Module, name: str) -> None:
         super().__init__()
         self.base = base
-        self.vera = nn.ModuleDict()
         self.name = name
-        self.active: str | None = None
-        self.rows: Rows | None = None
-        self.merged: str | None = None
         self.training = base.training
-        self.register_state_dict_post_hook(_names_out)
-        self.register_load_state_dict_pre_hook(_names_in)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -172,6 +165,32 @@ class VeraLayer(nn.Module, abc.ABC):
             if name == "base":
                 raise
             return getattr(super().__getattr__("base"), name)
+
+
+def put_in(model: nn.Module, choose: Callable[[nn.Module], nn.Module]) -> None:
+    """Put choose(module) where each module inside a model stands, in every place where it does. Stand-ins are not looked into."""
+    for parent in [m for m in model.modules() if not isinstance(m, StandIn)]:
+        for name, child in list(parent._modules.items()):
+            chosen = child if child is None else choose(child)
+            if chosen is not child:
+                setattr(parent, name, chosen)
+
+
+class VeraLayer(StandIn, abc.ABC):
+    """A layer with adapters.
+
+    active: the adapter that computes, or None; rows: the adapters of a mixed batch, which go before `active`; merged: the adapter that is
+    inside W.
+    """
+
+    def __init__(self, base: nn.Module, name: str) -> None:
+        super().__init__(base, name)
+        self.vera = nn.ModuleDict()
+        self.active: str | None = None
+        self.rows: Rows | None = None
+        self.merged: str | None = None
+        self.register_state_dict_post_hook(_names_out)
+        self.register_load_state_dict_pre_hook(_names_in)
 
     @abc.abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:

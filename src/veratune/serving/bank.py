@@ -25,7 +25,8 @@ from veratune.adapter import Adapter, base_id, check_fits, check_probe, probe
 from veratune.basis.basis import Basis
 from veratune.basis.blocks import Matrix, identity, times
 from veratune.errors import AdapterError, BankFullError, ConfigError, ShapeError, UnsupportedError
-from veratune.layers.base import VeraLayer, product_dtype
+from veratune.functional import vera_rows
+from veratune.layers.base import StandIn, VeraLayer, product_dtype, put_in
 from veratune.layers.linear import add_parts
 from veratune.targets import Site, find_heads
 
@@ -111,6 +112,11 @@ class Plane:
         }
         self.heads = {name: torch.zeros(slots + 1, *t.shape, dtype=t.dtype, device=device) for name, t in adapter.head.items()}
         self.free = list(range(slots, 0, -1))
+
+    @property
+    def head_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the heads' tensors: rows of one batch have them in common."""
+        return tuple(tuple(t.shape[1:]) for t in self.heads.values())
 
     @property
     def bytes_of_slot(self) -> int:
@@ -284,8 +290,7 @@ class Bank:
     def close(self) -> None:
         """Give the model its own layers back and forget all adapters."""
         with self._lock:
-            for path, layer in self._wrapped.items():
-                _replace(self.model, path, layer.base)
+            put_in(self.model, lambda module: module.base if isinstance(module, BankLayer) else module)
             self._wrapped, self._planes = {}, {}
             self._entries.clear()
 
@@ -324,39 +329,35 @@ class Bank:
         if plane is not None:
             check_probe(plane.probe, adapter, base_id(self.model))
             return plane
-        plane = Plane(self.plain, adapter, check_fits(self.plain, adapter), self.slots, self.dtype)
-        for path in (*plane.layers, *set(plane.head_of.values())):
-            if path not in self._wrapped:
+        plane = Plane(self.plain, adapter, check_fits(self.plain, adapter, head_shapes=False), self.slots, self.dtype)
+        kinds = dict.fromkeys(plane.layers, BankLinear) | dict.fromkeys(plane.head_of.values(), BankHead)
+        made: dict[nn.Module, BankLayer] = {}
+        for path, own in kinds.items():
+            known = self._wrapped.get(path)
+            if known is None:
                 base = self.model.get_submodule(path)
-                made = BankHead(base, path, self) if path in plane.head_of.values() else BankLinear(base, path, self)
-                _replace(self.model, path, made)
-                self._wrapped[path] = made
+                made[base] = own(base, path, self)
+            elif not isinstance(known, own):
+                raise UnsupportedError(
+                    f"'{path}' is a head of one adapter and adapted inside by another; a bank serves one or the other"
+                )
+        put_in(self.model, lambda module: made.get(module, module))
+        self._wrapped |= {layer.name: layer for layer in made.values()}
         self._planes[kind] = plane
         return plane
 
 
-class BankLayer(nn.Module):
-    """The module that stands where a layer stood. Attributes it does not have are the layer's."""
+class BankLayer(StandIn):
+    """The module that stands where a layer stood."""
 
-    def __init__(self, base: nn.Module, path: str, bank: Bank) -> None:
-        super().__init__()
-        self.base = base
-        self.path = path
-        self.__dict__["bank"] = bank  # no module of the model's
-        self.training = base.training
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base":
-                raise
-            return getattr(super().__getattr__("base"), name)
+    def __init__(self, base: nn.Module, name: str, bank: Bank) -> None:
+        super().__init__(base, name)
+        self.bank = bank
 
     def _check(self, rows: int) -> _Batch | None:
-        batch: _Batch | None = self.__dict__["bank"].batch
+        batch: _Batch | None = self.bank.batch
         if batch is not None and batch.size != rows:
-            raise ShapeError(f"layer '{self.path}' got a batch of {rows} rows; rows() named {batch.size} adapters")
+            raise ShapeError(f"layer '{self.name}' got a batch of {rows} rows; rows() named {batch.size} adapters")
         return batch
 
 
@@ -369,7 +370,7 @@ class BankLinear(BankLayer):
         if batch is None:
             return y
         for plane, at, slots in batch.of:
-            shares = plane.layers.get(self.path)
+            shares = plane.layers.get(self.name)
             if shares is None:
                 continue
             own = x if at is None else x.index_select(0, at)
@@ -382,28 +383,19 @@ class BankLinear(BankLayer):
         return y
 
     def _share(self, plane: Plane, share: Share, x: Tensor, slots: Tensor) -> Tensor:
-        bank: Bank = self.__dict__["bank"]
         dtype = product_dtype(x)
         A, B = share.pair(x.device, dtype)
-        middle = (1,) * (x.dim() - 2)
-
-        def spread(where: slice) -> Tensor:
-            found = plane.values[:, where].index_select(0, slots)
-            return found.view(len(slots), *middle, -1).to(dtype)
-
-        z = bank.project(x if x.dtype == dtype else x.to(dtype), A) * share.scale
-        if share.d is not None:
-            z = z * spread(share.d)
-        y = times(B, z)
-        return y if share.b is None else y * spread(share.b)
+        d, b = (None if where is None else plane.values[:, where] for where in (share.d, share.b))
+        z = self.bank.project(x if x.dtype == dtype else x.to(dtype), A)
+        return vera_rows(x, A, B, d, b, slots, share.scale, projected=z)
 
 
 class BankHead(BankLayer):
-    """A module that adapters bring whole: one call for each of them in the batch."""
+    """A module that adapters bring whole: one call for each of them in the batch. All rows of a batch have heads of one width."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         batch = self._check(x.shape[0])
-        mine = [] if batch is None else [entry for entry in batch.heads if self.path in entry[0].head_of.values()]
+        mine = [] if batch is None else [entry for entry in batch.heads if self.name in entry[0].head_of.values()]
         if not mine:
             return self.base(x, *args, **kwargs)
         named = {i for _, _, at in mine for i in at}
@@ -414,15 +406,10 @@ class BankHead(BankLayer):
             order += others
         for plane, slot, at in mine:
             own = {
-                name.removeprefix(f"{self.path}."): t[slot]
+                name.removeprefix(f"{self.name}."): t[slot]
                 for name, t in plane.heads.items()
-                if plane.head_of[name] == self.path
+                if plane.head_of[name] == self.name
             }
             pieces.append(torch.func.functional_call(self.base, own, (x[at], *args), kwargs))
             order += at
         return torch.cat(pieces)[torch.tensor(order, device=x.device).argsort()]
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)

@@ -105,21 +105,23 @@ class Text:
     def add(self, token: int) -> str:
         """Take a token. Returns the text that may be sent now."""
         self.tokens.append(token)
-        before = self.tokenizer.decode(self.tokens[self._from : self._read], skip_special_tokens=True)
-        after = self.tokenizer.decode(self.tokens[self._from :], skip_special_tokens=True)
-        if not after.endswith("�"):
-            self._text += after[len(before) :]
+        unread = self._unread()
+        if not unread.endswith("�"):
+            self._text += unread
             self._from, self._read = self._read, len(self.tokens)
         return self._send(final=False)
 
     def end(self) -> str:
         """The rest, when no token comes any more."""
         if not self.stopped:
-            before = self.tokenizer.decode(self.tokens[self._from : self._read], skip_special_tokens=True)
-            after = self.tokenizer.decode(self.tokens[self._from :], skip_special_tokens=True)
-            self._text += after[len(before) :]
+            self._text += self._unread()
             self._from = self._read = len(self.tokens)
         return self._send(final=True)
+
+    def _unread(self) -> str:
+        """The text of the tokens that are not in _text yet."""
+        before = self.tokenizer.decode(self.tokens[self._from : self._read], skip_special_tokens=True)
+        return str(self.tokenizer.decode(self.tokens[self._from :], skip_special_tokens=True))[len(before) :]
 
     def _send(self, final: bool) -> str:
         if self.stopped:

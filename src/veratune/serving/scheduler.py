@@ -7,7 +7,6 @@ theirs.
 import collections
 import dataclasses
 import threading
-from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from veratune.errors import BusyError, ConfigError
@@ -54,7 +53,7 @@ class Scheduler(Generic[R]):
         self._running: list[R] = []
         self._tokens = 0
         self._lock = threading.Lock()
-        self._news = threading.Condition(self._lock)
+        self._news = threading.Event()
 
     @property
     def waiting(self) -> int:
@@ -79,27 +78,21 @@ class Scheduler(Generic[R]):
                 raise BusyError(f"{self._tokens} tokens are being worked on or wait already; try again later")
             self._queues.setdefault(request.tenant, collections.deque()).append(request)
             self._tokens += request.size
-            self._news.notify()
+        self._news.set()
 
-    def take(self, may: Callable[[R], bool] = lambda request: True) -> R | None:
-        """The next request to run, or None while all rows are taken or nobody waits.
-
-        Tenants come in turns. may: whether a request can start now; the next tenant's is asked where one cannot.
-        """
+    def take(self) -> R | None:
+        """The next request to run, or None while all rows are taken or nobody waits. Tenants come in turns."""
         with self._lock:
-            if len(self._running) >= self.limits.rows:
+            if len(self._running) >= self.limits.rows or not self._queues:
                 return None
-            for tenant in list(self._queues):
-                queue = self._queues[tenant]
-                if may(queue[0]):
-                    request = queue.popleft()
-                    if queue:
-                        self._queues.move_to_end(tenant)
-                    else:
-                        del self._queues[tenant]
-                    self._running.append(request)
-                    return request
-            return None
+            tenant, queue = next(iter(self._queues.items()))
+            request = queue.popleft()
+            if queue:
+                self._queues.move_to_end(tenant)
+            else:
+                del self._queues[tenant]
+            self._running.append(request)
+            return request
 
     def done(self, request: R) -> None:
         """End a request that runs."""
@@ -120,12 +113,10 @@ class Scheduler(Generic[R]):
             return True
 
     def wait(self, seconds: float) -> None:
-        """Sleep until somebody asks, or for so long."""
-        with self._lock:
-            if not self.waiting:
-                self._news.wait(seconds)
+        """Sleep until there is news (somebody asks, or `wake`), or for so long. News since the last call end it at once."""
+        self._news.wait(seconds)
+        self._news.clear()
 
     def wake(self) -> None:
         """End a `wait`."""
-        with self._lock:
-            self._news.notify_all()
+        self._news.set()

@@ -1,42 +1,75 @@
-"""Service: what a server can do, apart from HTTP: adapters in and out of the store, and answers from the engine."""
+"""Service: what a server can do, apart from HTTP: adapters in and out of the store, and which engine answers."""
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 from veratune.adapter import Adapter, base_id, check_fits
-from veratune.errors import StoreError, UnknownAdapterError, VeratuneError
+from veratune.errors import BadNameError, BaseModelError, ConfigError, UnknownAdapterError, UnsupportedError, VeratuneError
 from veratune.formats import native
-from veratune.serving.engine import Engine, Request
+from veratune.serving.encoder import Encoder
+from veratune.serving.engine import Engine
 from veratune.serving.keys import Caller
-from veratune.serving.sampling import Sampling
+from veratune.serving.loop import Loop
 from veratune.serving.store import Entry, Store, Version
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """An adapter that was asked for: whose it is, its name and the version that answers. None stands for the base model."""
+    """An adapter that was asked for: whose it is, its name and the version that answers."""
 
     tenant: str
     name: str
     version: Version
 
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What the banks know it by."""
+        return (self.tenant, self.name, self.version.number)
+
 
 class Service:
-    """One base model, one store, one engine."""
+    """One store of adapters over a causal model, an encoder, or both."""
 
-    def __init__(self, engine: Engine, store: Store, name: str | None = None) -> None:
-        """name: the base model's name for clients; default its hub id or folder's name."""
-        self.engine, self.store = engine, store
-        self.name = name or base_id(engine.model)
+    def __init__(
+        self,
+        store: Store,
+        engine: Engine | None = None,
+        encoder: Encoder | None = None,
+        *,
+        name: str = "",
+        encoder_name: str = "",
+    ) -> None:
+        """name, encoder_name: the base models' names for clients; default their hub ids or folders' names. Raises ConfigError."""
+        self.store, self.engine, self.encoder = store, engine, encoder
+        self.loops: dict[str, Loop[Any]] = {}
+        for loop, wanted in ((engine, name), (encoder, encoder_name)):
+            if loop is not None:
+                own = wanted or base_id(loop.model)
+                if own in self.loops:
+                    raise ConfigError(f"both base models are called {own!r}; give one of them another name")
+                self.loops[own] = loop
+        if not self.loops:
+            raise ConfigError("there is nothing to serve: give a causal model, an encoder, or both")
+
+    def generating(self) -> Engine:
+        """The engine of the causal model. Raises UnsupportedError without one."""
+        if self.engine is None:
+            raise UnsupportedError("this server has no causal model: it gives embeddings and classes (start it with --model)")
+        return self.engine
+
+    def encoding(self) -> Encoder:
+        """The encoder. Raises UnsupportedError without one."""
+        if self.encoder is None:
+            raise UnsupportedError("this server has no encoder: it gives no embeddings and classes (start it with --encoder)")
+        return self.encoder
 
     def find(self, caller: Caller, model: str) -> Place | None:
-        """The adapter of a model's name, NAME or TENANT/NAME; None for the base model.
+        """The adapter of a model's name, NAME or TENANT/NAME; None for a base model.
 
         Raises UnknownAdapterError for one that is not there, and in the same words for one of somebody else's.
         """
-        if model == self.name:
+        if model in self.loops:
             return None
         tenant, _, name = model.rpartition("/")
         tenant = tenant or caller.tenant
@@ -46,39 +79,53 @@ class Service:
             tenant, name = caller.tenant, "-"
         try:
             return Place(tenant, name, self.store.newest(tenant, name))
-        except StoreError as error:
-            if isinstance(error, UnknownAdapterError) or "cannot be used" in str(error):
-                raise missing from None
-            raise
+        except (UnknownAdapterError, BadNameError):
+            raise missing from None
 
-    def ask(self, caller: Caller, model: str, prompt: Sequence[int], sampling: Sampling) -> Request:
-        """Start an answer; what it raises is what `find` and `Engine.submit` raise."""
-        return self.engine.submit(self.request(caller, model, prompt, sampling))
-
-    def request(self, caller: Caller, model: str, prompt: Sequence[int], sampling: Sampling) -> Request:
-        """A request that is not submitted yet."""
+    def asked(self, caller: Caller, model: str, loop: Loop[Any]) -> dict[str, Any]:
+        """Tenant, key and load of a request to one of the loops, for a model's name. Raises what `find` raises, UnsupportedError for the other
+        base model."""
         place = self.find(caller, model)
+        if place is None and self.loops[model] is not loop:
+            does = "reads texts (embeddings, classes)" if isinstance(self.loops[model], Encoder) else "generates"
+            raise UnsupportedError(f"the model {model!r} {does}, and nothing else")
         if place is None:
-            return Request(caller.tenant, prompt, sampling)
-        key = (place.tenant, place.name, place.version.number)
-        return Request(place.tenant, prompt, sampling, key=key, load=lambda: self.load(place))
+            return {"tenant": caller.tenant}
+        return {"tenant": place.tenant, "key": place.key, "load": lambda: self.load(place)}
 
     def load(self, place: Place) -> Adapter:
         """An adapter out of the store, checked."""
-        return native.decode(self.store.get(place.tenant, place.name, place.version.number))
+        return native.decode(self.store.get(*place.key))
+
+    def labels(self, caller: Caller, model: str) -> list[str]:
+        """The names of the classes that an adapter tells apart; none for a base model, or where they have no names."""
+        place = self.find(caller, model)
+        return [] if place is None else [str(label) for label in self.load(place).task.get("labels", [])]
 
     def put(self, tenant: str, name: str, data: bytes) -> Version:
-        """Store an adapter's file, if it is one and fits the base model. Raises VeratuneError, and then nothing was stored."""
+        """Store an adapter's file, if it is one and fits a base model here. Raises VeratuneError, and then nothing was stored."""
         adapter = native.decode(data)
-        check_fits(self.engine.bank.plain, adapter)
-        return self.store.put(tenant, name, data)
+        refused: list[BaseModelError] = []
+        for loop in self.loops.values():
+            try:
+                check_fits(loop.bank.plain, adapter, head_shapes=False)
+            except BaseModelError as error:
+                refused.append(error)
+            else:
+                return self.store.put(tenant, name, data)
+        raise refused[0]
 
     def delete(self, tenant: str, name: str) -> Version:
         """Delete an adapter; requests that it answers now end as they began."""
-        gone = self.store.newest(tenant, name)
+        gone = Place(tenant, name, self.store.newest(tenant, name))
         stone = self.store.delete(tenant, name)
-        self.engine.bank.drop((tenant, name, gone.number))
+        self.forget(gone.key)
         return stone
+
+    def forget(self, key: tuple[str, str, int]) -> None:
+        """Take an adapter out of memory, if nobody uses it now."""
+        for loop in self.loops.values():
+            loop.bank.drop(key)
 
     def names(self, caller: Caller, after: str, limit: int) -> list[tuple[str, Entry]]:
         """Adapters of the caller's tenants, as (model's name, entry), by name; those behind `after`."""
@@ -104,10 +151,9 @@ class Service:
             self.store.names("default", limit=1)
         except VeratuneError as error:
             return str(error)
-        return None if self.engine.alive else "the engine is not running"
+        return None if all(loop.alive for loop in self.loops.values()) else "an engine is not running"
 
-
-def tokens_of(engine: Engine, text: str) -> list[int]:
-    """A text as the model's tokens, with what its tokenizer puts around."""
-    found: Any = engine.tokenizer(text)["input_ids"]
-    return list(found)
+    def close(self, drain: float = 0.0) -> None:
+        """Let answers end for `drain` seconds, and stop the engines."""
+        for loop in self.loops.values():
+            loop.close(drain)

@@ -16,14 +16,17 @@ from veratune.errors import UnsupportedError
 
 @dataclasses.dataclass
 class Window:
-    """What one forward pass reads and writes: rows first..first + count; starts: how many tokens each of them has already; queries: how many
-    come with this pass, the same for all rows."""
+    """What one forward pass reads and writes: rows first..first + count, and `queries` new tokens of each.
+
+    positions: (rows, queries), of the new tokens; longest: tokens of the longest row with them; index: where they go in the memory.
+    """
 
     first: int
     count: int
-    starts: Tensor
     queries: int
     longest: int
+    positions: Tensor
+    index: tuple[Tensor, slice, Tensor]
 
 
 class SlotCache(Cache):
@@ -43,23 +46,23 @@ class SlotCache(Cache):
 
     def open(self, first: int, count: int, queries: int, device: torch.device) -> Window:
         """Say which rows the next forward pass is for, and how many tokens it adds to each."""
-        starts = torch.tensor(self.held[first : first + count], device=device)
-        longest = max(self.held[first : first + count]) + queries
-        self._window = Window(first, count, starts, queries, longest)
+        held = self.held[first : first + count]
+        positions = torch.tensor(held, device=device)[:, None] + torch.arange(queries, device=device)
+        index = (torch.arange(count, device=device)[:, None], slice(None), positions)
+        self._window = Window(first, count, queries, max(held) + queries, positions, index)
         return self._window
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """(rows, 1, queries, longest): 0 where a token sees another of its own row, up to itself, and -inf elsewhere."""
         window = self._opened()
-        seen = torch.arange(window.longest, device=window.starts.device)
-        upto = window.starts[:, None] + torch.arange(window.queries, device=window.starts.device)
-        hidden = seen > upto[:, :, None]
+        seen = torch.arange(window.longest, device=window.positions.device)
+        hidden = seen > window.positions[:, :, None]
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)[:, None]
 
+    @property
     def positions(self) -> Tensor:
         """(rows, queries)"""
-        window = self._opened()
-        return window.starts[:, None] + torch.arange(window.queries, device=window.starts.device)
+        return self._opened().positions
 
     def close(self) -> None:
         """The pass went well: the rows have its tokens now."""
@@ -81,9 +84,8 @@ class SlotCache(Cache):
         for held, new in ((self._keys, key_states), (self._values, value_states)):
             memory = held[layer_idx] = self._large_enough(held[layer_idx], new, end, window.longest)
             rows = memory[window.first : end]
-            at = self.positions()
             # (row, query) pairs first: advanced indices around a slice put their dimensions in front.
-            rows[torch.arange(window.count, device=at.device)[:, None], :, at] = new.transpose(1, 2)
+            rows[window.index] = new.transpose(1, 2)
             out.append(rows[:, :, : window.longest])
         return out[0], out[1]
 
@@ -104,11 +106,6 @@ class SlotCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self._opened().longest, 0
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of memory held."""
-        return sum(t.numel() * t.element_size() for t in (*self._keys, *self._values))
 
     def _opened(self) -> Window:
         if self._window is None:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from veratune.errors import StoreError, UnknownAdapterError
+from veratune.errors import AdapterFileError, BadNameError, StoreError, UnknownAdapterError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _LAST = 99_999_999  # versions count down from it in object keys, so that the newest comes first
@@ -44,14 +44,14 @@ class Entry:
 
 
 class Store(abc.ABC):
-    """Adapters by tenant and name. All methods may be called from several threads and raise StoreError for a bad name.
+    """Adapters by tenant and name. All methods may be called from several threads and raise BadNameError for a bad name.
 
     What `put` returned for is stored, whatever happens to this process then.
     """
 
     @abc.abstractmethod
     def put(self, tenant: str, name: str, data: bytes) -> Version:
-        """Store the next version. Raises StoreError for no bytes at all."""
+        """Store the next version. Raises AdapterFileError for no bytes at all."""
 
     @abc.abstractmethod
     def newest(self, tenant: str, name: str) -> Version:
@@ -82,10 +82,10 @@ class Store(abc.ABC):
 
 
 def check_name(what: str, name: str) -> None:
-    """Raise StoreError for a tenant's or adapter's name that is not letters, digits, dots, dashes and underscores."""
+    """Raise BadNameError for a tenant's or adapter's name that is not letters, digits, dots, dashes and underscores."""
     if not _NAME.fullmatch(name):
         shown = name if len(name) <= 40 else f"{name[:40]}..."
-        raise StoreError(
+        raise BadNameError(
             f"{what} {shown!r} cannot be used: 1 to 128 letters, digits, dots, dashes and underscores are wanted, a letter or digit first"
         )
 
@@ -113,7 +113,7 @@ class SqliteStore(Store):
 
     def put(self, tenant: str, name: str, data: bytes) -> Version:
         if not data:
-            raise StoreError(f"adapter {name!r} of {tenant!r} has no bytes")
+            raise AdapterFileError(f"adapter {name!r} of {tenant!r} has no bytes")
         return self._add(tenant, name, data)
 
     def newest(self, tenant: str, name: str) -> Version:
@@ -242,7 +242,7 @@ class ObjectStore(Store):
 
     def put(self, tenant: str, name: str, data: bytes) -> Version:
         if not data:
-            raise StoreError(f"adapter {name!r} of {tenant!r} has no bytes")
+            raise AdapterFileError(f"adapter {name!r} of {tenant!r} has no bytes")
         return self._add(tenant, name, data)
 
     def newest(self, tenant: str, name: str) -> Version:
