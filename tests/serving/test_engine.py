@@ -5,6 +5,8 @@ import threading
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import veratune as vt
 from tests import fakes
@@ -165,6 +167,15 @@ def test_logprobs_are_those_of_the_model():
     assert [token for token, _ in choice.top] == tokens.tolist()
     assert [value for _, value in choice.top] == pytest.approx(values.tolist(), abs=1e-5)
     assert (choice.token, choice.logprob) == (tokens[0].item(), pytest.approx(values[0].item(), abs=1e-5))
+
+
+@given(
+    st.floats(0, 2, allow_subnormal=True), st.floats(0, 1, exclude_min=True, allow_subnormal=True), st.integers(0, 9),
+    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=6),
+)  # fmt: skip
+def test_any_settings_draw_a_token(temperature, top_p, top_k, logits):
+    found = choose(torch.tensor([logits]), [Sampling(temperature=temperature, top_p=top_p, top_k=top_k)], [torch.Generator()])
+    assert 0 <= found[0].token < len(logits)
 
 
 def test_top_p_and_top_k_cut_the_tail():

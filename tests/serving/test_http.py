@@ -39,9 +39,10 @@ class Served:
     """A server in a thread, with keys for two tenants."""
 
     def __init__(self, path, **options):
-        self.keys = Keys(path / "keys.json")
-        self.key = {name: self.keys.add((name,)) for name in ("ann", "ben")}
-        self.key["both"] = self.keys.add(("ann", "ben"))
+        made = Keys(path / "keys.json")
+        self.keys = Keys(None) if options.pop("open", False) else made
+        self.key = {name: made.add((name,)) for name in ("ann", "ben")}
+        self.key["both"] = made.add(("ann", "ben"))
         model = small_llama().eval()
         self.engine = Engine(
             model, fakes.tokenizer(), Bank(model, slots=4), limits=options.pop("limits", Limits(rows=4)), length=128

@@ -179,18 +179,25 @@ class Engine(Loop[Request]):
         chosen = choose(logits, [r.sampling for r in rows], [r.generator for r in rows])
         for request, choice in zip(list(rows), chosen, strict=True):
             self.counts.answer_tokens += 1
-            assert request.text is not None
-            if choice.token in self.ends:
-                self._end(request, "stop", request.text.end())
-                continue
-            piece = request.text.add(choice.token)
-            request.last = choice.token
-            if request.text.stopped:
-                self._end(request, "stop", piece, choice)
-            elif len(request.text.tokens) >= request.sampling.max_tokens:
-                self._end(request, "length", piece + request.text.end(), choice)
-            else:
-                request.listen(Piece(piece, choice))
+            try:
+                self._say(request, choice)
+            except Exception as error:
+                log.exception("a token could not be told")
+                self.fail(request, error)
+
+    def _say(self, request: Request, choice: Choice) -> None:
+        assert request.text is not None
+        if choice.token in self.ends:
+            self._end(request, "stop", request.text.end())
+            return
+        piece = request.text.add(choice.token)
+        request.last = choice.token
+        if request.text.stopped:
+            self._end(request, "stop", piece, choice)
+        elif len(request.text.tokens) >= request.sampling.max_tokens:
+            self._end(request, "length", piece + request.text.end(), choice)
+        else:
+            request.listen(Piece(piece, choice))
 
     def _end(self, request: Request, finish: Finish, text: str, choice: Choice | None = None) -> None:
         self._out(request)

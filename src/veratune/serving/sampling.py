@@ -75,13 +75,15 @@ def choose(logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[t
 
 
 def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> int:
-    scores = logits.float() / sampling.temperature
+    # The best score is 0, so that the least temperature makes no infinity of it.
+    scores = (logits.float() - logits.max()) / max(sampling.temperature, 1e-5)
     if sampling.top_k or sampling.top_p < 1:
         kept = min(sampling.top_k or len(scores), len(scores))
         values, tokens = scores.topk(kept)
         shares = values.softmax(-1)
         if sampling.top_p < 1:
-            before = shares.cumsum(-1) - shares  # what the likelier ones hold; the first is always kept
+            before = shares.cumsum(-1) - shares  # what the likelier ones hold
+            before[0] = -1  # the first is always kept
             shares = shares.masked_fill(before >= sampling.top_p, 0.0)
         return int(tokens[shares.multinomial(1, generator=generator)])
     return int(scores.softmax(-1).multinomial(1, generator=generator))

@@ -16,7 +16,7 @@ from veratune.serving.service import Service
 router = APIRouter()
 _PAGE = resources.files("veratune.serving").joinpath("page.html").read_text()
 # Only what the page itself brings runs, and it talks to nobody but this server.
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)
