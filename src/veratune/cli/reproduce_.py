@@ -7,7 +7,7 @@ from typing import Literal
 from rich.console import Console
 from rich.markdown import Markdown
 
-from veratune.cli.parsing import Parser, Usage, new_parser, parse, print_json
+from veratune.cli.parsing import Parser, Usage, add_judge, new_parser, parse, print_json
 
 
 def parser() -> Parser:
@@ -22,13 +22,7 @@ def parser() -> Parser:
     out.add_argument("--seeds", type=int | None, default=None, help="seeds of each cell, from 0; default the scale's")
     out.add_argument("--only", type=str, default="", help="only the cells whose names hold this word")
     out.add_argument("--threads", type=int | None, default=None, help="threads for torch")
-    out.add_argument(
-        "--judge_url", type=str | None, default=None, help="an OpenAI-compatible API that rates answers (tables 4 and 13)"
-    )
-    out.add_argument("--judge_model", type=str, default="gpt-4", help="the judge's name there")
-    out.add_argument(
-        "--judge_key", type=str, default="OPENAI_API_KEY", help="the environment variable that holds the judge's key"
-    )
+    add_judge(out)
     out.add_argument("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU if there is one")
     out.add_argument("--json", type=bool, default=False, help="print the results as one JSON list")
     return out

@@ -90,6 +90,29 @@ def _lora(rank: int, rates: Mapping[str, float] = LORA_RATES) -> dict[str, Any]:
     return {"method": "peft:lora", "options": {"r": rank, "lora_alpha": rank}, **rates}
 
 
+def _vera_trial(scale: Scale, rank: int, paper_rank: int | None = None) -> Trial:
+    """VeRA on the figures' task. paper_rank: of the paper's run; default its own."""
+    if scale == "full":
+        return paper_trial(_task(scale), LARGE, "VeRA", **({} if paper_rank is None else {"rank": paper_rank}))
+    return Trial(settings=RATES, vera=VeraConfig(rank=rank, targets=QV))
+
+
+def _lora_trial(scale: Scale, rank: int) -> Trial:
+    """LoRA on the figures' task."""
+    if scale == "full":
+        trial = paper_trial(_task(scale), LARGE, "LoRA")
+        return Trial(settings={**trial.settings, "options": {"r": rank, "lora_alpha": 2 * rank}}, vera=trial.vera)
+    return Trial(settings=_lora(rank), vera=VeraConfig(targets=QV))
+
+
+def _task(scale: Scale) -> str:
+    return "rte" if scale == "full" else "sst2"
+
+
+def _model(scale: Scale) -> str:
+    return LARGE if scale == "full" else ""
+
+
 class Figure2(GlueTable):
     name = "figure2"
     about = "score against the number of trained values, VeRA and LoRA of many ranks (VeRA, figure 2)"
@@ -106,22 +129,9 @@ class Figure2(GlueTable):
     }
 
     def cells(self, scale: Scale) -> list[Cell]:
-        task, model = ("rte", LARGE) if scale == "full" else ("sst2", "")
-        cells = []
-        for rank in self.vera_ranks[scale]:
-            trial = (
-                paper_trial(task, LARGE, "VeRA", rank=rank)
-                if model
-                else Trial(settings=RATES, vera=VeraConfig(rank=rank, targets=QV))
-            )
-            cells.append(self.cell(scale, task, f"VeRA rank {rank}", trial, model))
-        for rank in self.lora_ranks[scale]:
-            trial = Trial(settings=_lora(rank), vera=VeraConfig(targets=QV))
-            if model:
-                trial = paper_trial(task, LARGE, "LoRA")
-                trial = Trial(settings={**trial.settings, "options": {"r": rank, "lora_alpha": 2 * rank}}, vera=trial.vera)
-            cells.append(self.cell(scale, task, f"LoRA rank {rank}", trial, model))
-        return cells
+        found = {f"VeRA rank {rank}": _vera_trial(scale, rank, rank) for rank in self.vera_ranks[scale]}
+        found |= {f"LoRA rank {rank}": _lora_trial(scale, rank) for rank in self.lora_ranks[scale]}
+        return [self.cell(scale, _task(scale), method, trial, _model(scale)) for method, trial in found.items()]
 
     def page(self, lines: Sequence[Line], scale: Scale) -> str:
         rows = [
@@ -154,9 +164,7 @@ class Figure3(GlueTable):
     seeds = {"quick": 1, "scaled": 1, "full": 1}
 
     def cells(self, scale: Scale) -> list[Cell]:
-        task, model = ("rte", LARGE) if scale == "full" else ("sst2", "")
-        trial = paper_trial(task, LARGE, "VeRA") if model else Trial(settings=RATES, vera=VeraConfig(rank=192, targets=QV))
-        cell = self.cell(scale, task, "VeRA", trial, model)
+        cell = self.cell(scale, _task(scale), "VeRA", _vera_trial(scale, 192), _model(scale))
         return [Cell(name=cell.name, shown=cell.shown, run=functools.partial(self._norms, cell))]
 
     @staticmethod
@@ -260,18 +268,8 @@ class Figure5(GlueTable):
     seeds = {"quick": 1, "scaled": 1, "full": 1}
 
     def cells(self, scale: Scale) -> list[Cell]:
-        task, model = ("rte", LARGE) if scale == "full" else ("sst2", "")
-        if model:
-            lora = paper_trial(task, LARGE, "LoRA")
-            trials = [
-                Trial(settings={**lora.settings, "options": {"r": 64, "lora_alpha": 128}}, vera=lora.vera),
-                paper_trial(task, LARGE, "VeRA", rank=64),
-            ]
-        else:
-            trials = [
-                Trial(settings=_lora(64), vera=VeraConfig(targets=QV)),
-                Trial(settings=RATES, vera=VeraConfig(rank=64, targets=QV)),
-            ]
+        task, model = _task(scale), _model(scale)
+        trials = (_lora_trial(scale, 64), _vera_trial(scale, 64, 64))
         runs = [self.cell(scale, task, method, trial, model) for method, trial in zip(("LoRA", "VeRA"), trials, strict=True)]
         shown = {"group": "cosine", "task": task, "method": "cosine", "model": model}
         return [Cell(name=f"{GLUE[task].title}: cosine", shown=shown, run=functools.partial(self._cosines, runs[0], runs[1]))]

@@ -41,13 +41,13 @@ class _Counted(Experiment):
     seeds = {"quick": 1, "scaled": 1, "full": 1}
 
 
-def counted(values: Mapping[str, Any]) -> Cell:
+def counted(name: str, **values: Any) -> Cell:
     """A cell whose line is known."""
 
     def run(place: Place, seed: int, folder: Path) -> Line:
         return {}
 
-    return Cell(name=str(values["name"]), shown={k: v for k, v in values.items() if k != "name"}, run=run)
+    return Cell(name=name, shown=values, run=run)
 
 
 class Table1(_Counted):
@@ -59,12 +59,12 @@ class Table1(_Counted):
         for (model, rank), printed in TABLE1.items():
             layers, width = MODELS[model]
             lora, vera = 2 * layers * width * rank, layers * (width + rank)
-            cells.append(counted({
-                "name": f"{model}, rank {rank}", "model": model, "rank": rank, "layers": layers, "width": width,
-                "lora": lora, "lora_bytes": 4 * lora, "lora_printed": printed[0], "lora_bytes_printed": printed[1],
-                "vera": vera, "vera_bytes": 4 * vera, "vera_printed": printed[2], "vera_bytes_printed": printed[3],
-                "vera_with_pair": vera + 2 * width * rank, "wrong": wrong1(model, rank),
-            }))  # fmt: skip
+            cells.append(counted(
+                f"{model}, rank {rank}", model=model, rank=rank, layers=layers, width=width,
+                lora=lora, lora_bytes=4 * lora, lora_printed=printed[0], lora_bytes_printed=printed[1],
+                vera=vera, vera_bytes=4 * vera, vera_printed=printed[2], vera_bytes_printed=printed[3],
+                vera_with_pair=vera + 2 * width * rank, wrong=wrong1(model, rank),
+            ))  # fmt: skip
         return cells
 
     def page(self, lines: Sequence[Line], scale: Scale) -> str:
@@ -182,7 +182,7 @@ class _Settings(_Counted):
 
 
 def settings_cell(name: str, settings: Mapping[str, Any]) -> Cell:
-    return counted({"name": name, **settings, "settings_shown": list(settings)})
+    return counted(name, **settings, settings_shown=list(settings))
 
 
 class Table8(_Settings):

@@ -111,10 +111,9 @@ def scaled_run(task: str, trial: Trial, scale: Scale, place: Place, seed: int, m
     source = place.dataset(f"glue_{task}")
     settings = {
         "model": minilm(), "data": source, "batch_size": 32, "epochs": 1.0 if quick else own.epochs, "checkpoints": 10**6, "keep": "last",
-        "mixed_precision": "bf16", "group_by_length": True, "max_length": own.max_length, **trial.settings,
+        "mixed_precision": "bf16", "group_by_length": True, **trial.settings,
     }  # fmt: skip
     rows, evaluated = (200, 100) if quick else (own.rows, EVALUATED)
-    settings.pop("max_length")
     # Where data and models lie is no part of what a run is.
     key = {k: v for k, v in settings.items() if k not in ("model", "data")} | {
         "task": task,

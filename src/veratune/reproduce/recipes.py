@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from veratune.config import VeraConfig
 from veratune.layers.base import VeraWeightLayer
 from veratune.reproduce.experiment import Cell, Line, Place, Scale, Tuned, fine_tune, measured_on, shared_folder, spread, table
-from veratune.reproduce.glue import GLUE, Trial, scaled_run
+from veratune.reproduce.glue import Trial, scaled_run, score_of
 from veratune.reproduce.language_models import smollm2
 from veratune.reproduce.table3 import E2e, Size
 from veratune.training.methods import Method, Vera
@@ -54,14 +54,13 @@ def _scaled(layer: nn.Module, args: Any, out: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One idea. vera: settings of the adapter for the encoder tasks; language: for the language model (None: not tried there); b: the
-    learning rate of b as a multiple of d's; method: another class than Vera; settings: of the run."""
+    """One idea. vera: settings of the adapter for the encoder tasks; language: for the language model; b: the
+    learning rate of b as a multiple of d's; method: another class than Vera."""
 
     vera: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    language: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)
+    language: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     b: float | None = None
     method: type[Vera] | None = None
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 _TOP = {f"re:.*layer\\.{i}\\..*": 64 for i in (0, 1, 2)} | {f"re:.*layer\\.{i}\\..*": 320 for i in (3, 4, 5)}
@@ -100,8 +99,6 @@ class Recipes(Tuned):
         cells = []
         for task in tasks:
             for name, recipe in RECIPES.items():
-                if task == "e2e" and recipe.language is None:
-                    continue
                 for lr in RATES[task][-1:] if scale == "quick" else RATES[task]:
                     cells.append(self._cell(scale, task, name, lr, recipe, None))
             for name in OTHERS:
@@ -111,8 +108,8 @@ class Recipes(Tuned):
 
     def _cell(self, scale: Scale, task: str, name: str, lr: float, recipe: Recipe, other: Mapping[str, Any] | None) -> Cell:
         changes = recipe.language if task == "e2e" else recipe.vera
-        vera = VeraConfig(**{**BASE[task], **(changes or {})})
-        settings: dict[str, Any] = {"lr": lr, "head_lr": HEAD[task], **recipe.settings, **(other or {})}
+        vera = VeraConfig(**{**BASE[task], **changes})
+        settings: dict[str, Any] = {"lr": lr, "head_lr": HEAD[task], **(other or {})}
         if recipe.b is not None:
             settings["b_lr"] = lr * recipe.b
         group = f"{TITLES[task]}: {name}"
@@ -140,7 +137,7 @@ class Recipes(Tuned):
     def score(self, line: Line) -> float:
         if line["task"] == "e2e":
             return -float(line["after"]["loss"])
-        return 100 * float(line["after"][GLUE[line["task"]].score])
+        return score_of(line)
 
     def page(self, lines: Sequence[Line], scale: Scale) -> str:
         chosen = self.chosen(lines)

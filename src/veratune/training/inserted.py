@@ -94,24 +94,13 @@ def insert(method: str, model: nn.Module, config: VeraConfig, options: Mapping[s
     from the bottom that stay bare) of adapter layers; r and lora_alpha of LoRAs. Raises ConfigError for other options, and
     TargetError for a model in which the places are not found.
     """
-    makers: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
-        "houlsby": (_houlsby, {"size": None, "reduction": 16}),
-        "pfeiffer": (_pfeiffer, {"size": None, "reduction": 16, "drop": 0}),
-        "lin": (_lin, {"size": None, "reduction": 16}),
-        "adapterdrop": (_pfeiffer, {"size": None, "reduction": 16, "drop": None}),
-        "dylora": (functools.partial(_lora, DyLora), {"r": 8, "lora_alpha": None}),
-        "lora-fa": (functools.partial(_lora, LoraFa), {"r": 8, "lora_alpha": None}),
-    }
-    make, defaults = makers[method]
+    make, defaults = _METHODS[method]
     for name, value in options.items():
         if name not in defaults:
             raise ConfigError(f"method {method!r} has no option {name!r}; it has {', '.join(defaults)}{near(name, defaults)}")
         if not isinstance(value, int) or value < (0 if name == "drop" else 1):
             raise ConfigError(f"option {name} of method {method!r} is {value!r}; a whole number of at least 1 is wanted")
     make(model, config, {**defaults, **options})
-
-
-INSERTED = ("houlsby", "pfeiffer", "lin", "adapterdrop", "dylora", "lora-fa")
 
 
 def _houlsby(model: nn.Module, config: VeraConfig, options: Mapping[str, Any]) -> None:
@@ -221,3 +210,15 @@ def _width(layer: nn.Module) -> int:
 
 def _size(width: int, options: Mapping[str, Any]) -> int:
     return options["size"] or max(1, width // options["reduction"])
+
+
+# What each method adds, and its options with their defaults.
+_METHODS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
+    "houlsby": (_houlsby, {"size": None, "reduction": 16}),
+    "pfeiffer": (_pfeiffer, {"size": None, "reduction": 16, "drop": 0}),
+    "lin": (_lin, {"size": None, "reduction": 16}),
+    "adapterdrop": (_pfeiffer, {"size": None, "reduction": 16, "drop": None}),
+    "dylora": (functools.partial(_lora, DyLora), {"r": 8, "lora_alpha": None}),
+    "lora-fa": (functools.partial(_lora, LoraFa), {"r": 8, "lora_alpha": None}),
+}
+INSERTED = tuple(_METHODS)
