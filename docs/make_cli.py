@@ -14,8 +14,10 @@ def page() -> str:
     os.environ["COLUMNS"] = "100"  # the width that help is wrapped to
     lines = ["# The command line", "", "Made from the commands' own help by `make docs`.", "", "```", overview(), "```", ""]
     for name in COMMANDS:
-        help_text = importlib.import_module(f"veratune.cli.{name}_").parser().format_help().rstrip()
-        lines += [f"## veratune {name}", "", "```", help_text, "```", ""]
+        module = importlib.import_module(f"veratune.cli.{name}_")
+        for form in getattr(module, "FORMS", [None]):
+            parser = module.parser() if form is None else module.parser(form)
+            lines += [f"## veratune {name} {form or ''}".rstrip(), "", "```", parser.format_help().rstrip(), "```", ""]
     return "\n".join(lines)
 
 

@@ -115,7 +115,7 @@ def test_commands(small, tmp_path, capsys, monkeypatch):
     assert [line["basis"] for line in lines[-2:]] == ["random", "monarch"]
     assert main(words[:-3]) == 0
     assert "a tiny RoBERTa: 2 of 3 layers" in capsys.readouterr().out
-    assert main(["bench", "--explain"]) == 0
+    assert main(["bench", "explain"]) == 0
     assert "merged" in capsys.readouterr().out
     assert main(["bench", "--model", "x"]) == 2
     assert "no benchmark model 'x'" in capsys.readouterr().err

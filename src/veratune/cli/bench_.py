@@ -1,90 +1,161 @@
 """veratune bench"""
 
+import asyncio
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from jsonargparse import Namespace
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from veratune.cli.parsing import Parser, Usage, new_parser, parse, print_json
-from veratune.config import PLANS, BasisKind, Plan
+from veratune.bench.load import Load
+from veratune.cli.parsing import Parser, Usage, new_parser, parse, print_json, split
+from veratune.config import PLANS, BasisKind, Plan, VeraConfig
+from veratune.errors import near
+
+FORMS = {
+    "step": "a training step of a whole model with random weights, beside the frozen model, full fine-tuning, and PEFT's LoRA and VeRA",
+    "layers": "one layer in many sizes, beside the same",
+    "calibrate": "measure this machine, for the choice of plans",
+    "explain": "what each plan would cost by the cost model; nothing is measured",
+    "serve": "many tenants on one engine, beside one tenant, the base alone and PEFT's mixed batches; or load on a server that runs",
+}
 
 
-def parser() -> Parser:
-    out = new_parser(
-        "bench",
-        "Time, arithmetic and memory of a training step, beside the frozen model, full fine-tuning, and PEFT's LoRA and VeRA. "
-        "step: a whole model with random weights; layers: one layer in many sizes; calibrate: measure this machine, for the choice "
-        "of plans.",
-    )
-    out.add_argument("what", type=Literal["step", "layers", "calibrate"], nargs="?", default="step", help="what to measure")
-    out.add_argument("--model", type=str, default="roberta-base", help="roberta-base, vit-base, llama-1024 or smollm2-135m")
-    out.add_argument("--rank", type=int | None, default=None, help="of VeRA (default: the model's own in the benchmark)")
-    out.add_argument("--plan", type=Plan, default="auto", help="of veratune: the order of its products")
-    out.add_argument("--basis", type=BasisKind, default="random", help="of veratune; another than random is measured beside it")
-    out.add_argument("--blocks", type=int | None, default=None, help="to build (default: some, for two minutes of measuring)")
-    out.add_argument("--plans", type=bool, default=False, help="layers: measure every plan, not only the one that is taken")
-    out.add_argument("--seconds", type=float, default=30.0, help="of measuring times: a model, or a cell of the grid")
-    out.add_argument("--threads", type=int, default=2, help="that compute")
-    out.add_argument(
-        "--explain", type=bool, default=False, help="show what each plan would cost by the cost model; measure nothing"
-    )
-    out.add_argument("--out", type=str | None, default=None, help="add the lines to this file as JSON lines")
+def parser(form: str = "step") -> Parser:
+    """The flags of one of the forms."""
+    out = new_parser(f"bench {form}", f"{FORMS[form][0].upper()}{FORMS[form][1:]}.")
+    if form in ("step", "explain"):
+        out.add_argument("--model", type=str, default="roberta-base", help="roberta-base, vit-base, llama-1024 or smollm2-135m")
+        out.add_argument("--rank", type=int | None, default=None, help="of VeRA (default: the model's own in the benchmark)")
+    if form == "step":
+        out.add_argument("--plan", type=Plan, default="auto", help="of veratune: the order of its products")
+        out.add_argument(
+            "--basis", type=BasisKind, default="random", help="of veratune; another than random is measured beside it"
+        )
+        out.add_argument(
+            "--blocks", type=int | None, default=None, help="to build (default: some, for two minutes of measuring)"
+        )
+    if form == "layers":
+        out.add_argument("--plans", type=bool, default=False, help="measure every plan, not only the one that is taken")
+    if form in ("step", "layers"):
+        out.add_argument("--seconds", type=float, default=30.0, help="of measuring times: a model, or a cell of the grid")
+    if form == "serve":
+        out.add_argument(
+            "--model", type=str | None, default=None, help="causal base model: folder, .gguf file or Hugging Face id"
+        )
+        out.add_argument("--url", type=str | None, default=None, help="put the open load on this server instead")
+        out.add_argument("--key", type=str | None, default=None, help="the environment variable that holds the server's key")
+        out.add_argument("--rank", type=int, default=256, help="of the adapters")
+        out.add_argument("--targets", type=list[str], default=["query", "value"], help="layers that they adapt")
+        out.add_argument(
+            "--base_dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of the base model"
+        )
+        out.add_class_arguments(Load)
+    if form not in ("explain",):
+        out.add_argument("--out", type=str | None, default=None, help="add the lines to this file as JSON lines")
+        out.add_argument("--threads", type=int, default=2, help="that compute")
     out.add_argument("--json", type=bool, default=False, help="print the figures as JSON")
     return out
 
 
 def run(argv: Sequence[str]) -> int:
-    flags = parse(parser(), argv)
-    if flags.threads < 1 or flags.seconds < 0 or any(v is not None and v < 1 for v in (flags.rank, flags.blocks)):
-        raise Usage("--threads, --rank and --blocks start at 1, --seconds at 0")
+    words = list(argv)
+    form = words.pop(0) if words and not words[0].startswith("-") else "step"
+    if form not in FORMS:
+        raise Usage(f"no benchmark {form!r}; there are {', '.join(FORMS)}{near(form, FORMS)}")
+    flags = parse(parser(form), words)
+    if any(getattr(flags, name, None) is not None and getattr(flags, name) < 1 for name in ("threads", "rank", "blocks")):
+        raise Usage("--threads, --rank and --blocks start at 1")
     import torch
 
-    torch.set_num_threads(flags.threads)
+    if form != "explain":
+        torch.set_num_threads(flags.threads)
     console = Console(stderr=flags.json, highlight=False)
-    if flags.explain:
-        from veratune.bench.explain import explain
-
-        lines = explain(flags.model, flags.rank)
-        console.print(_plans(lines))
-    elif flags.what == "calibrate":
-        from veratune.bench.calibrate import measure, store
-
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = device or torch.device("cpu")
-        figures = measure(device)
-        lines = [{"device": device.type, **dataclasses.asdict(figures), "file": str(store(device, figures))}]
-        console.print(_figures(lines[0]))
-    elif flags.what == "layers":
-        from veratune.bench.layers import ROWS, SIZES, grid
-
-        cells = [(T, size) for T in ROWS for size in SIZES]
-        lines = []
-        for T, size in track(cells, description="layers", console=console, disable=flags.json):
-            found = list(grid([T], [size], plans=flags.plans, seconds=flags.seconds))
-            _append(flags.out, found)
-            lines += found
-        console.print(_layers(lines))
-    else:
-        from veratune.bench.peers import OTHERS, OURS, Peer
-        from veratune.bench.steps import shape_of, step
-
-        shape = shape_of(flags.model)
-        rank, layers = flags.rank or shape.rank, flags.blocks or shape.quick
-        peers = [*OTHERS, Peer("peft-vera", rank), Peer(OURS, rank, flags.plan)]
-        if flags.basis != "random":
-            peers.append(Peer(OURS, rank, flags.plan, flags.basis))
-        with console.status(flags.model) as status:
-            lines = step(flags.model, rank=rank, layers=layers, peers=peers, seconds=flags.seconds, told=status.update)
+    lines = _RUN[form](flags, console)
+    if form != "layers" and getattr(flags, "out", None):
         _append(flags.out, lines)
-        console.print(_steps(lines, shape.what, shape.layers))
     if flags.json:
         print_json(lines)
     return 0
+
+
+def _explain(flags: Namespace, console: Console) -> list[dict[str, Any]]:
+    from veratune.bench.explain import explain
+
+    lines = explain(flags.model, flags.rank)
+    console.print(_plans(lines))
+    return lines
+
+
+def _calibrate(flags: Namespace, console: Console) -> list[dict[str, Any]]:
+    import torch
+
+    from veratune.bench.calibrate import measure, store
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = device or torch.device("cpu")
+    figures = measure(device)
+    lines = [{"device": device.type, **dataclasses.asdict(figures), "file": str(store(device, figures))}]
+    console.print(_figures(lines[0]))
+    return lines
+
+
+def _grid(flags: Namespace, console: Console) -> list[dict[str, Any]]:
+    from veratune.bench.layers import ROWS, SIZES, grid
+
+    cells = [(T, size) for T in ROWS for size in SIZES]
+    lines: list[dict[str, Any]] = []
+    for T, size in track(cells, description="layers", console=console, disable=flags.json):
+        found = list(grid([T], [size], plans=flags.plans, seconds=flags.seconds))
+        _append(flags.out, found)  # a cell at a time: this takes long
+        lines += found
+    console.print(_layers(lines))
+    return lines
+
+
+def _model(flags: Namespace, console: Console) -> list[dict[str, Any]]:
+    from veratune.bench.peers import OTHERS, OURS, Peer
+    from veratune.bench.steps import shape_of, step
+
+    shape = shape_of(flags.model)
+    rank, layers = flags.rank or shape.rank, flags.blocks or shape.quick
+    peers = [*OTHERS, Peer("peft-vera", rank), Peer(OURS, rank, flags.plan)]
+    if flags.basis != "random":
+        peers.append(Peer(OURS, rank, flags.plan, flags.basis))
+    with console.status(flags.model) as status:
+        lines = step(flags.model, rank=rank, layers=layers, peers=peers, seconds=flags.seconds, told=status.update)
+    console.print(_steps(lines, shape.what, shape.layers))
+    return lines
+
+
+def _serve(flags: Namespace, console: Console) -> list[dict[str, Any]]:
+    from veratune.bench.serve import against, measure
+    from veratune.tasks.language import Instruction
+
+    load = split(flags, Load)
+    if (flags.model is None) == (flags.url is None):
+        raise Usage("give --model, whose engine is measured here, or --url of a server that runs")
+    with console.status("loading") as status:
+        if flags.url is not None:
+            key = os.environ.get(flags.key) if flags.key else None
+            lines = [asyncio.run(against(flags.url, key, load, status.update))]
+        else:
+            task = Instruction()
+            tokenizer = task.load_processor(flags.model)
+            model = task.load_model(flags.model, tokenizer, dtype=flags.base_dtype).requires_grad_(False).eval()
+            config = VeraConfig(rank=flags.rank, targets=tuple(flags.targets))
+            lines = measure(model, tokenizer, config, load, status.update)
+    console.print(_served(lines))
+    return lines
+
+
+_RUN = {"step": _model, "layers": _grid, "calibrate": _calibrate, "explain": _explain, "serve": _serve}
 
 
 def _append(path: str | None, lines: list[dict[str, Any]]) -> None:
@@ -139,6 +210,36 @@ def _plans(lines: list[dict[str, Any]]) -> Table:
             *costs, line["plan"] + kept,
         )  # fmt: skip
     return table
+
+
+def _served(lines: list[dict[str, Any]]) -> Table:
+    table = _table("Serving", ("", "measured"))
+    for line in lines:
+        if line["what"] == "closed load":
+            table.add_row(
+                line["workload"], f"{line['tokens_per_second']:.1f} tokens/s, {line['of_base']:.2f} of the base alone"
+            )
+        elif line["what"] == "equal to alone":
+            table.add_row("rows of the mixed batch that are as if alone", f"{line['equal']} of {line['rows']}")
+        elif line["what"] == "adapters in memory":
+            size = f"{line['slot_bytes'] / 2**20:,.0f} MiB, {line['process_bytes'] / 2**20:,.0f} MiB of the process"
+            table.add_row(f"{line['adapters']:,} adapters in memory", size)
+            table.add_row("from the store into a slot", _times(line["load"]))
+        elif line["what"] == "cold start":
+            for kind in ("warm", "cold"):
+                table.add_row(f"first token, adapter {kind}", _times(line[f"first_token_{kind}"]))
+                table.add_row(f"  until it has its adapter, {kind}", _times(line[f"adapter_{kind}"]))
+        else:
+            title = f"open load, {line['rate']:g} requests/s of {line['distinct_tenants']} tenants"
+            failed = f", {line['failed']} failed" if line["failed"] else ""
+            table.add_row(title, f"{line['tokens_per_second']:.1f} tokens/s{failed}")
+            table.add_row("  first token", _times(line["first_token"]))
+            table.add_row("  each token", _times(line["each_token"]))
+    return table
+
+
+def _times(found: dict[str, float]) -> str:
+    return ", ".join(f"{name.removesuffix('_ms')} {value:,.1f} ms" for name, value in found.items())
 
 
 def _figures(line: dict[str, Any]) -> Table:

@@ -31,14 +31,15 @@ FETCHERS = 8  # threads that wait for the store
 class Ask(abc.ABC):
     """What is asked of a loop. What it answers, and in the end an error if there is one, goes to `listen`.
 
-    tenant: whose turn it takes; key, load: of the adapter, as in `Bank.acquire`; times: of arrival, first answer and end, in seconds of
-    time.perf_counter.
+    tenant: whose turn it takes; key, load: of the adapter, as in `Bank.acquire`; times: of arrival, of having the adapter, of the first answer and the end,
+    in seconds of time.perf_counter.
     """
 
     tenant: str
     key: Key | None = dataclasses.field(default=None, kw_only=True)
     load: Callable[[], Adapter] | None = dataclasses.field(default=None, kw_only=True)
     arrived: float = dataclasses.field(default_factory=time.perf_counter, kw_only=True)
+    leased: float | None = dataclasses.field(default=None, kw_only=True)
     first: float | None = dataclasses.field(default=None, kw_only=True)
     ended: float | None = dataclasses.field(default=None, kw_only=True)
 
@@ -167,6 +168,7 @@ class Loop(abc.ABC, Generic[R]):
                     self.gone(request, "busy" if isinstance(error, BankFullError) else "error")
                     request.listen(error)
                 else:
+                    request.leased = time.perf_counter()
                     return request
         return None
 

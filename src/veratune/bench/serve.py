@@ -1,0 +1,344 @@
+"""Serving under load: one engine with many tenants, beside one tenant, the base alone, one request after the other, and PEFT's mixed batches.
+
+Two kinds of load. Closed: so many requests at once until all are answered, in turns with the other workloads, for ratios. Open: requests come
+at random times at a rate, whoever is ready or not, from tenants of whom few ask much and many little (Zipf), for times as users see them.
+"""
+
+import asyncio
+import dataclasses
+import gc
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from veratune.adapter import Adapter, extract
+from veratune.attach import attach, detach
+from veratune.bench.load import Load
+from veratune.bench.measure import machine
+from veratune.config import VeraConfig
+from veratune.errors import VeratuneError
+from veratune.formats import native
+from veratune.serving.bank import Bank
+from veratune.serving.engine import Engine, Request
+from veratune.serving.sampling import Sampling
+from veratune.serving.scheduler import Limits
+from veratune.serving.store import SqliteStore
+
+Line = dict[str, Any]
+Told = Callable[[str], Any]
+_SAMPLE = 200  # files that stand for all, where thousands are loaded
+
+
+@dataclasses.dataclass
+class Answered:
+    """One answer: seconds to its first token, and from each token to the next."""
+
+    first: float
+    gaps: list[float]
+
+
+def _held(made: Sequence[Adapter], tenant: int | None) -> Callable[[], Adapter] | None:
+    """How a tenant's adapter is loaded that is at hand."""
+    return None if tenant is None else lambda: made[tenant]
+
+
+def _stored(store: SqliteStore, number: int) -> Callable[[], Adapter]:
+    """How an adapter is loaded from the store."""
+    return lambda: native.decode(store.get("t", f"n{number}", 1))
+
+
+Send = Callable[[int], Awaitable[Answered]]
+
+
+def percentiles(values: Sequence[float], unit: float = 1e3) -> dict[str, float]:
+    """p50, p90 and p99, in milliseconds."""
+    return {f"p{p}_ms": round(unit * float(np.percentile(values, p)), 2) for p in (50, 90, 99)} if values else {}
+
+
+async def open_loop(send: Send, load: Load, told: Told = print, seed: int = 0) -> Line:
+    """Times under requests that come at random: exponential gaps at `rate`, the tenant by Zipf's law. `send` answers one of a tenant's."""
+    draw = np.random.default_rng(seed)
+    shares = 1.0 / np.arange(1, load.population + 1) ** load.zipf
+    tenants = draw.choice(load.population, load.requests, p=shares / shares.sum())
+    starts = np.cumsum(draw.exponential(1 / load.rate, load.requests))
+    answered: list[Answered] = []
+    failed: list[str] = []
+    begin = time.perf_counter()
+
+    async def one(tenant: int, at: float) -> None:
+        await asyncio.sleep(max(0.0, begin + at - time.perf_counter()))
+        try:
+            answered.append(await send(tenant))
+        except Exception as error:  # a request that is refused is a figure, not the end of the others
+            failed.append(f"{type(error).__name__}: {error}")
+        told(f"open load: {len(answered) + len(failed)} of {load.requests}")
+
+    await asyncio.gather(*(one(int(tenant), at) for tenant, at in zip(tenants, starts, strict=True)))
+    seconds = time.perf_counter() - begin
+    tokens = sum(1 + len(a.gaps) for a in answered)
+    return {
+        "what": "open load", "rate": load.rate, "requests": load.requests, "population": load.population, "zipf": load.zipf,
+        "distinct_tenants": len(set(tenants.tolist())), "failed": len(failed), "errors": sorted(set(failed))[:3], "tokens_per_second": round(tokens / seconds, 1),
+        "first_token": percentiles([a.first for a in answered]), "each_token": percentiles([gap for a in answered for gap in a.gaps]),
+    }  # fmt: skip
+
+
+def measure(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told = print) -> list[Line]:
+    """All lines for one model."""
+    lines = [*_closed(model, tokenizer, config, load, told)]
+    gc.collect()
+    told("adapters in memory")
+    lines.append(_resident(model, config, load))
+    lines += _cold(model, tokenizer, config, load, told)
+    where = machine() | {
+        "rank": config.rank,
+        "targets": list(config.targets or ()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    where |= {"prompt": load.prompt, "answer": load.answer, "model": Path(model.config._name_or_path).name}
+    return [line | where for line in lines]
+
+
+def _adapters(model: Any, config: VeraConfig, count: int) -> list[Adapter]:
+    """Adapters as training makes them, with random b."""
+    attach(model, config, "x")
+    first = extract(model, "x")
+    detach(model)
+    made = []
+    for number in range(count):
+        generator = torch.Generator().manual_seed(number)
+        b = {k: 0.05 * torch.randn(v.shape, generator=generator).to(v.dtype) for k, v in first.b.items()}
+        made.append(dataclasses.replace(first, b=b))
+    return made
+
+
+def _prompts(model: Any, load: Load, count: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    size = model.config.get_text_config().vocab_size
+    found: list[list[int]] = torch.randint(min(100, size // 2), size, (count, load.prompt), generator=generator).tolist()
+    return found
+
+
+def _engine(model: Any, tokenizer: Any, load: Load, slots: int) -> Engine:
+    limits = Limits(rows=load.rows, waiting=100_000, waiting_tenant=100_000, tokens=10**9)
+    engine = Engine(model, tokenizer, Bank(model, slots=max(slots, load.rows)), limits=limits, length=load.prompt + load.answer)
+    engine.ends = set()  # equal work for all
+    return engine
+
+
+def _closed(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told) -> Iterator[Line]:
+    """Tokens a second of each workload, in turns, and whether rows of a mixed batch are those of one tenant alone."""
+    n = load.rows
+    made, prompts = _adapters(model, config, n), _prompts(model, load, n)
+    workloads: dict[str, tuple[list[int | None], int]] = {
+        "base alone": ([None] * n, n), "one tenant": ([0] * n, n), f"{n} tenants": (list(range(n)), n),
+        "one after the other": (list(range(min(n, 4))), 1),
+    }  # fmt: skip
+    speeds: dict[str, list[float]] = {name: [] for name in workloads}
+    said: dict[str, list[list[int]]] = {}
+    for turn in range(-1, load.rounds):  # the first turn warms up
+        for name, (tenants, rows) in workloads.items():
+            told(f"{name}, turn {turn + 1} of {load.rounds}")
+            engine = _engine(model, tokenizer, load, n)
+            begin = time.perf_counter()
+            said[name] = _answer(engine, tenants, prompts, load, made, rows)
+            speed = len(tenants) * load.answer / (time.perf_counter() - begin)
+            engine.close()
+            engine.bank.close()
+            if turn >= 0:
+                speeds[name].append(speed)
+    peft = _peft(model, prompts, load, told)
+    if peft:
+        speeds["PEFT LoRA r=16, mixed batch"] = peft
+    base = statistics.median(speeds["base alone"])
+    for name, values in speeds.items():
+        middle = statistics.median(values)
+        yield {
+            "what": "closed load", "workload": name, "tokens_per_second": round(middle, 1), "of_base": round(middle / base, 3), "turns": [round(v, 1) for v in values],
+        }  # fmt: skip
+    many, alone = said[f"{n} tenants"], said["one after the other"]
+    yield {"what": "equal to alone", "rows": len(alone), "equal": sum(a == b for a, b in zip(many, alone, strict=False))}
+
+
+def _answer(
+    engine: Engine, tenants: Sequence[int | None], prompts: list[list[int]], load: Load, made: list[Adapter], rows: int
+) -> list[list[int]]:
+    """The tokens of all answers, `rows` of them at once."""
+    requests = [
+        Request(
+            f"t{tenant}", prompt, Sampling(temperature=0, max_tokens=load.answer), key=tenant, load=_held(made, tenant)
+        )
+        for tenant, prompt in zip(tenants, prompts, strict=False)
+    ]  # fmt: skip
+    found: list[list[Any]] = [[] for _ in requests]
+    waiting = list(zip(requests, found, strict=True))
+    while waiting or engine.scheduler.running or engine.scheduler.waiting:
+        while waiting and engine.scheduler.running + engine.scheduler.waiting < rows:
+            request, pieces = waiting.pop(0)
+            request.listen = pieces.append
+            engine.submit(request)
+        engine.step()
+    return [[piece.choice.token for piece in pieces] for pieces in found]
+
+
+def _peft(model: Any, prompts: list[list[int]], load: Load, told: Told) -> list[float]:
+    """PEFT's mixed batch of as many LoRAs: all rows begin and end together, which is the best case for it. Empty without PEFT."""
+    try:
+        import peft
+    except ModuleNotFoundError:
+        return []
+    config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    names = [f"t{i}" for i in range(load.rows)]
+    wrapped = peft.tuners.lora.LoraModel(model, config, names[0])
+    for name in names[1:]:
+        wrapped.peft_config[name] = config
+        wrapped.inject_adapter(model, name)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.02)
+    wrapped.eval()
+    speeds, ids = [], torch.tensor(prompts)
+    for turn in range(-1, load.rounds):
+        told(f"PEFT LoRA, turn {turn + 1} of {load.rounds}")
+        begin = time.perf_counter()
+        with torch.no_grad(), wrapped._enable_peft_forward_hooks(adapter_names=names):
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=load.answer, min_new_tokens=load.answer,
+                do_sample=False, pad_token_id=0,
+            )  # fmt: skip
+        if turn >= 0:
+            speeds.append(load.rows * load.answer / (time.perf_counter() - begin))
+    wrapped.unload()
+    return speeds
+
+
+def _resident(model: Any, config: VeraConfig, load: Load) -> Line:
+    """Memory of many adapters in bfloat16, and the time from the store into a slot."""
+    files = [native.encode(own) for own in _adapters(model, config, min(_SAMPLE, load.resident))]
+    with tempfile.TemporaryDirectory() as folder:
+        store = SqliteStore(Path(folder) / "adapters.db")
+        for i, data in enumerate(files):
+            store.put("t", f"n{i}", data)
+        bank = Bank(model, slots=load.resident, dtype=torch.bfloat16)
+        process = psutil.Process()
+        bank.acquire("first", lambda: native.decode(files[0])).release()  # its kind, made once
+        gc.collect()
+        before, times = process.memory_info().rss, []
+        for i in range(load.resident - 1):
+            begin = time.perf_counter()
+            bank.acquire(i, _stored(store, i % len(files))).release()
+            times.append(time.perf_counter() - begin)
+        gc.collect()
+        held = process.memory_info().rss - before
+        count, size = len(bank), bank.bytes
+        bank.close()
+        store.close()
+    return {
+        "what": "adapters in memory", "adapters": count, "slot_bytes": size, "process_bytes": held, "file_bytes": len(files[0]), "load": percentiles(times),
+    }  # fmt: skip
+
+
+def _cold(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told) -> list[Line]:
+    """Requests one after the other, by turns to an adapter in memory and to one in the store; then the open load, all from the store."""
+    files = [native.encode(own) for own in _adapters(model, config, min(_SAMPLE, load.population))]
+    with tempfile.TemporaryDirectory() as folder:
+        store = SqliteStore(Path(folder) / "adapters.db")
+        for i in range(load.population):
+            store.put("t", f"n{i}", files[i % len(files)])
+        engine = _engine(model, tokenizer, load, slots=256)
+        prompts = _prompts(model, load, 64)
+        engine.start()
+
+        def asked(tenant: int, tokens: int) -> Request:
+            prompt = prompts[tenant % len(prompts)]
+            return Request(
+                "t", prompt, Sampling(temperature=0, max_tokens=tokens), key=tenant, load=_stored(store, tenant)
+            )  # fmt: skip
+
+        first: dict[str, list[float]] = {"cold": [], "warm": []}
+        wait: dict[str, list[float]] = {"cold": [], "warm": []}
+        engine.submit(asked(0, 1)).result()
+        for i in range(1, min(_SAMPLE, load.population)):
+            for kind, tenant in (("cold", i), ("warm", 0)):
+                request = engine.submit(asked(tenant, 1))
+                request.result()
+                assert request.first is not None
+                assert request.leased is not None
+                first[kind].append(request.first - request.arrived)
+                wait[kind].append(request.leased - request.arrived)
+        cold = {
+            "what": "cold start", "first_token_cold": percentiles(first["cold"]), "first_token_warm": percentiles(first["warm"]),
+            "adapter_cold": percentiles(wait["cold"]), "adapter_warm": percentiles(wait["warm"]),
+        }  # fmt: skip
+
+        async def send(tenant: int) -> Answered:
+            running, done = asyncio.get_running_loop(), asyncio.Event()
+            times: list[float] = []
+            wrong: list[BaseException] = []
+
+            def listen(piece: Any) -> None:
+                if isinstance(piece, BaseException):
+                    wrong.append(piece)
+                elif piece.choice is not None:
+                    times.append(time.perf_counter())
+                if wrong or piece.finish is not None:
+                    running.call_soon_threadsafe(done.set)
+
+            request = asked(tenant, load.answer)
+            request.listen = listen
+            engine.submit(request)
+            await done.wait()
+            if wrong:
+                raise wrong[0]
+            return Answered(times[0] - request.arrived, [b - a for a, b in itertools.pairwise(times)])
+
+        engine.bank.counts = type(engine.bank.counts)()
+        line = asyncio.run(open_loop(send, load, told))
+        counts = engine.bank.counts
+        line |= {"hits": counts.hits, "loads": counts.loads}
+        engine.close()
+        engine.bank.close()
+        store.close()
+    return [cold, line]
+
+
+async def against(url: str, key: str | None, load: Load, told: Told = print) -> Line:
+    """The open load on a server with OpenAI's API: its models are the tenants. Raises VeratuneError where it has none."""
+    import openai
+
+    async with openai.AsyncOpenAI(
+        base_url=f"{url.rstrip('/')}/v1", api_key=key or "none", max_retries=0, timeout=600
+    ) as client:
+        try:
+            names = [model.id async for model in client.models.list()]
+        except openai.OpenAIError as error:
+            raise VeratuneError(f"{url}: its models cannot be listed: {error}") from None
+        if not names:
+            raise VeratuneError(f"{url}: it has no models")
+        load = dataclasses.replace(load, population=len(names))
+
+        async def send(tenant: int) -> Answered:
+            begin, times = time.perf_counter(), []
+            stream = await client.chat.completions.create(
+                model=names[tenant],
+                messages=[{"role": "user", "content": "word " * load.prompt}],
+                max_tokens=load.answer,
+                stream=True,
+            )
+            async for chunk in stream:
+                if chunk.choices and chunk.choices[0].delta.content:
+                    times.append(time.perf_counter())
+            if not times:
+                raise VeratuneError("an answer without text")
+            return Answered(times[0] - begin, [b - a for a, b in itertools.pairwise(times)])
+
+        return await open_loop(send, load, told) | {"url": url}
