@@ -53,7 +53,7 @@ class Served:
         for loop in self.service.loops.values():
             loop.start()
         bases = options.pop("jobs", None)
-        self.jobs = Jobs(path / "jobs", bases, self.service.put) if bases else None
+        self.jobs = Jobs(path / "jobs", bases, self.service.keep) if bases else None
         if self.jobs:
             self.jobs.start()
         listening = socket.create_server(("127.0.0.1", 0))

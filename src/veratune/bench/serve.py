@@ -1,12 +1,14 @@
 """Serving under load: one engine with many tenants, beside one tenant, the base alone, one request after the other, and PEFT's mixed batches.
 
-Two kinds of load. Closed: so many requests at once until all are answered, in turns with the other workloads, for ratios. Open: requests come
+Two kinds of load. Closed: so many requests at once until all are answered, step by step in turns with the other workloads, for ratios. Open: requests come
 at random times at a rate, whoever is ready or not, from tenants of whom few ask much and many little (Zipf), for times as users see them.
 """
 
 import asyncio
+import copy
 import dataclasses
 import gc
+import importlib.util
 import itertools
 import statistics
 import tempfile
@@ -93,10 +95,10 @@ async def open_loop(send: Send, load: Load, told: Told = print, seed: int = 0) -
 
 def measure(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told = print) -> list[Line]:
     """All lines for one model."""
-    lines = [*_closed(model, tokenizer, config, load, told)]
-    gc.collect()
     told("adapters in memory")
-    lines.append(_resident(model, config, load))
+    lines = [_resident(model, config, load)]
+    gc.collect()
+    lines += _closed(model, tokenizer, config, load, told)
     lines += _cold(model, tokenizer, config, load, told)
     where = machine() | {
         "rank": config.rank,
@@ -127,98 +129,113 @@ def _prompts(model: Any, load: Load, count: int) -> list[list[int]]:
     return found
 
 
-def _engine(model: Any, tokenizer: Any, load: Load, slots: int) -> Engine:
+def _engine(model: Any, tokenizer: Any, bank: Bank, load: Load) -> Engine:
     limits = Limits(rows=load.rows, waiting=100_000, waiting_tenant=100_000, tokens=10**9)
-    engine = Engine(model, tokenizer, Bank(model, slots=max(slots, load.rows)), limits=limits, length=load.prompt + load.answer)
+    engine = Engine(model, tokenizer, bank, limits=limits, length=load.prompt + load.answer)
     engine.ends = set()  # equal work for all
     return engine
 
 
 def _closed(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told) -> Iterator[Line]:
-    """Tokens a second of each workload, in turns, and whether rows of a mixed batch are those of one tenant alone."""
+    """Tokens a second of each workload, and whether rows of a mixed batch are those of one tenant alone.
+
+    All workloads go forward together, a step of the one that is furthest behind at a time: a machine that slows down slows all of them.
+    """
     n = load.rows
     made, prompts = _adapters(model, config, n), _prompts(model, load, n)
-    workloads: dict[str, tuple[list[int | None], int]] = {
+    rival = _Peft(model, prompts, load)
+    bank = Bank(model, slots=2 * n)
+    tenants: dict[str, tuple[list[int | None], int]] = {
         "base alone": ([None] * n, n), "one tenant": ([0] * n, n), f"{n} tenants": (list(range(n)), n),
         "one after the other": (list(range(min(n, 4))), 1),
     }  # fmt: skip
-    speeds: dict[str, list[float]] = {name: [] for name in workloads}
+    speeds: dict[str, list[float]] = {}
     said: dict[str, list[list[int]]] = {}
     for turn in range(-1, load.rounds):  # the first turn warms up
-        for name, (tenants, rows) in workloads.items():
-            told(f"{name}, turn {turn + 1} of {load.rounds}")
-            engine = _engine(model, tokenizer, load, n)
+        running: dict[str, Iterator[float]] = {}
+        for name, (who, rows) in tenants.items():
+            said[name] = [[] for _ in who]
+            running[name] = _answer(_engine(model, tokenizer, bank, load), who, prompts, load, made, rows, said[name])
+        if rival.there:
+            running[rival.name] = rival.answer()
+        done, seconds = dict.fromkeys(running, 0.0), dict.fromkeys(running, 0.0)
+        while running:
+            name = min(running, key=done.__getitem__)
             begin = time.perf_counter()
-            said[name] = _answer(engine, tenants, prompts, load, made, rows)
-            speed = len(tenants) * load.answer / (time.perf_counter() - begin)
-            engine.close()
-            engine.bank.close()
-            if turn >= 0:
-                speeds[name].append(speed)
-    peft = _peft(model, prompts, load, told)
-    if peft:
-        speeds["PEFT LoRA r=16, mixed batch"] = peft
-    base = statistics.median(speeds["base alone"])
+            step = next(running[name], None)
+            seconds[name] += time.perf_counter() - begin
+            if step is None:
+                del running[name]
+            else:
+                done[name] = step
+            told(f"closed load, turn {turn + 1} of {load.rounds}: {min(done.values()):.0%}")
+        for name, spent in seconds.items() if turn >= 0 else ():
+            count = len(tenants[name][0]) if name in tenants else n
+            speeds.setdefault(name, []).append(count * load.answer / spent)
+    bank.close()
     for name, values in speeds.items():
-        middle = statistics.median(values)
+        ratios = [a / b for a, b in zip(values, speeds["one tenant"], strict=True)]
         yield {
-            "what": "closed load", "workload": name, "tokens_per_second": round(middle, 1), "of_base": round(middle / base, 3), "turns": [round(v, 1) for v in values],
+            "what": "closed load", "workload": name, "tokens_per_second": round(statistics.median(values), 1),
+            "of_one_tenant": round(statistics.median(ratios), 3), "turns": [round(v, 1) for v in values],
         }  # fmt: skip
     many, alone = said[f"{n} tenants"], said["one after the other"]
     yield {"what": "equal to alone", "rows": len(alone), "equal": sum(a == b for a, b in zip(many, alone, strict=False))}
 
 
 def _answer(
-    engine: Engine, tenants: Sequence[int | None], prompts: list[list[int]], load: Load, made: list[Adapter], rows: int
-) -> list[list[int]]:
-    """The tokens of all answers, `rows` of them at once."""
-    requests = [
-        Request(
+    engine: Engine, tenants: Sequence[int | None], prompts: list[list[int]], load: Load, made: list[Adapter], rows: int,
+    said: list[list[int]],
+) -> Iterator[float]:  # fmt: skip
+    """Answer all prompts, `rows` of them at once, a step at a time. Yields the share that is done; the tokens go to `said`."""
+    waiting = []
+    for tenant, prompt, tokens in zip(tenants, prompts, said, strict=False):
+        request = Request(
             f"t{tenant}", prompt, Sampling(temperature=0, max_tokens=load.answer), key=tenant, load=_held(made, tenant)
         )
-        for tenant, prompt in zip(tenants, prompts, strict=False)
-    ]  # fmt: skip
-    found: list[list[Any]] = [[] for _ in requests]
-    waiting = list(zip(requests, found, strict=True))
+        request.listen = lambda piece, tokens=tokens: tokens.append(piece.choice.token)  # type: ignore[misc]
+        waiting.append(request)
+    work = len(waiting) * load.answer
     while waiting or engine.scheduler.running or engine.scheduler.waiting:
         while waiting and engine.scheduler.running + engine.scheduler.waiting < rows:
-            request, pieces = waiting.pop(0)
-            request.listen = pieces.append
-            engine.submit(request)
+            engine.submit(waiting.pop(0))
         engine.step()
-    return [[piece.choice.token for piece in pieces] for pieces in found]
+        yield sum(map(len, said)) / work
+    engine.close()
 
 
-def _peft(model: Any, prompts: list[list[int]], load: Load, told: Told) -> list[float]:
-    """PEFT's mixed batch of as many LoRAs: all rows begin and end together, which is the best case for it. Empty without PEFT."""
-    try:
+class _Peft:
+    """PEFT's mixed batch of as many LoRAs, on a copy of the model: all rows begin and end together, which is the best case for it."""
+
+    name = "PEFT LoRA r=16, mixed batch"
+
+    def __init__(self, model: Any, prompts: list[list[int]], load: Load) -> None:
+        self.prompts, self.load, self.there = torch.tensor(prompts), load, importlib.util.find_spec("peft") is not None
+        if not self.there:
+            return
         import peft
-    except ModuleNotFoundError:
-        return []
-    config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=["q_proj", "v_proj"])
-    names = [f"t{i}" for i in range(load.rows)]
-    wrapped = peft.tuners.lora.LoraModel(model, config, names[0])
-    for name in names[1:]:
-        wrapped.peft_config[name] = config
-        wrapped.inject_adapter(model, name)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.02)
-    wrapped.eval()
-    speeds, ids = [], torch.tensor(prompts)
-    for turn in range(-1, load.rounds):
-        told(f"PEFT LoRA, turn {turn + 1} of {load.rounds}")
-        begin = time.perf_counter()
-        with torch.no_grad(), wrapped._enable_peft_forward_hooks(adapter_names=names):
-            model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=load.answer, min_new_tokens=load.answer,
-                do_sample=False, pad_token_id=0,
-            )  # fmt: skip
-        if turn >= 0:
-            speeds.append(load.rows * load.answer / (time.perf_counter() - begin))
-    wrapped.unload()
-    return speeds
+
+        config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+        self.names = [f"t{i}" for i in range(load.rows)]
+        self.model = copy.deepcopy(model)
+        self.lora = peft.tuners.lora.LoraModel(self.model, config, self.names[0])
+        for name in self.names[1:]:
+            self.lora.peft_config[name] = config
+            self.lora.inject_adapter(self.model, name)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(0, 0.02)
+        self.lora.eval()
+
+    def answer(self) -> Iterator[float]:
+        """Answer all prompts, a step at a time. Yields the share that is done."""
+        ids, cache = self.prompts, None
+        for count in range(self.load.answer):
+            with torch.no_grad(), self.lora._enable_peft_forward_hooks(adapter_names=self.names):
+                out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            yield (count + 1) / self.load.answer
 
 
 def _resident(model: Any, config: VeraConfig, load: Load) -> Line:
@@ -254,7 +271,7 @@ def _cold(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told
         store = SqliteStore(Path(folder) / "adapters.db")
         for i in range(load.population):
             store.put("t", f"n{i}", files[i % len(files)])
-        engine = _engine(model, tokenizer, load, slots=256)
+        engine = _engine(model, tokenizer, Bank(model, slots=256), load)
         prompts = _prompts(model, load, 64)
         engine.start()
 

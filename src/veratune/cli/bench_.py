@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,9 +77,11 @@ def run(argv: Sequence[str]) -> int:
     if form != "explain":
         torch.set_num_threads(flags.threads)
     console = Console(stderr=flags.json, highlight=False)
-    lines = _RUN[form](flags, console)
+    measure, show = _RUN[form]
+    lines = measure(flags, console)
     if form != "layers" and getattr(flags, "out", None):
         _append(flags.out, lines)
+    console.print(show(lines))
     if flags.json:
         print_json(lines)
     return 0
@@ -89,7 +91,6 @@ def _explain(flags: Namespace, console: Console) -> list[dict[str, Any]]:
     from veratune.bench.explain import explain
 
     lines = explain(flags.model, flags.rank)
-    console.print(_plans(lines))
     return lines
 
 
@@ -102,7 +103,6 @@ def _calibrate(flags: Namespace, console: Console) -> list[dict[str, Any]]:
     device = device or torch.device("cpu")
     figures = measure(device)
     lines = [{"device": device.type, **dataclasses.asdict(figures), "file": str(store(device, figures))}]
-    console.print(_figures(lines[0]))
     return lines
 
 
@@ -115,7 +115,6 @@ def _grid(flags: Namespace, console: Console) -> list[dict[str, Any]]:
         found = list(grid([T], [size], plans=flags.plans, seconds=flags.seconds))
         _append(flags.out, found)  # a cell at a time: this takes long
         lines += found
-    console.print(_layers(lines))
     return lines
 
 
@@ -130,7 +129,6 @@ def _model(flags: Namespace, console: Console) -> list[dict[str, Any]]:
         peers.append(Peer(OURS, rank, flags.plan, flags.basis))
     with console.status(flags.model) as status:
         lines = step(flags.model, rank=rank, layers=layers, peers=peers, seconds=flags.seconds, told=status.update)
-    console.print(_steps(lines, shape.what, shape.layers))
     return lines
 
 
@@ -151,11 +149,7 @@ def _serve(flags: Namespace, console: Console) -> list[dict[str, Any]]:
             model = task.load_model(flags.model, tokenizer, dtype=flags.base_dtype).requires_grad_(False).eval()
             config = VeraConfig(rank=flags.rank, targets=tuple(flags.targets))
             lines = measure(model, tokenizer, config, load, status.update)
-    console.print(_served(lines))
     return lines
-
-
-_RUN = {"step": _model, "layers": _grid, "calibrate": _calibrate, "explain": _explain, "serve": _serve}
 
 
 def _append(path: str | None, lines: list[dict[str, Any]]) -> None:
@@ -177,11 +171,14 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def _steps(lines: list[dict[str, Any]], what: str, layers: int) -> Table:
+def _steps(lines: list[dict[str, Any]]) -> Table:
+    from veratune.bench.steps import shape_of
+
     first = lines[0]
+    shape = shape_of(first["model"])
     rows, length = first["batch"]
     table = _table(
-        f"{what}: {first['layers']} of {layers} layers, {rows} x {length} tokens, {first['threads']} threads",
+        f"{shape.what}: {first['layers']} of {shape.layers} layers, {rows} x {length} tokens, {first['threads']} threads",
         ("", "s a step", "over frozen", "GFLOP beyond frozen", "kept for backward", "peak", "trained"),
     )
     for line in lines:
@@ -217,7 +214,7 @@ def _served(lines: list[dict[str, Any]]) -> Table:
     for line in lines:
         if line["what"] == "closed load":
             table.add_row(
-                line["workload"], f"{line['tokens_per_second']:.1f} tokens/s, {line['of_base']:.2f} of the base alone"
+                line["workload"], f"{line['tokens_per_second']:.1f} tokens/s, {line['of_one_tenant']:.2f} of one tenant's"
             )
         elif line["what"] == "equal to alone":
             table.add_row("rows of the mixed batch that are as if alone", f"{line['equal']} of {line['rows']}")
@@ -242,7 +239,8 @@ def _times(found: dict[str, float]) -> str:
     return ", ".join(f"{name.removesuffix('_ms')} {value:,.1f} ms" for name, value in found.items())
 
 
-def _figures(line: dict[str, Any]) -> Table:
+def _figures(lines: list[dict[str, Any]]) -> Table:
+    line = lines[0]
     table = _table(f"This machine's {line['device']}, stored in {line['file']}", ("", "measured"))
     for name, unit, scale in (
         ("flops", "GFLOP/s", 1e-9), ("read", "GB/s read by a product", 1e-9), ("write", "GB/s written", 1e-9),
@@ -250,3 +248,9 @@ def _figures(line: dict[str, Any]) -> Table:
     ):  # fmt: skip
         table.add_row(unit, f"{line[name] * scale:.1f}")
     return table
+
+
+# Each form's measuring and its table.
+_RUN: dict[str, tuple[Callable[[Namespace, Console], list[dict[str, Any]]], Callable[[list[dict[str, Any]]], Table]]] = {
+    "step": (_model, _steps), "layers": (_grid, _layers), "calibrate": (_calibrate, _figures), "explain": (_explain, _plans), "serve": (_serve, _served),
+}  # fmt: skip

@@ -1,6 +1,8 @@
 """veratune serve"""
 
+import functools
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +13,8 @@ from rich.console import Console
 from veratune.cli.parsing import Parser, new_parser, parse
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from veratune.serving.encoder import Encoder
     from veratune.serving.engine import Engine
     from veratune.serving.jobs import Base
@@ -30,6 +34,15 @@ def parser() -> Parser:
         type=str,
         default="out/adapters.db",
         help="a SQLite file, or the URL of a bucket: s3://, gs://, az://, file://",
+    )
+    out.add_argument(
+        "--cache", type=str, default="out/adapter-cache.db", help="a bucket's adapters on this machine: a SQLite file"
+    )
+    out.add_argument(
+        "--fresh",
+        type=float,
+        default=2.0,
+        help="seconds until a bucket is asked again which version of an adapter is the newest",
     )
     out.add_argument(
         "--adapters", type=list[str], default=[], help="NAME=FILE of adapters to put into the store first, for tenant default"
@@ -55,6 +68,9 @@ def parser() -> Parser:
     out.add_argument(
         "--jobs", type=str | None, default=None, help="folder of fine-tuning jobs; without it the server does not fine-tune"
     )
+    out.add_argument(
+        "--replicas", type=int, default=1, help="over 1: so many servers behind one address, by Ray Serve; they share the store"
+    )
     out.add_argument("--drain", type=float, default=30.0, help="seconds that answers have to end after SIGTERM")
     out.add_argument("--threads", type=int | None, default=None, help="threads for torch")
     out.add_argument("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU if there is one")
@@ -63,47 +79,30 @@ def parser() -> Parser:
 
 def run(argv: Sequence[str]) -> int:
     flags = parse(parser(), argv)
-    import torch
     import uvicorn
 
     from veratune.errors import ConfigError
-    from veratune.serving.http import build, check_address, log_to_stderr
+    from veratune.serving.http import build, check_address
     from veratune.serving.jobs import Jobs
-    from veratune.serving.keys import OPEN, Keys
-    from veratune.serving.service import Service
-    from veratune.serving.store import CachedStore, ObjectStore, SqliteStore
+    from veratune.serving.keys import Keys
 
     keys = Keys(flags.key_file)
     check_address(flags.host, keys)
-    given = [entry.partition("=") for entry in flags.adapters]
-    for name, sign, file in given:
+    for name, sign, file in _given(flags):
         if not sign or not Path(file).is_file():
             raise ConfigError(f"--adapters {name}{sign}{file}: NAME=FILE of an adapter's file is wanted")
     if flags.model is None and flags.encoder is None:
         raise ConfigError("there is nothing to serve: give --model, --encoder, or both")
-    if flags.threads is not None:
-        torch.set_num_threads(flags.threads)
+    if flags.replicas > 1:
+        return _replicas(flags)
     notes = Console(stderr=True, highlight=False)
-    store: SqliteStore | CachedStore
-    if "://" in flags.store:
-        store = CachedStore(ObjectStore.from_url(flags.store), SqliteStore("out/adapter-cache.db"))
-    else:
-        store = SqliteStore(flags.store)
-    engine, encoder = load(flags, notes)
-    service = Service(store, engine, encoder, name=flags.name, encoder_name=flags.encoder_name)
-    for name, _, file in given:
-        service.put(OPEN.tenant, name, Path(file).read_bytes())
-    jobs = Jobs(flags.jobs, _bases(flags, service), service.put) if flags.jobs else None
-    logging.getLogger("veratune").setLevel(logging.INFO)
-    log_to_stderr()
+    service = start(flags, notes)
+    jobs = Jobs(flags.jobs, _bases(flags, service), service.keep) if flags.jobs else None
     for loop in service.loops.values():
         loop.start()
     if jobs is not None:
         jobs.start()
-    who = f"keys in {flags.key_file}" if flags.key_file else "no keys"
-    notes.print(
-        f"[bold]{', '.join(service.loops)}[/bold] on http://{flags.host}:{flags.port} (API under /v1), adapters in {flags.store}, {who}"
-    )
+    _say(flags, list(service.loops), notes)
     try:
         config = uvicorn.Config(
             build(service, keys, jobs),
@@ -117,8 +116,76 @@ def run(argv: Sequence[str]) -> int:
         service.close(flags.drain)
         if jobs is not None:
             jobs.close()
-        store.close()
+        service.store.close()
     return 0
+
+
+def start(flags: Namespace, notes: Console) -> "Service":
+    """The service that flags describe: its store, with the adapters that were given, and its engines, which do not run yet."""
+    import torch
+
+    from veratune.serving.http import log_to_stderr
+    from veratune.serving.keys import OPEN
+    from veratune.serving.service import Service
+    from veratune.serving.store import CachedStore, ObjectStore, SqliteStore
+
+    if flags.threads is not None:
+        torch.set_num_threads(flags.threads)
+    logging.getLogger("veratune").setLevel(logging.INFO)
+    log_to_stderr()
+    store: SqliteStore | CachedStore
+    if "://" in flags.store:
+        store = CachedStore(ObjectStore.from_url(flags.store), SqliteStore(flags.cache), fresh=flags.fresh)
+    else:
+        store = SqliteStore(flags.store)
+    engine, encoder = load(flags, notes)
+    service = Service(store, engine, encoder, name=flags.name, encoder_name=flags.encoder_name)
+    for name, _, file in _given(flags):
+        service.keep(OPEN.tenant, name, Path(file).read_bytes())
+    return service
+
+
+def _replicas(flags: Namespace) -> int:
+    from veratune.errors import ConfigError
+    from veratune.serving import cluster
+
+    if flags.jobs:
+        raise ConfigError(
+            "--jobs: replicas keep nothing, so they do not fine-tune; start one server with --jobs on the same store"
+        )
+    if "RAY_ADDRESS" in os.environ and "://" not in flags.store:
+        raise ConfigError(f"--store {flags.store}: replicas on several machines share a bucket, such as s3://, gs:// or az://")
+    notes = Console(stderr=True, highlight=False)
+    notes.print(f"starting {flags.replicas} replicas ...")
+    cluster.start(
+        functools.partial(_replica, flags), replicas=flags.replicas, host=flags.host, port=flags.port, key_file=flags.key_file, rows=flags.rows,
+        waiting=flags.waiting,
+    )  # fmt: skip
+    _say(flags, [Path(given).name for given in (flags.model, flags.encoder) if given], notes)
+    cluster.wait()
+    return 0
+
+
+def _replica(flags: Namespace) -> "tuple[Service, FastAPI]":
+    """One of several servers, in a process of its own."""
+    from veratune.cli.main import quiet
+    from veratune.serving.http import build
+    from veratune.serving.keys import Keys
+
+    quiet()
+    service = start(flags, Console(stderr=True, highlight=False))
+    return service, build(service, Keys(flags.key_file))
+
+
+def _given(flags: Namespace) -> list[tuple[str, str, str]]:
+    return [entry.partition("=") for entry in flags.adapters]
+
+
+def _say(flags: Namespace, names: Sequence[str], notes: Console) -> None:
+    who = f"keys in {flags.key_file}" if flags.key_file else "no keys"
+    notes.print(
+        f"[bold]{', '.join(names)}[/bold] on http://{flags.host}:{flags.port} (API under /v1), adapters in {flags.store}, {who}"
+    )
 
 
 def load(flags: Namespace, notes: Console) -> "tuple[Engine | None, Encoder | None]":
