@@ -5,12 +5,13 @@ The lines come from `make benchmarks`, and from the two scripts that the page na
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "benchmarks" / "results"
+OTHERS = ("monarch_against_random", "plans_agree", "serving", "store")
 PAGE, PICTURE = HERE / "benchmarks.md", HERE / "benchmarks.png"
 
 Line = Mapping[str, Any]
@@ -56,7 +57,9 @@ def rows_of_models(steps: list[Line]) -> Iterable[list[Line]]:
     yield run
 
 
-def page(layers: list[Line], steps: list[Line], monarch: list[Line], agree: list[Line]) -> str:
+def page(
+    layers: list[Line], steps: list[Line], monarch: list[Line], agree: list[Line], served: list[Line], stores: list[Line]
+) -> str:
     """The page as text."""
     first = steps[0]
     out = [
@@ -127,7 +130,73 @@ def page(layers: list[Line], steps: list[Line], monarch: list[Line], agree: list
         rates = ", ".join(f"{found[basis][0]['lr']:g}" for basis in ("random", "monarch"))
         before = factor * found["random"][0]["before"]
         out.append(f"| {name} | {score} | {better} | {before:.{1 if factor == 100 else 3}f} | {' | '.join(scores)} | {rates} |")
+    out += ["", *serving(served), *storing(stores)]
     return "\n".join(out) + "\n"
+
+
+def serving(lines: list[Line]) -> list[str]:
+    """Serving under load, one column for each precision."""
+    kinds = list(dict.fromkeys(line["dtype"] for line in lines))
+    first = lines[0]
+    by = {(line["dtype"], line["what"], line.get("workload", "")): line for line in lines}
+    out = [
+        "## Serving", "",
+        f"`veratune bench serve` on {first['model']}: adapters of query and value at rank {first['rank']}, prompts of {first['prompt']} tokens, answers of "
+        f"{first['answer']}, greedy. The closed loads go forward together, a step of the one that is furthest behind at a time; 32 rows at once, or one. PEFT's batch is static: "
+        "all rows begin and end together, nothing is read while others answer.", "",
+        "| | " + " | ".join(kinds) + " |", "|---|" + "---|" * len(kinds),
+    ]  # fmt: skip
+
+    def row(title: str, shown: Callable[[str], str]) -> None:
+        out.append(f"| {title} | " + " | ".join(shown(kind) for kind in kinds) + " |")
+
+    for workload in (line["workload"] for line in lines if line["what"] == "closed load" and line["dtype"] == kinds[0]):
+
+        def speed(kind: str, workload: str = workload) -> str:
+            line = by[kind, "closed load", workload]
+            return f"{line['tokens_per_second']:.0f} tokens/s, {line['of_one_tenant']:.2f} of one tenant's"
+
+        row(workload, speed)
+
+    def p(figures: Mapping[str, float]) -> str:
+        return f"{figures['p50_ms']:,.1f} / {figures['p99_ms']:,.1f} ms"
+
+    def times(what: str, name: str) -> Callable[[str], str]:
+        return lambda kind: p(by[kind, what, ""][name])
+
+    row("rows of the mixed batch equal to alone", lambda kind: "{equal} of {rows}".format(**by[kind, "equal to alone", ""]))
+    held = "adapters in memory"
+    row(
+        f"{by[kinds[0], held, '']['adapters']:,} adapters in bfloat16",
+        lambda kind: f"{by[kind, held, '']['process_bytes'] / 2**20:,.0f} MiB of the process",
+    )
+    row("store into a slot, p50 / p99", times(held, "load"))
+    row("first token, adapter in memory, p50 / p99", times("cold start", "first_token_warm"))
+    row("first token, adapter in the store", times("cold start", "first_token_cold"))
+    row("  until it has its adapter, in memory", times("cold start", "adapter_warm"))
+    row("  until it has its adapter, in the store", times("cold start", "adapter_cold"))
+    row(
+        "open load: requests a second, tenants asked",
+        lambda kind: "{rate:g}, {distinct_tenants} of {population}".format(**by[kind, "open load", ""]),
+    )
+    row("  first token, p50 / p99", times("open load", "first_token"))
+    row("  each token, p50 / p99", times("open load", "each_token"))
+    return [*out, ""]
+
+
+def storing(lines: list[Line]) -> list[str]:
+    """A SQLite store of many adapters."""
+    out = [
+        "## Storing", "",
+        f"A SQLite store of adapters of {lines[0]['bytes_each']:,} bytes, 1,000 tenants (`benchmarks/bench_store.py`); p50 / p99 in milliseconds. A put is on disk when it is acknowledged.", "",
+        "| adapters | file | put | newest version | read | page of a tenant's names |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for line in lines:
+        cells = " | ".join(
+            f"{line[name]['p50_ms']:.2f} / {line[name]['p99_ms']:.2f}" for name in ("put", "newest", "get", "names")
+        )
+        out.append(f"| {line['adapters']:,} | {line['file_bytes'] / 1e9:.2f} GB | {cells} |")
+    return out
 
 
 def cells(layers: list[Line]) -> Iterable[tuple[Line, Line, list[Line]]]:
@@ -202,7 +271,7 @@ def draw(layers: list[Line], steps: list[Line]) -> None:
 
 def main() -> None:
     layers, steps = read("layers"), read("steps")
-    PAGE.write_text(page(layers, steps, read("monarch_against_random"), read("plans_agree")))
+    PAGE.write_text(page(layers, steps, *map(read, OTHERS)))
     draw(layers, steps)
 
 

@@ -245,11 +245,11 @@ def _resident(model: Any, config: VeraConfig, load: Load) -> Line:
         store = SqliteStore(Path(folder) / "adapters.db")
         for i, data in enumerate(files):
             store.put("t", f"n{i}", data)
-        bank = Bank(model, slots=load.resident, dtype=torch.bfloat16)
         process = psutil.Process()
-        bank.acquire("first", lambda: native.decode(files[0])).release()  # its kind, made once
         gc.collect()
         before, times = process.memory_info().rss, []
+        bank = Bank(model, slots=load.resident, dtype=torch.bfloat16)
+        bank.acquire("first", lambda: native.decode(files[0])).release()  # its kind, made once
         for i in range(load.resident - 1):
             begin = time.perf_counter()
             bank.acquire(i, _stored(store, i % len(files))).release()

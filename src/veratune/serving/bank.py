@@ -102,15 +102,14 @@ class Plane:
             self.layers.setdefault(site.module, []).append(Share(site, basis, places["d"], places["b"]))
         for shares in self.layers.values():
             shares.sort(key=lambda share: share.site.part.start)
-        # Zeros of a size that the allocator maps anew take no memory before a slot is filled.
-        self.values = torch.zeros(slots + 1, at, dtype=dtype, device=device)
+        self.values = _slots(slots, (at,), dtype, device)
         self.head_of = {
             name: path
             for path, _ in find_heads(model, adapter.config.head)
             for name in adapter.head
             if name.startswith(f"{path}.")
         }
-        self.heads = {name: torch.zeros(slots + 1, *t.shape, dtype=t.dtype, device=device) for name, t in adapter.head.items()}
+        self.heads = {name: _slots(slots, t.shape, t.dtype, device) for name, t in adapter.head.items()}
         self.free = list(range(slots, 0, -1))
 
     @property
@@ -413,3 +412,10 @@ class BankHead(BankLayer):
             pieces.append(torch.func.functional_call(self.base, own, (x[at], *args), kwargs))
             order += at
         return torch.cat(pieces)[torch.tensor(order, device=x.device).argsort()]
+
+
+def _slots(count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for `count` slots, and slot 0 of zeros. What is not filled is never read, and on a CPU takes no memory before it is."""
+    made = torch.empty(count + 1, *shape, dtype=dtype, device=device)
+    made[0].zero_()
+    return made
