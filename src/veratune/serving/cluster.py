@@ -85,12 +85,18 @@ class Front:
         self.worker, self.keys, self.body_limit = worker, Keys(key_file), body_limit
 
     def __serve_build_asgi_app__(self) -> Any:
-        return self._answer
+        async def app(
+            scope: Any, receive: Any, send: Any
+        ) -> None:  # a function: uvicorn takes a method for the older interface
+            await self._answer(scope, receive, send)
+
+        return app
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
-            await receive()
-            await send({"type": "lifespan.startup.complete"})
+            for event in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{event}.complete"})
             return
         body, more = b"", True
         while more:
