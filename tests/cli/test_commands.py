@@ -2,9 +2,14 @@
 
 import io
 import json
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 
+import httpx2 as httpx
 import pytest
 import safetensors.torch
 import torch
@@ -349,51 +354,68 @@ def test_reproduce_lists_its_experiments_and_names_mistakes(tmp_path, capsys):
     assert run(capsys, "reproduce", "conv-mnist", "--quick", "--full")[0] == 2
 
 
-def test_a_server_answers_and_ends_on_sigterm(tmp_path):
-    """The command as users start it: a process, a real socket, an adapter from a file."""
-    import signal
-    import socket
-    import subprocess
-    import time
-    import urllib.request
-
-    fakes.folder(fakes.llama(), tmp_path / "llama")
-    model = vt.attach(fakes.llama(), vt.VeraConfig(rank=4, targets=("query",)), "x")
+def test_a_server_answers_and_drains_on_sigterm(tmp_path):
+    """The command as users start it: a process, a real socket, an adapter from a file; answers that have begun come whole."""
+    long = {"max_position_embeddings": 2048, "eos_token_id": None}
+    fakes.folder(fakes.llama(**long), tmp_path / "llama")
+    model = vt.attach(fakes.llama(**long), vt.VeraConfig(rank=4, targets=("query",)), "x")
     vt.save(model, tmp_path / "x.safetensors", name="x")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    words = [
-        "serve",
-        "--model",
-        str(tmp_path / "llama"),
-        "--port",
-        str(port),
-        "--store",
-        str(tmp_path / "a.db"),
-        "--length",
-        "64",
-    ]
+    url, words = (
+        f"http://127.0.0.1:{port}",
+        ["serve", "--model", str(tmp_path / "llama"), "--port", str(port), "--store", str(tmp_path / "a.db")],
+    )
     words += ["--adapters", f"mine={tmp_path / 'x.safetensors'}", "--name", "tiny"]
     server = subprocess.Popen([sys.executable, "-m", "veratune.cli.main", *words], stderr=subprocess.PIPE, text=True)
+    begun, ends = threading.Semaphore(0), []
+
+    def ask():
+        body = {"model": "mine", "prompt": [4, 5], "max_tokens": 400, "temperature": 1, "seed": 1, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
+            lines = []
+            for line in reply.iter_lines():
+                if line:
+                    lines.append(line)
+                    begun.release()
+            ends.append(lines[-2:])
+
     try:
         end = time.time() + 90
         while time.time() < end:
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready").close()
+                httpx.get(f"{url}/ready").raise_for_status()
                 break
-            except OSError:
+            except httpx.HTTPError:
                 assert server.poll() is None, server.stderr.read()
                 time.sleep(0.1)
-        body = json.dumps({"model": "mine", "prompt": [4, 5], "max_tokens": 3, "temperature": 0}).encode()
-        asked = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(asked) as reply:
-            assert json.load(reply)["usage"]["prompt_tokens"] == 2
-    finally:
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(4):
+            assert begun.acquire(timeout=30)
         server.send_signal(signal.SIGTERM)
+        assert not ends  # all of them are in the middle
+        for thread in threads:
+            thread.join()
+        server.wait(60)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url)
+    finally:
+        if server.poll() is None:
+            server.kill()
         _, said = server.communicate(timeout=60)
     assert server.returncode in (0, -signal.SIGTERM)
-    assert f"tiny on http://127.0.0.1:{port}" in said.replace("\n", " ")
+    assert len(ends) == 4
+    for last, done in ends:
+        assert '"finish_reason": "length"' in last or '"finish_reason": "stop"' in last
+        assert done == "data: [DONE]"
+    assert f"tiny on {url}" in said.replace("\n", " ")
+    told = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    assert {(line["path"], line["status"], line["tenant"]) for line in told if line["method"] == "POST"} == {
+        ("/v1/completions", 200, "default")
+    }
+    assert "max_tokens" not in said
 
 
 def test_a_key_is_printed_once_and_a_server_without_keys_stays_at_home(tmp_path, capsys):

@@ -75,7 +75,7 @@ def workers():
 
 
 def test_a_replica_that_is_killed_loses_its_own_answers_alone(cluster):
-    url, server = cluster
+    url, _ = cluster
     with httpx.Client(base_url=url, timeout=60) as http:
         for i, name in enumerate(NAMES):
             assert http.put(f"/v1/adapters/{name}", content=FILES[("alice", "bob", "new")[i % 3]]).status_code == 201

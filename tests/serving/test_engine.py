@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,7 +55,24 @@ def run(engine, requests):
     return [[piece.choice.token for piece in found[id(r)] if getattr(piece, "choice", None)] for r in requests], found
 
 
-@pytest.mark.parametrize("make", [small_llama, fakes.gpt2])
+def family(name):
+    """A tiny model of another family, by its configuration's class."""
+
+    def make():
+        config = getattr(transformers, f"{name}Config")(
+            vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            max_position_embeddings=128, bos_token_id=0, eos_token_id=1, pad_token_id=1, initializer_range=0.2, sliding_window=64,
+        )  # fmt: skip
+        return fakes.seeded(lambda: transformers.AutoModelForCausalLM.from_config(config))
+
+    make.__name__ = name
+    return make
+
+
+FAMILIES = [family(name) for name in ("Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3Text")]
+
+
+@pytest.mark.parametrize("make", [small_llama, fakes.gpt2, *FAMILIES])
 @pytest.mark.parametrize("chunk", [4, 256])
 def test_every_conversation_is_as_if_alone(make, chunk):
     own = [None, *(adapter(make, QV, i) for i in range(3))]
