@@ -60,7 +60,7 @@ def main() -> None:
         data = out.with_suffix(".jsonl")
         data.write_text("".join(json.dumps({**row, "completion": form(json.loads(row["completion"]))}) + "\n" for row in rows))
         settings = TrainSettings(
-            model=str(OUT / "smollm2"), task="instruction", data=str(data), out=str(out), lr=4e-2, batch_size=8, epochs=3, max_length=128,
+            model=str(OUT / "smollm2"), task="instruction", data=str(data), out=str(out), lr=4e-2, batch_size=8, epochs=2, max_length=128,
             device="cpu", keep="last", mixed_precision="bf16", preview=0,
         )  # fmt: skip
         result = train(settings, VeraConfig(rank=256, targets=("query", "value")))

@@ -172,15 +172,17 @@ def _closed(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: To
         for name, spent in seconds.items() if turn >= 0 else ():
             count = len(tenants[name][0]) if name in tenants else n
             speeds.setdefault(name, []).append(count * load.answer / spent)
-    bank.close()
     for name, values in speeds.items():
         ratios = [a / b for a, b in zip(values, speeds["one tenant"], strict=True)]
         yield {
             "what": "closed load", "workload": name, "tokens_per_second": round(statistics.median(values), 1),
             "of_one_tenant": round(statistics.median(ratios), 3), "turns": [round(v, 1) for v in values],
         }  # fmt: skip
-    many, alone = said[f"{n} tenants"], said["one after the other"]
-    yield {"what": "equal to alone", "rows": len(alone), "equal": sum(a == b for a, b in zip(many, alone, strict=False))}
+    alone: list[list[int]] = [[] for _ in range(n)]
+    for share in _answer(_engine(model, tokenizer, bank, load), list(range(n)), prompts, load, made, 1, alone):
+        told(f"each row alone: {share:.0%}")
+    bank.close()
+    yield {"what": "equal to alone", "rows": n, "equal": sum(a == b for a, b in zip(said[f"{n} tenants"], alone, strict=True))}
 
 
 def _answer(
