@@ -1,5 +1,6 @@
 """The API over a real socket: the openai client unchanged, adapters in and out, and nothing of one tenant for another."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -19,13 +20,13 @@ from tests.serving.test_bank import adapter
 from tests.serving.test_encoder import HEADED, encoder, trained
 from tests.serving.test_encoder import alone as alone_read
 from tests.serving.test_engine import alone, small_llama
-from veratune.errors import ConfigError, UnsupportedError
+from veratune.errors import ConfigError, UnknownAdapterError, UnsupportedError
 from veratune.formats import native
 from veratune.serving.bank import Bank
 from veratune.serving.engine import Engine
 from veratune.serving.http import build, check_address
 from veratune.serving.jobs import Jobs
-from veratune.serving.keys import Keys
+from veratune.serving.keys import Caller, Keys
 from veratune.serving.scheduler import Limits
 from veratune.serving.service import Service
 from veratune.serving.store import SqliteStore
@@ -200,6 +201,19 @@ def test_nothing_of_one_tenant_is_for_another(served):
         assert [m["id"] for m in both.get("/v1/models", params={"after": "alice"}).json()["data"]] == ["ben/bob"]
 
 
+def test_the_same_work_is_done_for_what_is_not_there_and_for_what_is_anothers(served, monkeypatch):
+    asked = []
+    newest = served.store.newest
+    monkeypatch.setattr(served.store, "newest", lambda tenant, name: asked.append((tenant, name)) or newest(tenant, name))
+    work = {}
+    for model in ("ann/alice", "ann/ghost", "ghost", "bob"):
+        asked.clear()
+        with contextlib.suppress(UnknownAdapterError):
+            served.service.find(Caller(("ben",)), model)
+        work[model] = list(asked)
+    assert work == {model: [("ben", model.rpartition("/")[2])] for model in work}
+
+
 def poisoned():
     good = FILES["alice"]
     own = OWN["alice"]
@@ -264,6 +278,22 @@ def test_a_client_that_goes_away_frees_its_row(served):
     assert served.engine.scheduler.running == 0
     assert served.engine.counts.ended["cancelled"] >= before
     assert all(entry.pins == 0 for entry in served.engine.bank._entries.values())
+
+
+def test_a_client_that_goes_away_before_its_whole_answer_frees_its_row_too(tmp_path):
+    served = Served(tmp_path, open=True)
+    step = served.engine.step
+    served.engine.step = lambda: time.sleep(0.05) or step()  # an answer of six seconds
+    try:
+        body = {"model": "base", "prompt": [4, 5], "max_tokens": 120, "temperature": 1.0}
+        with httpx.Client(base_url=served.url, timeout=0.5) as http, pytest.raises(httpx.TimeoutException):
+            http.post("/v1/completions", json=body)
+        end = time.time() + 4
+        while served.engine.scheduler.running and time.time() < end:
+            time.sleep(0.02)
+        assert served.engine.counts.ended == {"cancelled": 1}
+    finally:
+        served.stop()
 
 
 def test_too_many_requests_are_told_to_come_again(tmp_path):

@@ -74,13 +74,15 @@ class Service:
         tenant, _, name = model.rpartition("/")
         tenant = tenant or caller.tenant
         missing = UnknownAdapterError(f"the model {model!r} does not exist, or this key may not use it")
-        if tenant not in caller.tenants:
-            # As much work as for a name of one's own that is not there.
-            tenant, name = caller.tenant, "-"
+        own = tenant in caller.tenants
         try:
-            return Place(tenant, name, self.store.newest(tenant, name))
+            # For somebody else's the same work is done on the caller's own, so that time tells nothing either.
+            place = Place(tenant, name, self.store.newest(tenant if own else caller.tenant, name))
         except (UnknownAdapterError, BadNameError):
             raise missing from None
+        if not own:
+            raise missing
+        return place
 
     def asked(self, caller: Caller, model: str, loop: Loop[Any]) -> dict[str, Any]:
         """Tenant, key and load of a request to one of the loops, for a model's name. Raises what `find` raises, UnsupportedError for the other

@@ -2,6 +2,7 @@
 
 import abc
 import asyncio
+import contextlib
 import json
 import time
 import uuid
@@ -88,7 +89,7 @@ async def chat(body: ChatBody, http: Request, who: Who, service: Served) -> Resp
         ) from error
     prompt = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
     most = body.max_completion_tokens or body.max_tokens or max(1, min(256, engine.length - len(prompt)))
-    asked = _asked(service, who, body, prompt, most, body.top_logprobs if body.logprobs else None)
+    asked = await asyncio.to_thread(_asked, service, who, body, prompt, most, body.top_logprobs if body.logprobs else None)
     return await _reply(engine, http, body, asked, _Chat(engine))
 
 
@@ -100,7 +101,7 @@ async def completion(body: CompletionBody, http: Request, who: Who, service: Ser
     size = engine.model.config.get_text_config().vocab_size
     if any(not 0 <= token < size for token in prompt):
         raise ApiError(400, f"prompt: tokens are numbers from 0 to {size - 1}")
-    asked = _asked(service, who, body, prompt, body.max_tokens, body.logprobs)
+    asked = await asyncio.to_thread(_asked, service, who, body, prompt, body.max_tokens, body.logprobs)  # a bucket may be slow
     return await _reply(engine, http, body, asked, _Completion(engine))
 
 
@@ -126,17 +127,24 @@ async def _reply(engine: Engine, http: Request, body: _Generation, asked: Asked,
     name, created = f"{form.prefix}-{uuid.uuid4().hex}", int(time.time())
     head = {"id": name, "created": created, "model": body.model}
 
+    streaming = False  # a response that streams notices itself that its client has gone
+
     async def each() -> AsyncIterator[Piece]:
-        end = time.monotonic() + timeout
+        look = time.monotonic() + 1
+        end = look - 1 + timeout
         try:
             while True:
-                try:
+                piece: Piece | BaseException | None = None
+                with contextlib.suppress(TimeoutError):
                     piece = await asyncio.wait_for(pieces.get(), 1.0)
-                except TimeoutError:
+                now = time.monotonic()
+                if now >= look and not streaming:
+                    look = now + 1
                     if await http.is_disconnected():
-                        raise asyncio.CancelledError from None
-                    if time.monotonic() > end:
-                        raise ApiError(504, f"the answer took over {timeout:g} s", "server_error") from None
+                        raise asyncio.CancelledError
+                if now > end:
+                    raise ApiError(504, f"the answer took over {timeout:g} s", "server_error")
+                if piece is None:
                     continue
                 if isinstance(piece, BaseException):
                     raise piece
@@ -194,6 +202,7 @@ async def _reply(engine: Engine, http: Request, body: _Generation, asked: Asked,
         yield "data: [DONE]\n\n"
         await answer.aclose()  # type: ignore[attr-defined]
 
+    streaming = True
     return StreamingResponse(events(), media_type="text/event-stream")
 
 
