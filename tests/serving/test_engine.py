@@ -290,3 +290,16 @@ def test_mistakes():
     model = small_llama()
     with pytest.raises(ConfigError, match="the bank has 2 slots for 32 rows"):
         Engine(model, fakes.tokenizer(), Bank(model, slots=2))
+
+
+def test_everybody_is_told_when_a_server_goes_down():
+    server = engine(rows=2)
+    asked = [server.submit(Request("t", [4, 5], Sampling(temperature=0, max_tokens=100))) for _ in range(7)]
+    server.step()
+    server.close()
+    for request in asked:
+        with pytest.raises(ClosedError, match="went down before"):
+            request.result()
+    assert (server.scheduler.running, server.scheduler.waiting) == (0, 0)
+    with pytest.raises(ClosedError, match="going down"):
+        server.submit(asked[0])

@@ -135,12 +135,11 @@ class _Meaning:
         memory = bytearray(body)  # that the tensors may be written to
         for name, (dtype, shape, first, last) in layout.tensors.items():
             kind, _, layer = name.partition("/")
-            flat = (
-                torch.frombuffer(memory, dtype=dtype, offset=first, count=(last - first) // dtype.itemsize)
-                if last > first
-                else None
-            )
-            found[kind][layer] = torch.empty(shape, dtype=dtype) if flat is None else flat.view(shape)
+            if last == first:
+                found[kind][layer] = torch.empty(shape, dtype=dtype)
+                continue
+            flat = torch.frombuffer(memory, dtype=dtype, offset=first, count=(last - first) // dtype.itemsize)
+            found[kind][layer] = flat if len(shape) == 1 else flat.view(shape)
         return Adapter(
             self.config, dict(self.shapes), found["d"], found["b"], found["head"], self.base_id, self.probe, copy.deepcopy(self.task),
             dict(self.kernels), self.over,

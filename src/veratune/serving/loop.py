@@ -139,11 +139,12 @@ class Loop(abc.ABC, Generic[R]):
         if self._thread is not None:
             self._thread.join()
         self._fetchers.shutdown(wait=False, cancel_futures=True)
-        while (request := self.scheduler.take()) is not None:
-            self._fetching.append((request, None))
+        down = ClosedError("the server went down before the answer was whole")
         for request in [*self.rows(), *(request for request, _ in self._fetching)]:
-            self.fail(request, ClosedError("the server went down before the answer was whole"))
+            self.fail(request, down)
         self._fetching = []
+        while (waiting := self.scheduler.take()) is not None:
+            self.fail(waiting, down)
 
     def rows(self) -> list[R]:
         """The requests that are being answered."""
