@@ -120,7 +120,7 @@ def main() -> None:
             "machine": platform.machine(), "torch": torch.__version__, "transformers": transformers.__version__,
         }  # fmt: skip
         (HERE.parent / "benchmarks" / "results" / "demo.jsonl").write_text(json.dumps(line) + "\n")
-    console.print("Talk to it:  make chat")
+    console.print("Talk to it:  make chat      Serve it, with others beside it:  make serve")
 
 
 if __name__ == "__main__":
