@@ -293,11 +293,18 @@ class Jobs:
         out.mkdir(exist_ok=True)
         self._write("UPDATE jobs SET status = 'running' WHERE id = ?", (job.id,))
         self._say(job.id, "the job goes on from its last checkpoint" if resumed else "the job has begun")
+        # Half of the processor at most, or two pools of threads would wait for one another; and in this session, in which priorities count.
+        env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)), **os.environ}
         ending = ["--json", "true", "--preview", "0", *(["--resume", "true"] if resumed else [])]
         with (
             (out / "result.json").open("wb") as result,
             subprocess.Popen(
-                [*words, *ending], stdin=subprocess.DEVNULL, stdout=result, stderr=subprocess.PIPE, start_new_session=True
+                [*words, *ending],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=result,
+                stderr=subprocess.PIPE,
+                process_group=0,
             ) as process,
         ):
             write_atomic(out / "pid", str(process.pid).encode())
