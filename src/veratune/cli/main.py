@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (error.name or "").partition(".")[0] in ("veratune", ""):
             raise
         return _fail(
-            f"{name} needs the package {error.name!r}: pip install 'veratune[train,vision,plot,peft,quantized,scores,serve,cluster]'", 1
+            f"{name} needs the package {error.name!r}: pip install 'veratune[train,vision,plot,peft,quantized,scores,serve,cluster]'",
+            1,
         )
     except KeyboardInterrupt:
         return _fail("interrupted; a training run goes on with --resume", 130)
