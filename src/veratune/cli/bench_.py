@@ -57,7 +57,7 @@ def parser(form: str = "step") -> Parser:
             "--base_dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of the base model"
         )
         out.add_class_arguments(Load)
-    if form not in ("explain",):
+    if form != "explain":
         out.add_argument("--out", type=str | None, default=None, help="add the lines to this file as JSON lines")
         out.add_argument("--threads", type=int, default=2, help="that compute")
     out.add_argument("--json", type=bool, default=False, help="print the figures as JSON")
@@ -72,6 +72,8 @@ def run(argv: Sequence[str]) -> int:
     flags = parse(parser(form), words)
     if any(getattr(flags, name, None) is not None and getattr(flags, name) < 1 for name in ("threads", "rank", "blocks")):
         raise Usage("--threads, --rank and --blocks start at 1")
+    if getattr(flags, "seconds", 0.0) < 0:
+        raise Usage("--seconds starts at 0")
     import torch
 
     if form != "explain":
@@ -90,8 +92,7 @@ def run(argv: Sequence[str]) -> int:
 def _explain(flags: Namespace, console: Console) -> list[dict[str, Any]]:
     from veratune.bench.explain import explain
 
-    lines = explain(flags.model, flags.rank)
-    return lines
+    return explain(flags.model, flags.rank)
 
 
 def _calibrate(flags: Namespace, console: Console) -> list[dict[str, Any]]:

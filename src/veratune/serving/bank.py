@@ -15,7 +15,7 @@ import copy
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,12 +35,14 @@ Key = Hashable
 
 @dataclasses.dataclass
 class Lease:
-    """An adapter that stays in its slot until it is given back. plane: None for the bare base model, whose slot is 0."""
+    """An adapter that stays in its slot until it is given back. plane: None for the bare base model, whose slot is 0; task: what the adapter is
+    for (see `Adapter`)."""
 
     bank: "Bank"
     key: Key | None
     plane: "Plane | None"
     slot: int
+    task: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     held: bool = True
 
     def release(self) -> None:
@@ -134,6 +136,7 @@ class Plane:
 class _Entry:
     plane: Plane
     slot: int
+    task: Mapping[str, Any]
     pins: int = 0
 
 
@@ -210,7 +213,7 @@ class Bank:
                 self.counts.hits += 1
                 self._entries.move_to_end(key)
                 entry.pins += 1
-                return Lease(self, key, entry.plane, entry.slot)
+                return Lease(self, key, entry.plane, entry.slot, entry.task)
         if load is None:
             raise AdapterError(f"no adapter {key!r} in the bank, and nothing to load it from")
         start = time.perf_counter()
@@ -223,7 +226,7 @@ class Bank:
                 self.counts.load_seconds += time.perf_counter() - start
             self._entries.move_to_end(key)
             entry.pins += 1
-            return Lease(self, key, entry.plane, entry.slot)
+            return Lease(self, key, entry.plane, entry.slot, entry.task)
 
     def release(self, lease: Lease) -> None:
         """End a lease; the adapter stays in memory until its slot is wanted."""
@@ -312,7 +315,7 @@ class Bank:
         except BaseException:
             plane.free.append(slot)
             raise
-        entry = self._entries[key] = _Entry(plane, slot)
+        entry = self._entries[key] = _Entry(plane, slot, adapter.task)
         return entry
 
     def _free(self, key: Key) -> None:

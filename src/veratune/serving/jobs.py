@@ -369,9 +369,12 @@ class Jobs:
     def _check_columns(self, data: bytes, model: str) -> None:
         wanted = self.bases[model].columns
         for number, line in enumerate(data.split(b"\n"), 1):
-            if line.strip() and not any(set(columns) <= set(json.loads(line)) for columns in wanted):
+            if not line.strip():
+                continue
+            row = json.loads(line)
+            if not any(set(columns) <= set(row) for columns in wanted):
                 raise DataError(
-                    f"line {number} has {', '.join(sorted(json.loads(line))) or 'nothing'}; for the model {model!r} a row has "
+                    f"line {number} has {', '.join(sorted(row)) or 'nothing'}; for the model {model!r} a row has "
                     + ", or ".join(" and ".join(columns) for columns in wanted)
                 )
 

@@ -99,11 +99,6 @@ class Service:
         """An adapter out of the store, checked."""
         return native.decode(self.store.get(*place.key))
 
-    def labels(self, caller: Caller, model: str) -> list[str]:
-        """The names of the classes that an adapter tells apart; none for a base model, or where they have no names."""
-        place = self.find(caller, model)
-        return [] if place is None else [str(label) for label in self.load(place).task.get("labels", [])]
-
     def put(self, tenant: str, name: str, data: bytes) -> Version:
         """Store an adapter's file, if it is one and fits a base model here. Raises VeratuneError, and then nothing was stored."""
         adapter = native.decode(data)

@@ -51,7 +51,8 @@ async def embeddings(body: EmbeddingBody, who: Who, service: Served) -> dict[str
         encoded.append(
             encoder.encode(entry) if isinstance(entry, str) else {"input_ids": entry, "attention_mask": [1] * len(entry)}
         )
-    vectors, tokens = await _read(service, encoder, who, body.model, encoded, "embedding")
+    vectors, read = await _read(service, encoder, who, body.model, encoded, "embedding")
+    tokens = sum(request.size for request in read)
     shown: list[Any] = vectors
     if body.encoding_format == "base64":
         shown = [base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode() for vector in vectors]
@@ -67,8 +68,10 @@ async def classify(body: ClassifyBody, who: Who, service: Served) -> dict[str, A
     if body.pair is not None and len(pairs) != len(texts):
         raise ApiError(400, f"pair: {len(pairs)} texts for {len(texts)} of input; as many are wanted")
     encoded = [encoder.encode(text, *pairs[i : i + 1]) for i, text in enumerate(texts)]
-    logits, tokens = await _read(service, encoder, who, body.model, encoded, "logits")
-    labels = await asyncio.to_thread(service.labels, who, body.model)
+    logits, read = await _read(service, encoder, who, body.model, encoded, "logits")
+    lease = read[0].lease
+    labels = [str(label) for label in lease.task.get("labels", [])] if lease is not None else []
+    tokens = sum(request.size for request in read)
     data: list[dict[str, Any]] = []
     for i, row in enumerate(logits):
         if len(row) == 1:
@@ -84,8 +87,8 @@ async def classify(body: ClassifyBody, who: Who, service: Served) -> dict[str, A
 
 async def _read(
     service: Service, encoder: Encoder, who: Caller, model: str, encoded: list[Any], want: Want
-) -> tuple[list[list[float]], int]:
-    """Every text's numbers, and how many tokens they had. All texts are asked for at once; the first that fails fails the call."""
+) -> tuple[list[list[float]], list[Reading]]:
+    """Every text's numbers, and the requests that had them. All texts are asked for at once; the first that fails fails the call."""
     if not 1 <= len(encoded) <= MOST:
         raise ApiError(400, f"input: {len(encoded)} texts; 1 to {MOST} are wanted")
     asked = await asyncio.to_thread(service.asked, who, model, encoder)
@@ -99,4 +102,4 @@ async def _read(
             if isinstance(answer, BaseException):
                 raise answer
             rows.append(answer)
-    return rows, sum(request.size for request in requests)
+    return rows, requests
