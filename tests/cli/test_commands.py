@@ -371,13 +371,14 @@ def test_a_server_answers_and_drains_on_sigterm(tmp_path):
     begun, ends = threading.Semaphore(0), []
 
     def ask():
-        body = {"model": "mine", "prompt": [4, 5], "max_tokens": 400, "temperature": 1, "seed": 1, "stream": True}
+        body = {"model": "mine", "prompt": [4, 5], "max_tokens": 800, "temperature": 1, "seed": 1, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
             lines = []
             for line in reply.iter_lines():
                 if line:
+                    if not lines:
+                        begun.release()
                     lines.append(line)
-                    begun.release()
             ends.append(lines[-2:])
 
     try:

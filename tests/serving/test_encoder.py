@@ -1,6 +1,6 @@
 """Texts of many tenants in one batch: each is read as if alone, with its own adapter and its own classes."""
 
-import time
+import threading
 
 import pytest
 import torch
@@ -96,17 +96,12 @@ def test_what_cannot_be_read_is_said_and_fails_alone():
 def test_a_slow_store_holds_up_nobody_else():
     server = encoder(rows=4)
     own = trained(QV, 1)
+    there = threading.Event()
     server.start()
-
-    def slow():
-        time.sleep(1.0)
-        return own
-
-    late = server.submit(Reading("a", server.encode("light"), key="late", load=slow))
-    begin = time.perf_counter()
+    late = server.submit(Reading("a", server.encode("light"), key="late", load=lambda: there.wait() and own))
     for _ in range(5):
         server.submit(Reading("b", server.encode("please"))).result()
-    assert time.perf_counter() - begin < 0.9
     assert late.ended is None
+    there.set()
     assert len(late.result()) == 32
     server.close()
