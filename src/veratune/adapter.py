@@ -4,6 +4,7 @@ This is what every file format reads and writes, and all that training and servi
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class Adapter:
                 state = "is missing" if layer in wanted else "is not expected"
                 raise AdapterFileError(f"{kind} of layer '{layer}' {state}; the config trains vectors={config.vectors!r}")
             for layer, vector in vectors.items():
-                size = self.rank_of(layer) if kind == "d" else self.shapes[layer][0]
+                size = self.ranks[layer] if kind == "d" else self.shapes[layer][0]
                 if vector.shape != (size,):
                     m, n = self.shapes[layer]
                     meaning = f"rank {size}" if kind == "d" else f"{size} outputs"
@@ -70,9 +71,10 @@ class Adapter:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise AdapterFileError(f"head tensor '{name}' holds NaN or infinity; the training run diverged")
 
-    def rank_of(self, layer: str) -> int:
-        """The rows of A at a layer."""
-        return rank_of(self.config, layer, self.kernels.get(layer, ()))
+    @functools.cached_property
+    def ranks(self) -> dict[str, int]:
+        """The rows of A at each layer, in the order of `shapes`."""
+        return {layer: rank_of(self.config, layer, self.kernels.get(layer, ())) for layer in self.shapes}
 
     @property
     def basis(self) -> Basis:

@@ -32,7 +32,7 @@ def figures(adapter: Adapter) -> list[LayerFigures]:
         m, n = adapter.shapes[layer]
         d, b = adapter.d.get(layer), adapter.b.get(layer)
         mean = None if b is None else b.float().abs().mean().item()
-        out.append(LayerFigures(layer, m, n, adapter.rank_of(layer), _norm(d), _norm(b), mean))
+        out.append(LayerFigures(layer, m, n, adapter.ranks[layer], _norm(d), _norm(b), mean))
     return out
 
 

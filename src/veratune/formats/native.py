@@ -23,6 +23,8 @@ import functools
 import hashlib
 import json
 import re
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +87,7 @@ def encode(adapter: Adapter) -> bytes:
     }
     if adapter.kernels:
         about["kernels"] = {layer: list(kernel) for layer, kernel in adapter.kernels.items()}
-    about["digest"] = _digest(about, tensors)
-    return safetensors.torch.save(tensors, {_ENTRY: _canonical(about)})
+    return _pack(about, tensors)
 
 
 def decode(data: bytes) -> Adapter:
@@ -107,13 +108,11 @@ def decode(data: bytes) -> Adapter:
     if layout.digest_of(body) != digest:
         raise AdapterFileError("its content does not match its digest: it was damaged or tampered with")
     adapter = layout.meaning.adapter(layout, body)
-    if (
-        header
-        and len(header) <= _LARGEST_LAYOUT
-        and _LAYOUTS.setdefault(header, layout) is layout
-        and len(_LAYOUTS) > _LAYOUTS_KEPT
-    ):
-        _LAYOUTS.pop(next(iter(_LAYOUTS)), None)
+    if header and len(header) <= _LARGEST_LAYOUT:
+        with _LOCK:
+            _LAYOUTS[header] = layout
+            if len(_LAYOUTS) > _LAYOUTS_KEPT:
+                del _LAYOUTS[next(iter(_LAYOUTS))]
     return adapter
 
 
@@ -133,8 +132,7 @@ class _Meaning:
         """The adapter with the tensors of one file."""
         found: dict[str, dict[str, Tensor]] = {"d": {}, "b": {}, "head": {}}
         memory = bytearray(body)  # that the tensors may be written to
-        for name, (dtype, shape, first, last) in layout.tensors.items():
-            kind, _, layer = name.partition("/")
+        for (kind, layer), (dtype, shape, first, last) in zip(layout.names, layout.tensors.values(), strict=True):
             if last == first:
                 found[kind][layer] = torch.empty(shape, dtype=dtype)
                 continue
@@ -160,17 +158,13 @@ class _Layout:
             for name, entry in sorted(header.items())
             if name != "__metadata__"
         }
-        rest = {k: v for k, v in self.about.items() if k != "digest"}
-        self._start = hashlib.sha256(_text_of(rest))
+        self.names = [(kind, layer) for kind, _, layer in (name.partition("/") for name in self.tensors)]
+        self._start = hashlib.sha256(_text_of({k: v for k, v in self.about.items() if k != "digest"}))
         self._labels = [_label(name, dtype, shape) for name, (dtype, shape, _, _) in self.tensors.items()]
 
     def digest_of(self, body: memoryview) -> str:
         """The digest of a file with this header."""
-        digest = self._start.copy()
-        for label, (_, _, first, last) in zip(self._labels, self.tensors.values(), strict=True):
-            digest.update(label)
-            digest.update(body[first:last])
-        return digest.hexdigest()
+        return _digest(self._start, self._labels, [body[first:last] for _, _, first, last in self.tensors.values()])
 
     @functools.cached_property
     def meaning(self) -> _Meaning:
@@ -186,8 +180,7 @@ class _Layout:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise AdapterFileError(f"its metadata lacks or garbles an entry ({type(error).__name__}: {error})") from None
         layers: set[str] = set()
-        for name, (dtype, *_) in self.tensors.items():
-            kind, _, layer = name.partition("/")
+        for (name, (dtype, *_)), (kind, layer) in zip(self.tensors.items(), self.names, strict=True):
             if kind not in ("d", "b", "head") or not layer:
                 raise AdapterFileError(f"tensor {name!r} is neither d/<layer>, b/<layer> nor head/<name>")
             if kind != "head" and dtype not in _FLOATS.values():
@@ -218,6 +211,7 @@ class _Layout:
 
 _LAYOUTS: dict[bytes, _Layout] = {}  # of files that were read lately, by header without its digest
 _LAYOUTS_KEPT, _LARGEST_LAYOUT = 64, 2**20
+_LOCK = threading.Lock()  # held by who changes _LAYOUTS
 
 
 def _without_digest(header: bytes) -> tuple[bytes, str]:
@@ -255,12 +249,20 @@ def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def _digest(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(_text_of(about))
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(_label(name, tensor.dtype, tuple(tensor.shape)))
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+def _pack(about: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
+    """A file with these metadata, its digest added, and these tensors, in the order of their names."""
+    labels = [_label(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    contents = [tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in tensors.values()]
+    digest = _digest(hashlib.sha256(_text_of(about)), labels, contents)
+    return safetensors.torch.save(tensors, {_ENTRY: _canonical(about | {"digest": digest})})
+
+
+def _digest(start: "hashlib._Hash", labels: Iterable[bytes], contents: Iterable[memoryview]) -> str:
+    """The digest of a file: of its metadata, hashed already, and of what each tensor is and holds."""
+    digest = start.copy()
+    for label, content in zip(labels, contents, strict=True):
+        digest.update(label)
+        digest.update(content)
     return digest.hexdigest()
 
 

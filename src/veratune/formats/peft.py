@@ -19,7 +19,7 @@ from veratune.basis.blocks import dense
 from veratune.config import VeraConfig
 from veratune.errors import AdapterFileError, BaseModelError, UnsupportedError, VeratuneError, near
 from veratune.formats.atomic import new_folder
-from veratune.targets import PART, layers_of, linear_shape, rank_of
+from veratune.targets import PART, layers_of, linear_shape
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -56,7 +56,7 @@ def write_vera(adapter: Adapter, folder: str | Path) -> None:
         )
     if config.sharing != "shared":
         raise UnsupportedError(f"PEFT's VeRA has one pair (A, B) for all layers; this adapter has sharing={config.sharing!r}")
-    ranks = sorted({rank_of(config, layer) for layer in adapter.shapes})
+    ranks = sorted(set(adapter.ranks.values()))
     if len(ranks) > 1:
         raise UnsupportedError(f"PEFT's VeRA has one rank; this adapter has the ranks {', '.join(map(str, ranks))}")
     rank = ranks[0]
@@ -90,13 +90,13 @@ def write_lora(adapter: Adapter, folder: str | Path) -> None:
     _refuse_parts(adapter, "PEFT's LoRA of one layer")
     tensors = {}
     for layer, (m, n) in adapter.shapes.items():
-        rank = rank_of(config, layer)
+        rank = adapter.ranks[layer]
         A, B = (dense(matrix) for matrix in adapter.basis.pair(layer, m, n, rank, _CPU, torch.float32))
         d = adapter.d[layer].float() if layer in adapter.d else torch.ones(rank)
         b = adapter.b[layer].float() if layer in adapter.b else torch.ones(m)
         tensors[f"{_PREFIX}{layer}.lora_A.weight"] = (d * adapter.basis.scale(rank, n))[:, None] * A
         tensors[f"{_PREFIX}{layer}.lora_B.weight"] = b[:, None] * B
-    ranks = {layer: rank_of(config, layer) for layer in adapter.shapes if rank_of(config, layer) != config.rank}
+    ranks = {layer: rank for layer, rank in adapter.ranks.items() if rank != config.rank}
     settings = {
         "peft_type": "LORA",
         "r": config.rank,

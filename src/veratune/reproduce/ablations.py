@@ -329,7 +329,7 @@ def deltas_of(adapter: Adapter) -> dict[str, Tensor]:
     basis = new_basis(config, dict(adapter.shapes))
     out = {}
     for layer, (m, n) in adapter.shapes.items():
-        rank = adapter.rank_of(layer)
+        rank = adapter.ranks[layer]
         A, B = basis.pair(layer, m, n, rank, device, torch.float32)
         out[layer] = delta_weight(A, B, adapter.d.get(layer), adapter.b.get(layer), basis.scale(rank, n))
     return out

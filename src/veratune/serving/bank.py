@@ -126,7 +126,7 @@ class Plane:
 
     def write(self, slot: int, adapter: Adapter) -> None:
         """Put an adapter's values into a slot that nobody uses."""
-        row = torch.cat([(adapter.d if kind == "d" else adapter.b)[layer].flatten() for kind, layer in self.order])
+        row = torch.cat([(adapter.d if kind == "d" else adapter.b)[layer] for kind, layer in self.order])
         self.values[slot].copy_(row)
         for name, tensors in self.heads.items():
             tensors[slot].copy_(adapter.head[name])
@@ -324,9 +324,15 @@ class Bank:
 
     def _plane_of(self, adapter: Adapter) -> Plane:
         config = adapter.config
-        ranks = tuple(adapter.rank_of(layer) for layer in adapter.shapes)
         head = tuple((name, tuple(t.shape), t.dtype) for name, t in sorted(adapter.head.items()))
-        kind = (adapter.fingerprint, tuple(adapter.shapes.items()), ranks, config.vectors, config.fused, head)
+        kind = (
+            adapter.fingerprint,
+            tuple(adapter.shapes.items()),
+            tuple(adapter.ranks.values()),
+            config.vectors,
+            config.fused,
+            head,
+        )
         plane = self._planes.get(kind)
         if plane is not None:
             check_probe(plane.probe, adapter, base_id(self.model))
