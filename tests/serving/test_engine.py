@@ -77,7 +77,7 @@ FAMILIES = [family(name) for name in ("Mistral", "Qwen2", "Qwen3", "Gemma", "Gem
 def test_every_conversation_is_as_if_alone(make, chunk):
     own = [None, *(adapter(make, QV, i) for i in range(3))]
     rng = random.Random(1)
-    prompts = [[rng.randrange(3, 30) for _ in range(rng.choice((1, 3, 9, 20)))] for _ in range(14)]
+    prompts = [[rng.randrange(3, 30) for _ in range(rng.choice((1, 3, 8, 9, 10, 17, 20)))] for _ in range(14)]
     which = [rng.randrange(4) for _ in prompts]
     lengths = [rng.choice((1, 2, 7, 12)) for _ in prompts]
     requests = [
@@ -129,6 +129,36 @@ def test_one_request_fails_alone():
     assert isinstance(found[id(requests[2])][-1], OSError)
     assert answers[3] == alone(small_llama, [4, 5], None, 12)[: len(answers[3])]
     assert server.counts.ended["error"] == 2
+
+
+def test_what_a_failed_row_leaves_behind_reaches_nobody():
+    """NaN in the memory of a row that is gone would be NaN for the next one in it, hidden tokens or not: 0 times NaN is NaN."""
+    huge = adapter(small_llama, QV, 1)
+    for b in huge.b.values():
+        b.fill_(1e38)
+    server = engine(rows=2)
+    server.ends = set()
+    long, short = [4, 5, 6] * 10, [7, 8]
+    _, found = run(server, [Request("t", long, GREEDY, key="huge", load=lambda: huge)])
+    assert [type(answers[-1]) for answers in found.values()] == [UnsupportedError]
+    answers, _ = run(server, [Request("t", short, GREEDY), Request("t", long, GREEDY)])
+    assert answers == [alone(small_llama, prompt, None, 12) for prompt in (short, long)]
+
+
+def test_prompts_of_like_length_are_read_together_and_a_tenant_who_asks_a_lot_does_not_hold_up_another():
+    server = engine(rows=32, chunk=64)
+    server.ends = set()
+    many = [server.submit(Request("a", [4 + i % 7] * 15, Sampling(temperature=0, max_tokens=60))) for i in range(30)]
+    server.step()
+    assert sum(request.first is not None for request in many) == 4  # 4 times 15 tokens in a pass of 64
+    one = server.submit(Request("b", [5] * 15, Sampling(temperature=0, max_tokens=3)))
+    while one.first is None:
+        server.step()
+    assert sum(request.first is not None for request in many) <= 16
+    while one.ended is None:
+        server.step()
+    assert one.result() == server.tokenizer.decode(alone(small_llama, [5] * 15, None, 3), skip_special_tokens=True)
+    server.close()
 
 
 def test_a_failing_pass_fails_its_rows_and_the_next_one_works(monkeypatch):

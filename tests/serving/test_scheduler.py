@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veratune.errors import BusyError, ConfigError
-from veratune.serving.scheduler import Limits, Scheduler
+from veratune.serving.scheduler import Limits, Scheduler, together
 
 
 @dataclasses.dataclass(eq=False)
@@ -94,3 +94,14 @@ def test_a_request_waits_for_at_most_one_of_each_other_tenant(steps):
                 assert since[other][taken.tenant] <= 1 + (queued[other] == 0) + 1
             elif not queued[other]:
                 since[other] = {}
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 300))
+def test_texts_that_are_read_together_fill_their_pass(sizes, most):
+    chosen = together(sizes, most)
+    assert chosen[0] == 0  # the first one is never left behind
+    assert chosen == sorted(set(chosen))
+    own = [sizes[i] for i in chosen]
+    area = max(own) * len(own)
+    assert len(own) == 1 or area <= most
+    assert sum(own) >= 0.75 * area

@@ -1,7 +1,6 @@
 """Encoder: texts of many tenants in one batch, read with a row's own adapter and head: embeddings, classes and scores."""
 
 import dataclasses
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -9,12 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from veratune.errors import ConfigError, UnsupportedError, VeratuneError
+from veratune.errors import ConfigError, UnsupportedError
 from veratune.serving.bank import Bank
 from veratune.serving.loop import Ask, Loop
 from veratune.serving.scheduler import Limits
 
-log = logging.getLogger(__name__)
 Want = Literal["embedding", "logits"]
 
 
@@ -102,14 +100,10 @@ class Encoder(Loop[Reading]):
         try:
             answers = self._forward(rows)
         except Exception as error:
-            log.exception("a batch of %d texts failed", len(rows))
-            for request in rows:
-                self.fail(request, error if isinstance(error, VeratuneError) else RuntimeError(f"the model failed: {error}"))
+            self.failed(rows, error)
             return
-        for request, answer, good in zip(rows, answers.tolist(), torch.isfinite(answers).all(-1).tolist(), strict=True):
-            if not good:
-                self.fail(request, UnsupportedError("the adapter makes the model's output infinite or NaN"))
-                continue
+        fine, answers = self.finite(rows, answers)
+        for request, answer in zip(fine, answers.tolist(), strict=True):
             self._batch.remove(request)
             request.first = time.perf_counter()
             self.counts.prompt_tokens += request.size

@@ -1,6 +1,6 @@
 """Engine: many conversations of many tenants on one model, a token of each in every step.
 
-schedule (who joins) -> run (one chunk of a prompt, then one token of every row) -> postprocess (draw, stream, leave). The engine's
+schedule (who joins) -> run (a chunk of some prompts, then one token of every row) -> postprocess (draw, stream, leave). The engine's
 thread is the only one that runs the model; requests come and go from any thread.
 """
 
@@ -14,11 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from veratune.errors import ConfigError, UnsupportedError, VeratuneError
+from veratune.errors import ConfigError, UnsupportedError
 from veratune.serving.bank import Bank
 from veratune.serving.loop import Ask, Loop
 from veratune.serving.sampling import Choice, Sampling, Text, choose
-from veratune.serving.scheduler import Limits
+from veratune.serving.scheduler import Limits, together
 from veratune.serving.slots import SlotCache
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Request(Ask):
 class Engine(Loop[Request]):
     """Generation on one causal model with a bank of adapters.
 
-    length: the most tokens of a prompt and its answer; chunk: tokens of a prompt that are read in one step.
+    length: the most tokens of a prompt and its answer; chunk: tokens of prompts that are read in one step.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class Engine(Loop[Request]):
         self.chunk = chunk
         self.ends = set(_end_tokens(model, tokenizer))
         self._cache = SlotCache(self.limits.rows, self.length)
-        self._rows: list[Request] = []  # those that answer, and behind them at most one whose prompt is being read
-        self._reading = False
+        self._rows: list[Request] = []  # those that answer, and behind them those whose prompts are being read
+        self._answering = 0
         self._seeds = itertools.count(time.time_ns())
 
     def check(self, request: Request) -> None:
@@ -111,10 +111,10 @@ class Engine(Loop[Request]):
         self._join()
         if not self._rows:
             return False
-        if self._reading:
+        if self._answering < len(self._rows):
             self._read()
-        if len(self._rows) > int(self._reading):
-            self._draw(*self._forward(0, [[r.last] for r in self._rows[: len(self._rows) - int(self._reading)]]))
+        if self._answering:
+            self._draw(*self._forward(0, [[request.last] for request in self._rows[: self._answering]]))
         return True
 
     def _leave(self) -> None:
@@ -122,56 +122,53 @@ class Engine(Loop[Request]):
             self._end(request, "cancelled", "")
 
     def _join(self) -> None:
-        """Take the next request into the last row, if no prompt is being read."""
-        request = None if self._reading else self.next()
-        if request is None:
-            return
-        request.text = Text(self.tokenizer, request.sampling.stop)
-        if request.sampling.temperature > 0:
-            seed = request.sampling.seed if request.sampling.seed is not None else next(self._seeds)
-            request.generator = torch.Generator(self._device).manual_seed(seed % 2**63)
-        self._rows.append(request)
-        self._reading = True
+        """Take those who are next into the last rows: as many as one pass reads."""
+        while sum(len(r.prompt) - r.read for r in self._rows[self._answering :]) < self.chunk and (request := self.next()):
+            request.text = Text(self.tokenizer, request.sampling.stop)
+            if request.sampling.temperature > 0:
+                seed = request.sampling.seed if request.sampling.seed is not None else next(self._seeds)
+                request.generator = torch.Generator(self._device).manual_seed(seed % 2**63)
+            self._rows.append(request)
 
     def _read(self) -> None:
-        """The next chunk of the last row's prompt; its last token's logits give the first token of the answer."""
-        request, row = self._rows[-1], len(self._rows) - 1
-        tokens = request.prompt[request.read : request.read + self.chunk]
-        whole, logits = self._forward(row, [list(tokens)])
-        if not whole:
-            return
-        self.counts.prompt_tokens += len(tokens)
-        request.read += len(tokens)
-        if request.read == len(request.prompt):
-            self._reading = False
-            request.first = time.perf_counter()
-            self._draw(whole, logits)
+        """The next chunk of the prompt that came first, and of those that fit beside it; a prompt's last token gives the first of the answer."""
+        first = self._answering
+        reading = sorted(self._rows[first:], key=lambda request: request.leased or 0.0)
+        sizes = [min(len(request.prompt) - request.read, self.chunk) for request in reading]
+        chosen = {reading[i]: sizes[i] for i in together(sizes, self.chunk)}
+        for row, request in enumerate(chosen, first):
+            self._swap(self._rows.index(request), row)
+        fine, logits = self._forward(first, [list(r.prompt[r.read : r.read + size]) for r, size in chosen.items()])
+        whole = []
+        for at, request in enumerate(fine):
+            self.counts.prompt_tokens += chosen[request]
+            request.read += chosen[request]
+            if request.read == len(request.prompt):
+                self._swap(self._rows.index(request), self._answering)
+                self._answering += 1
+                request.first = time.perf_counter()
+                whole.append(at)
+        self._draw([fine[at] for at in whole], logits[whole])
 
     @torch.no_grad()
     def _forward(self, first: int, tokens: list[list[int]]) -> tuple[list[Request], Tensor]:
         """The rows from `first` on that the pass went well for, and the logits of their last tokens; the others have failed."""
         rows = self._rows[first : first + len(tokens)]
+        most = max(map(len, tokens))
+        padded = torch.tensor([[0] * (most - len(own)) + own for own in tokens], device=self._device)
+        self._cache.open(first, [len(own) for own in tokens], self._device)
         try:
-            self._cache.open(first, len(tokens), len(tokens[0]), self._device)
             with self.bank.rows([request.lease for request in rows]):
                 out = self.model(
-                    input_ids=torch.tensor(tokens, device=self._device), attention_mask=self._cache.mask(self.model.dtype),
-                    position_ids=self._cache.positions, past_key_values=self._cache, use_cache=True, logits_to_keep=1,
+                    input_ids=padded, attention_mask=self._cache.mask(self.model.dtype), position_ids=self._cache.positions,
+                    past_key_values=self._cache, use_cache=True, logits_to_keep=1,
                 )  # fmt: skip
-            self._cache.close()
         except Exception as error:
-            log.exception("a step of %d rows failed", len(rows))
-            for request in rows:
-                self.fail(request, error if isinstance(error, VeratuneError) else RuntimeError(f"the model failed: {error}"))
+            self._cache.close()
+            self.failed(rows, error)
             return [], torch.empty(0)
-        logits: Tensor = out.logits[:, -1]
-        fine = torch.isfinite(logits.amax(-1) - logits.amin(-1))  # a NaN is both, an infinity one of them
-        if fine.all():
-            return rows, logits
-        for request, good in zip(rows, fine.tolist(), strict=True):
-            if not good:
-                self.fail(request, UnsupportedError("the adapter makes the model's output infinite or NaN"))
-        return [r for r, good in zip(rows, fine.tolist(), strict=True) if good], logits[fine]
+        self._cache.close()
+        return self.finite(rows, out.logits[:, -1])
 
     def _draw(self, rows: Sequence[Request], logits: Tensor) -> None:
         if not rows:
@@ -210,19 +207,20 @@ class Engine(Loop[Request]):
         super().fail(request, error)
 
     def _out(self, request: Request) -> None:
-        """Take a request out of its row; the last row that answers takes its place, and a prompt that is being read stays last."""
+        """Take a request out of its row; the last one that answers takes its place, and the last one of all that one's."""
         row, last = self._rows.index(request), len(self._rows) - 1
-        if self._reading and row == last:
-            self._reading = False
-        elif self._reading and row < last - 1:
-            self._cache.move(last - 1, row)
-            self._rows[row] = self._rows[last - 1]
-            row = last - 1
-        if row != last:
-            self._cache.move(last, row)
-            self._rows[row] = self._rows[last]
+        if row < self._answering:
+            self._answering -= 1
+            self._swap(row, self._answering)
+            row = self._answering
+        self._swap(row, last)
         self._cache.free(last)
         self._rows.pop()
+
+    def _swap(self, one: int, other: int) -> None:
+        if one != other:
+            self._cache.swap(one, other)
+            self._rows[one], self._rows[other] = self._rows[other], self._rows[one]
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

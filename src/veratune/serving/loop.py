@@ -15,11 +15,14 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
+import torch
+from torch import Tensor
+
 from veratune.adapter import Adapter
-from veratune.errors import BankFullError, ClosedError, ConfigError
+from veratune.errors import BankFullError, ClosedError, ConfigError, UnsupportedError, VeratuneError
 from veratune.serving.bank import Bank, Key, Lease
 from veratune.serving.scheduler import Limits, Scheduler
 
@@ -152,7 +155,8 @@ class Loop(abc.ABC, Generic[R]):
 
     def next(self) -> R | None:
         """The next request to answer, with the lease of its adapter; None if nobody waits whose adapter is in memory."""
-        while (request := self.scheduler.take()) is not None:
+        # No more than can be fetched at once: who is in here has had its turn, and others of its tenant would come before those who ask later.
+        while len(self._fetching) < FETCHERS and (request := self.scheduler.take()) is not None:
             self._fetching.append((request, self._fetch(request)))
         for entry in list(self._fetching):
             request, fetched = entry
@@ -185,6 +189,23 @@ class Loop(abc.ABC, Generic[R]):
         """End a request that ran with an error."""
         self.gone(request, "error")
         request.listen(error)
+
+    def failed(self, rows: Sequence[R], error: Exception) -> None:
+        """End the requests of a pass that failed."""
+        log.error("a pass of %d rows failed", len(rows), exc_info=error)
+        for request in rows:
+            self.fail(request, error if isinstance(error, VeratuneError) else RuntimeError(f"the model failed: {error}"))
+
+    def finite(self, rows: Sequence[R], made: Tensor) -> tuple[list[R], Tensor]:
+        """The rows for which a pass made finite numbers, and those, (rows, numbers); the others have failed."""
+        fine = torch.isfinite(made.amax(-1) - made.amin(-1))  # a NaN is both, an infinity one of them
+        found: list[R] = []
+        for request, good in zip(rows, fine.tolist(), strict=True):
+            if good:
+                found.append(request)
+            else:
+                self.fail(request, UnsupportedError("the adapter makes the model's output infinite or NaN"))
+        return found, made if len(found) == len(rows) else made[fine]
 
     def _fetch(self, request: R) -> "concurrent.futures.Future[Adapter] | None":
         if request.key is None or request.key in self.bank or request.load is None:

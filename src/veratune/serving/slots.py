@@ -5,6 +5,7 @@ one takes its place.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,16 +17,17 @@ from veratune.errors import UnsupportedError
 
 @dataclasses.dataclass
 class Window:
-    """What one forward pass reads and writes: rows first..first + count, and `queries` new tokens of each.
+    """What one forward pass reads and writes: rows from `first` on, and new tokens of each, at the right end of the input.
 
-    positions: (rows, queries), of the new tokens; longest: tokens of the longest row with them; index: where they go in the memory.
+    new: how many of each row; positions: (rows, queries), of the new tokens, 0 or more where there is none; longest: tokens of the longest
+    row with them; real: places in the flattened input that hold tokens, None where all do; index: where they go in the memory.
     """
 
     first: int
-    count: int
-    queries: int
-    longest: int
+    new: list[int]
     positions: Tensor
+    longest: int
+    real: Tensor | None
     index: tuple[Tensor, slice, Tensor]
 
 
@@ -44,12 +46,18 @@ class SlotCache(Cache):
         self._values: list[Tensor] = []
         self._window: Window | None = None
 
-    def open(self, first: int, count: int, queries: int, device: torch.device) -> Window:
-        """Say which rows the next forward pass is for, and how many tokens it adds to each."""
-        held = self.held[first : first + count]
-        positions = torch.tensor(held, device=device)[:, None] + torch.arange(queries, device=device)
-        index = (torch.arange(count, device=device)[:, None], slice(None), positions)
-        self._window = Window(first, count, queries, max(held) + queries, positions, index)
+    def open(self, first: int, new: Sequence[int], device: torch.device) -> Window:
+        """Say which rows the next forward pass is for, and how many tokens it adds to each: the last ones of an input as wide as the most of them."""
+        most = max(new)
+        ends = [held + own for held, own in zip(self.held[first:], new, strict=False)]
+        positions = torch.tensor(ends, device=device)[:, None] - most + torch.arange(most, device=device)
+        row, place = torch.arange(len(new), device=device).repeat_interleave(most), positions.flatten()
+        real = None
+        if min(new) < most:
+            padding = most - torch.tensor(new, device=device)
+            real = (torch.arange(most, device=device) >= padding[:, None]).flatten().nonzero()[:, 0]
+            row, place = row[real], place[real]
+        self._window = Window(first, list(new), positions.clamp(min=0), max(ends), real, (row, slice(None), place))
         return self._window
 
     def mask(self, dtype: torch.dtype) -> Tensor:
@@ -65,10 +73,10 @@ class SlotCache(Cache):
         return self._opened().positions
 
     def close(self) -> None:
-        """The pass went well: the rows have its tokens now."""
+        """The pass is over: the rows hold its tokens, or what it wrote until it failed."""
         window = self._opened()
-        for row in range(window.first, window.first + window.count):
-            self.held[row] += window.queries
+        for row, own in enumerate(window.new, window.first):
+            self.held[row] += own
         self._window = None
 
     def update(
@@ -79,30 +87,37 @@ class SlotCache(Cache):
         while len(self._keys) <= layer_idx:
             self._keys.append(key_states.new_empty(0))
             self._values.append(value_states.new_empty(0))
-        end = window.first + window.count
+        end = window.first + len(window.new)
         out = []
         for held, new in ((self._keys, key_states), (self._values, value_states)):
             memory = held[layer_idx] = self._large_enough(held[layer_idx], new, end, window.longest)
             rows = memory[window.first : end]
-            # (row, query) pairs first: advanced indices around a slice put their dimensions in front.
-            rows[window.index] = new.transpose(1, 2)
+            tokens = new.transpose(1, 2).flatten(0, 1)
+            # Tokens first: advanced indices around a slice put their dimension in front.
+            rows[window.index] = tokens if window.real is None else tokens[window.real]
             out.append(rows[:, :, : window.longest])
         return out[0], out[1]
 
-    def move(self, source: int, target: int) -> None:
-        """Let a row take another place, whose row is gone."""
-        length = self.held[source]
-        for memory in (*self._keys, *self._values) if length else ():
-            memory[target, :, :length] = memory[source, :, :length]
-        self.held[target], self.held[source] = length, 0
+    def swap(self, one: int, other: int) -> None:
+        """Let two rows change places."""
+        length = max(self.held[one], self.held[other])
+        for held in (self._keys, self._values) if length else ():
+            for layer, memory in enumerate(held):
+                if memory.numel():
+                    held[layer] = memory = self._large_enough(memory, memory, max(one, other) + 1, length)
+                    memory[[one, other], :, :length] = memory[[other, one], :, :length]
+        self.held[one], self.held[other] = self.held[other], self.held[one]
 
     def free(self, row: int) -> None:
-        """Forget a row."""
+        """Forget a row. Nothing of it stays: what is hidden from the next one in its place counts 0 times, and 0 times infinity is NaN."""
+        for memory in (*self._keys, *self._values):
+            if memory.numel():
+                memory[row : row + 1, :, : self.held[row]] = 0
         self.held[row] = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         window = self._opened()
-        return window.longest - window.queries
+        return window.longest - max(window.new)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self._opened().longest, 0
