@@ -127,7 +127,7 @@ def vera_rows(
     B: Matrix,
     d: Tensor | None,
     b: Tensor | None,
-    index: Tensor,
+    index: Tensor | None,
     scale: float = 1.0,
     *,
     projected: Tensor | None = None,
@@ -135,7 +135,8 @@ def vera_rows(
     """y[i] = scale * b[index[i]] * (B (d[index[i]] * (A x[i])))
 
     x: (N, *T, n), a batch of N rows; d: (k, r) and b: (k, m), the vectors of k adapters on one basis;
-    index: (N,) integers in [0, k); projected: A x, where it is known already. Returns (N, *T, m). Gradients flow to x, d and b.
+    index: (N,) integers in [0, k), or None where d and b are those of the rows already, (N, r) and (N, m);
+    projected: A x, where it is known already. Returns (N, *T, m). Gradients flow to x, d and b.
     Raises ShapeError naming the argument, what was found and what was wanted.
 
     >>> A, B = torch.ones(4, 8), torch.ones(6, 4)
@@ -144,12 +145,13 @@ def vera_rows(
     """
     _check(A, B, None if d is None else d[0], None if b is None else b[0])
     _check_x(x, A)
-    if index.shape != x.shape[:1]:
+    if index is not None and index.shape != x.shape[:1]:
         raise ShapeError(f"index has shape {tuple(index.shape)}; x has {x.shape[0]} rows, so ({x.shape[0]},) is wanted")
     middle = (1,) * (x.dim() - 2)
 
     def spread(vectors: Tensor) -> Tensor:
-        return vectors.index_select(0, index).view(len(index), *middle, vectors.shape[1])
+        own = vectors if index is None else vectors.index_select(0, index)
+        return own.view(x.shape[0], *middle, vectors.shape[1])
 
     z = times(A, x) if projected is None else projected
     z = z * scale if d is None else z * _scaled(spread(d), scale, z.dtype)

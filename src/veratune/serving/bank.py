@@ -13,6 +13,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from veratune.layers.linear import add_parts
 from veratune.targets import Site, find_heads
 
 Key = Hashable
+_GATHERED = 4  # batches whose values a plane keeps: those of the rows that answer, and of some whose prompts are read
 
 
 @dataclasses.dataclass
@@ -105,6 +107,11 @@ class Plane:
         for shares in self.layers.values():
             shares.sort(key=lambda share: share.site.part.start)
         self.values = _slots(slots, (at,), dtype, device)
+        self.scales = torch.ones(at, device=device)
+        for share in itertools.chain.from_iterable(self.layers.values()):
+            if share.d is not None:
+                self.scales[share.d] = share.scale
+        self._gathered: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}
         self.head_of = {
             name: path
             for path, _ in find_heads(model, adapter.config.head)
@@ -127,9 +134,24 @@ class Plane:
     def write(self, slot: int, adapter: Adapter) -> None:
         """Put an adapter's values into a slot that nobody uses."""
         row = torch.cat([(adapter.d if kind == "d" else adapter.b)[layer] for kind, layer in self.order])
+        self._gathered.clear()
         self.values[slot].copy_(row)
         for name, tensors in self.heads.items():
             tensors[slot].copy_(adapter.head[name])
+
+    def gather(self, slots: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """(rows, all values of one adapter) of the rows' slots, d times its layer's scale, in the dtype of the products.
+
+        Kept from one step to the next: slots in use are not written to, and `write` forgets what was kept.
+        """
+        found = self._gathered.get((slots, dtype))
+        if found is None:
+            own = self.values.index_select(0, torch.tensor(slots, device=self.values.device))
+            found = (own * self.scales).to(dtype)
+            if len(self._gathered) >= _GATHERED:
+                self._gathered.clear()
+            self._gathered[slots, dtype] = found
+        return found
 
 
 @dataclasses.dataclass
@@ -142,10 +164,10 @@ class _Entry:
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-    """The rows of a batch by plane. at: their numbers, or None where one plane has all of them; slots: one for each."""
+    """The rows of a batch by plane: their numbers, or None where one plane has all of them, and a slot for each."""
 
     size: int
-    of: list[tuple[Plane, Tensor | None, Tensor]]
+    of: list[tuple[Plane, Tensor | None, tuple[int, ...]]]
     heads: list[tuple[Plane, int, list[int]]]
 
 
@@ -256,16 +278,15 @@ class Bank:
                 raise AdapterError(f"the lease of adapter {lease.key!r} was given back; acquire it again")
         device = next(self.model.parameters()).device
         planes = list(dict.fromkeys(lease.plane for lease in leases if lease is not None and lease.plane is not None))
-        found: list[tuple[Plane, Tensor | None, Tensor]] = []
+        found: list[tuple[Plane, Tensor | None, tuple[int, ...]]] = []
         heads: list[tuple[Plane, int, list[int]]] = []
         for plane in planes:
             own = [(i, lease.slot) for i, lease in enumerate(leases) if lease is not None and lease.plane is plane]
             if len(planes) == 1:  # rows of nobody take slot 0, which costs less than to leave them out
-                slots = [lease.slot if lease is not None else 0 for lease in leases]
-                found.append((plane, None, torch.tensor(slots, device=device)))
+                found.append((plane, None, tuple(lease.slot if lease is not None else 0 for lease in leases)))
             else:
-                at, of = torch.tensor(own, device=device).unbind(1)
-                found.append((plane, at, of))
+                at, slots = zip(*own, strict=True)
+                found.append((plane, torch.tensor(at, device=device), slots))
             if plane.heads:
                 by_slot: dict[int, list[int]] = {}
                 for i, slot in own:
@@ -390,12 +411,13 @@ class BankLinear(BankLayer):
             y = add_parts(y, made)
         return y
 
-    def _share(self, plane: Plane, share: Share, x: Tensor, slots: Tensor) -> Tensor:
+    def _share(self, plane: Plane, share: Share, x: Tensor, slots: tuple[int, ...]) -> Tensor:
         dtype = product_dtype(x)
         A, B = share.pair(x.device, dtype)
-        d, b = (None if where is None else plane.values[:, where] for where in (share.d, share.b))
+        own = plane.gather(slots, dtype)
+        d, b = (None if where is None else own[:, where] for where in (share.d, share.b))
         z = self.bank.project(x if x.dtype == dtype else x.to(dtype), A)
-        return vera_rows(x, A, B, d, b, slots, share.scale, projected=z)
+        return vera_rows(x, A, B, d, b, None, share.scale if d is None else 1.0, projected=z)
 
 
 class BankHead(BankLayer):
