@@ -10,7 +10,7 @@ import veratune as vt
 from tests import fakes
 from tests.serving.test_engine import small_llama
 from tests.serving.test_http import FILES, Served
-from veratune.bench.load import Load
+from veratune.bench.load import Load, OpenLoad
 from veratune.bench.serve import Answered, measure, open_loop, percentiles
 from veratune.cli.main import main
 from veratune.errors import ConfigError
@@ -46,8 +46,8 @@ def test_the_open_load_comes_at_its_rate_and_by_zipfs_law():
         await asyncio.sleep(0)
         return Answered(0.1, [0.01, 0.03])
 
-    load = Load(rate=2000, requests=400, population=50, zipf=1.5)
-    line = asyncio.run(open_loop(send, load, lambda text: None))
+    load = OpenLoad(rate=2000, requests=400, zipf=1.5)
+    line = asyncio.run(open_loop(send, load, 50, lambda text: None))
     shares = np.bincount(asked, minlength=50) / len(asked)
     assert 0.3 < shares[0] < 0.55  # 1 / sum of k^-1.5 is 0.43
     assert shares[0] > shares[1] > shares[10]
@@ -57,7 +57,9 @@ def test_the_open_load_comes_at_its_rate_and_by_zipfs_law():
     assert line["each_token"]["p50_ms"] == 20.0
     assert percentiles([]) == {}
     with pytest.raises(ConfigError, match="rate is 0"):
-        Load(rate=0)
+        OpenLoad(rate=0)
+    with pytest.raises(ConfigError, match="population is 1"):
+        Load(population=1)
 
 
 def test_a_server_under_load(tmp_path, capsys):
@@ -67,22 +69,7 @@ def test_a_server_under_load(tmp_path, capsys):
             for name in ("alice", "bob"):
                 http.put(f"/v1/adapters/{name}", content=FILES[name])
         out = tmp_path / "lines.jsonl"
-        words = [
-            "bench",
-            "serve",
-            "--url",
-            served.url,
-            "--rate",
-            "50",
-            "--requests",
-            "12",
-            "--answer",
-            "8",
-            "--prompt",
-            "3",
-            "--threads",
-            "2",
-        ]
+        words = ["bench", "load", "--url", served.url, "--rate", "50", "--requests", "12", "--answer", "8", "--prompt", "3"]
         assert main([*words, "--out", str(out)]) == 0
         line = json.loads(out.read_text())
         assert (line["population"], line["failed"]) == (3, 0), line["errors"]
@@ -92,7 +79,10 @@ def test_a_server_under_load(tmp_path, capsys):
         served.stop()
     assert main(words) == 1
     assert "its models cannot be listed" in capsys.readouterr().err
+    assert main([*words, "--key", "NO_SUCH_KEY"]) == 2
+    assert "NO_SUCH_KEY, which is not set" in capsys.readouterr().err
+    assert main([*words, "--rank", "3"]) == 2  # a form has its own flags alone
     assert main(["bench", "serve"]) == 2
     assert main(["bench", "sever"]) == 2
     assert "did you mean 'serve'" in capsys.readouterr().err
-    assert main(["bench", "layers", "--rank", "3"]) == 2  # a form has its own flags alone
+    assert main(["bench", "layers", "--rank", "3"]) == 2

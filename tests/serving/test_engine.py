@@ -1,5 +1,6 @@
 """Many conversations at once: each gives exactly the tokens that it gives alone, whoever joins and leaves meanwhile."""
 
+import dataclasses
 import random
 import threading
 
@@ -59,9 +60,11 @@ def family(name):
     """A tiny model of another family, by its configuration's class."""
 
     def make():
-        config = getattr(transformers, f"{name}Config")(
+        kind = getattr(transformers, f"{name}Config")
+        window = {"sliding_window": 8} if "sliding_window" in {field.name for field in dataclasses.fields(kind)} else {}
+        config = kind(
             vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-            max_position_embeddings=128, bos_token_id=0, eos_token_id=1, pad_token_id=1, initializer_range=0.2, sliding_window=64,
+            max_position_embeddings=128, bos_token_id=0, eos_token_id=1, pad_token_id=1, initializer_range=0.2, **window,
         )  # fmt: skip
         return fakes.seeded(lambda: transformers.AutoModelForCausalLM.from_config(config))
 
@@ -69,6 +72,7 @@ def family(name):
     return make
 
 
+# Mistral, Gemma 2 and 3 see the last 8 tokens only, in all layers or in every other one.
 FAMILIES = [family(name) for name in ("Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3Text")]
 
 
@@ -320,6 +324,25 @@ def test_mistakes():
     model = small_llama()
     with pytest.raises(ConfigError, match="the bank has 2 slots for 32 rows"):
         Engine(model, fakes.tokenizer(), Bank(model, slots=2))
+
+
+def test_models_that_the_engine_does_not_understand_are_refused(monkeypatch):
+    config = transformers.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4)
+    mamba = fakes.seeded(lambda: transformers.AutoModelForCausalLM.from_config(config)).eval()
+    with pytest.raises(UnsupportedError, match="MambaForCausalLM cannot be run with rows of their own lengths"):
+        Engine(mamba, fakes.tokenizer(), Bank(mamba, slots=32))
+    bloom = fakes.seeded(
+        lambda: transformers.AutoModelForCausalLM.from_config(
+            transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4)
+        )
+    )
+    with pytest.raises(UnsupportedError, match="BloomForCausalLM"):
+        Engine(bloom, fakes.tokenizer(), Bank(bloom, slots=32))
+    model = small_llama()
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda position_ids=None, **k: forward(**k))  # positions are not heard
+    with pytest.raises(UnsupportedError, match="LlamaForCausalLM says something else .* off by"):
+        Engine(model, fakes.tokenizer(), Bank(model, slots=32))
 
 
 def test_everybody_is_told_when_a_server_goes_down():

@@ -23,7 +23,7 @@ import torch
 
 from veratune.adapter import Adapter, extract
 from veratune.attach import attach, detach
-from veratune.bench.load import Load
+from veratune.bench.load import Load, OpenLoad
 from veratune.bench.measure import machine
 from veratune.config import VeraConfig
 from veratune.errors import VeratuneError
@@ -65,11 +65,11 @@ def percentiles(values: Sequence[float], unit: float = 1e3) -> dict[str, float]:
     return {f"p{p}_ms": round(unit * float(np.percentile(values, p)), 2) for p in (50, 90, 99)} if values else {}
 
 
-async def open_loop(send: Send, load: Load, told: Told = print, seed: int = 0) -> Line:
-    """Times under requests that come at random: exponential gaps at `rate`, the tenant by Zipf's law. `send` answers one of a tenant's."""
+async def open_loop(send: Send, load: OpenLoad, population: int, told: Told = print, seed: int = 0) -> Line:
+    """Times under requests that come at random: exponential gaps at `rate`, one of `population` tenants by Zipf's law. `send` answers one of a tenant's."""
     draw = np.random.default_rng(seed)
-    shares = 1.0 / np.arange(1, load.population + 1) ** load.zipf
-    tenants = draw.choice(load.population, load.requests, p=shares / shares.sum())
+    shares = 1.0 / np.arange(1, population + 1) ** load.zipf
+    tenants = draw.choice(population, load.requests, p=shares / shares.sum())
     starts = np.cumsum(draw.exponential(1 / load.rate, load.requests))
     answered: list[Answered] = []
     failed: list[str] = []
@@ -87,7 +87,7 @@ async def open_loop(send: Send, load: Load, told: Told = print, seed: int = 0) -
     seconds = time.perf_counter() - begin
     tokens = sum(1 + len(a.gaps) for a in answered)
     return {
-        "what": "open load", "rate": load.rate, "requests": load.requests, "population": load.population, "zipf": load.zipf,
+        "what": "open load", "rate": load.rate, "requests": load.requests, "population": population, "zipf": load.zipf,
         "distinct_tenants": len(set(tenants.tolist())), "failed": len(failed), "errors": sorted(set(failed))[:3], "tokens_per_second": round(tokens / seconds, 1),
         "first_token": percentiles([a.first for a in answered]), "each_token": percentiles([gap for a in answered for gap in a.gaps]),
     }  # fmt: skip
@@ -321,7 +321,7 @@ def _cold(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told
             return Answered(times[0] - request.arrived, [b - a for a, b in itertools.pairwise(times)])
 
         engine.bank.counts = type(engine.bank.counts)()
-        line = asyncio.run(open_loop(send, load, told))
+        line = asyncio.run(open_loop(send, load, load.population, told))
         counts = engine.bank.counts
         line |= {"hits": counts.hits, "loads": counts.loads}
         engine.close()
@@ -330,7 +330,7 @@ def _cold(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told
     return [cold, line]
 
 
-async def against(url: str, key: str | None, load: Load, told: Told = print) -> Line:
+async def against(url: str, key: str | None, load: OpenLoad, told: Told = print) -> Line:
     """The open load on a server with OpenAI's API: its models are the tenants. Raises VeratuneError where it has none."""
     import openai
 
@@ -343,7 +343,6 @@ async def against(url: str, key: str | None, load: Load, told: Told = print) -> 
             raise VeratuneError(f"{url}: its models cannot be listed: {error}") from None
         if not names:
             raise VeratuneError(f"{url}: it has no models")
-        load = dataclasses.replace(load, population=len(names))
 
         async def send(tenant: int) -> Answered:
             begin, times = time.perf_counter(), []
@@ -360,4 +359,4 @@ async def against(url: str, key: str | None, load: Load, told: Told = print) -> 
                 raise VeratuneError("an answer without text")
             return Answered(times[0] - begin, [b - a for a, b in itertools.pairwise(times)])
 
-        return await open_loop(send, load, told) | {"url": url}
+        return await open_loop(send, load, len(names), told) | {"url": url}

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from veratune.bench.load import Load
+from veratune.bench.load import Load, OpenLoad
 from veratune.cli.parsing import Parser, Usage, new_parser, parse, print_json, split
 from veratune.config import PLANS, BasisKind, Plan, VeraConfig
 from veratune.errors import near
@@ -23,7 +23,8 @@ FORMS = {
     "layers": "one layer in many sizes, beside the same",
     "calibrate": "measure this machine, for the choice of plans",
     "explain": "what each plan would cost by the cost model; nothing is measured",
-    "serve": "many tenants on one engine, beside one tenant, the base alone and PEFT's mixed batches; or load on a server that runs",
+    "serve": "many tenants on one engine, beside one tenant, the base alone and PEFT's mixed batches",
+    "load": "random load on a server that runs and speaks OpenAI's API; its models are the tenants",
 }
 
 
@@ -46,19 +47,20 @@ def parser(form: str = "step") -> Parser:
     if form in ("step", "layers"):
         out.add_argument("--seconds", type=float, default=30.0, help="of measuring times: a model, or a cell of the grid")
     if form == "serve":
-        out.add_argument(
-            "--model", type=str | None, default=None, help="causal base model: folder, .gguf file or Hugging Face id"
-        )
-        out.add_argument("--url", type=str | None, default=None, help="put the open load on this server instead")
-        out.add_argument("--key", type=str | None, default=None, help="the environment variable that holds the server's key")
+        out.add_argument("--model", type=str, required=True, help="causal base model: folder, .gguf file or Hugging Face id")
         out.add_argument("--rank", type=int, default=256, help="of the adapters")
         out.add_argument("--targets", type=list[str], default=["query", "value"], help="layers that they adapt")
         out.add_argument(
             "--base_dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of the base model"
         )
         out.add_class_arguments(Load)
+    if form == "load":
+        out.add_argument("--url", type=str, required=True, help="of the server, without /v1")
+        out.add_argument("--key", type=str | None, default=None, help="the environment variable that holds its key")
+        out.add_class_arguments(OpenLoad)
     if form != "explain":
         out.add_argument("--out", type=str | None, default=None, help="add the lines to this file as JSON lines")
+    if form not in ("explain", "load"):
         out.add_argument("--threads", type=int, default=2, help="that compute")
     out.add_argument("--json", type=bool, default=False, help="print the figures as JSON")
     return out
@@ -74,9 +76,9 @@ def run(argv: Sequence[str]) -> int:
         raise Usage("--threads, --rank and --blocks start at 1")
     if getattr(flags, "seconds", 0.0) < 0:
         raise Usage("--seconds starts at 0")
-    import torch
+    if "threads" in flags:
+        import torch
 
-    if form != "explain":
         torch.set_num_threads(flags.threads)
     console = Console(stderr=flags.json, highlight=False)
     measure, show = _RUN[form]
@@ -134,23 +136,26 @@ def _model(flags: Namespace, console: Console) -> list[dict[str, Any]]:
 
 
 def _serve(flags: Namespace, console: Console) -> list[dict[str, Any]]:
-    from veratune.bench.serve import against, measure
+    from veratune.bench.serve import measure
     from veratune.tasks.language import Instruction
 
-    load = split(flags, Load)
-    if (flags.model is None) == (flags.url is None):
-        raise Usage("give --model, whose engine is measured here, or --url of a server that runs")
+    load, task = split(flags, Load), Instruction()
     with console.status("loading") as status:
-        if flags.url is not None:
-            key = os.environ.get(flags.key) if flags.key else None
-            lines = [asyncio.run(against(flags.url, key, load, status.update))]
-        else:
-            task = Instruction()
-            tokenizer = task.load_processor(flags.model)
-            model = task.load_model(flags.model, tokenizer, dtype=flags.base_dtype).requires_grad_(False).eval()
-            config = VeraConfig(rank=flags.rank, targets=tuple(flags.targets))
-            lines = measure(model, tokenizer, config, load, status.update)
-    return lines
+        tokenizer = task.load_processor(flags.model)
+        model = task.load_model(flags.model, tokenizer, dtype=flags.base_dtype).requires_grad_(False).eval()
+        config = VeraConfig(rank=flags.rank, targets=tuple(flags.targets))
+        return measure(model, tokenizer, config, load, status.update)
+
+
+def _load(flags: Namespace, console: Console) -> list[dict[str, Any]]:
+    from veratune.bench.serve import against
+
+    load = split(flags, OpenLoad)
+    key = None if flags.key is None else os.environ.get(flags.key)
+    if flags.key is not None and key is None:
+        raise Usage(f"--key names the environment variable {flags.key}, which is not set")
+    with console.status(f"{flags.url}") as status:
+        return [asyncio.run(against(flags.url, key, load, status.update))]
 
 
 def _append(path: str | None, lines: list[dict[str, Any]]) -> None:
@@ -253,5 +258,5 @@ def _figures(lines: list[dict[str, Any]]) -> Table:
 
 # Each form's measuring and its table.
 _RUN: dict[str, tuple[Callable[[Namespace, Console], list[dict[str, Any]]], Callable[[list[dict[str, Any]]], Table]]] = {
-    "step": (_model, _steps), "layers": (_grid, _layers), "calibrate": (_calibrate, _figures), "explain": (_explain, _plans), "serve": (_serve, _served),
+    "step": (_model, _steps), "layers": (_grid, _layers), "calibrate": (_calibrate, _figures), "explain": (_explain, _plans), "serve": (_serve, _served), "load": (_load, _served),
 }  # fmt: skip

@@ -77,13 +77,10 @@ class Table2(GlueTable):
                 found = [[line for line in own if line["method"] == method and line["task"] == task] for task in GLUE]
                 if any(found):
                     first = next(line for of in found for line in of)
-                    middles = {task: statistics.median(map(score_of, of)) for task, of in zip(GLUE, found, strict=True) if of}
-                    mean = (
-                        f"{statistics.mean(middles[task] for task in common):.1f}" if common and common <= set(middles) else "-"
-                    )
+                    mean = _mean(own, method, common)
                     rows.append([
                         method, "-" if method == "Head" else f"{first['trained']:,}",
-                        *(spread(of, score_of, center=statistics.median) for of in found), mean,
+                        *(spread(of, score_of, center=statistics.median) for of in found), "-" if mean is None else f"{mean:.1f}",
                     ])  # fmt: skip
             title = model or "all-MiniLM-L6-v2"
             out += [
@@ -107,11 +104,17 @@ class Table2(GlueTable):
         tasks = _common(own)
         points: dict[str, list[tuple[float, float, str]]] = {}
         for method in METHODS:
-            found = [[line for line in own if (line["method"], line["task"]) == (method, task)] for task in sorted(tasks)]
-            if all(found) and found:
-                mean = statistics.mean(statistics.median(map(score_of, of)) for of in found)
-                points[method] = [(found[0][0]["trained"] + found[0][0]["head"], mean, "")]
+            mean = _mean(own, method, tasks)
+            if mean is not None:
+                first = next(line for line in own if line["method"] == method)
+                points[method] = [(first["trained"] + first["head"], mean, "")]
         return [draw_against(points, place.out / "scores.png", "trained values, the head too", "mean score")] if points else []
+
+
+def _mean(lines: Sequence[Line], method: str, tasks: set[str]) -> float | None:
+    """A method's mean over tasks of the median over seeds; None if it has not run all of them."""
+    found = [[score_of(line) for line in lines if (line["method"], line["task"]) == (method, task)] for task in sorted(tasks)]
+    return statistics.mean(map(statistics.median, found)) if found and all(found) else None
 
 
 def _common(lines: Sequence[Line]) -> set[str]:

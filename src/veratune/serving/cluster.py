@@ -20,6 +20,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError
 
+from veratune.serving.http import BodyLimits
 from veratune.serving.keys import Keys
 from veratune.serving.routes.base import ApiError
 from veratune.serving.service import Service
@@ -90,7 +91,7 @@ class Front:
         ) -> None:  # a function: uvicorn takes a method for the older interface
             await self._answer(scope, receive, send)
 
-        return app
+        return BodyLimits(app, self.body_limit, self.body_limit)
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -102,10 +103,6 @@ class Front:
         while more:
             message = await receive()
             body, more = body + message.get("body", b""), message.get("more_body", False)
-            if len(body) > self.body_limit:
-                refused = ApiError(413, f"the body is over {self.body_limit} bytes", code="body_too_large")
-                await refused.response()(scope, receive, send)
-                return
         handle = self.worker.options(stream=True, multiplexed_model_id=self._name(scope, body))
         answers = handle.answer.remote({key: scope[key] for key in _SCOPE if key in scope}, body)
         left = asyncio.ensure_future(_gone(receive))

@@ -78,18 +78,24 @@ class Engine(Loop[Request]):
         super().__init__(model, tokenizer, bank, limits)
         config = model.config.get_text_config()
         known = getattr(config, "max_position_embeddings", None) or length
-        window = getattr(config, "sliding_window", None) or known  # what leaves a window is not forgotten here: keep all in it
-        self.length = min(length, known, window)
+        self.length = min(length, known)
         if chunk < 1 or length < 2:
             raise ConfigError(f"length is {length} and chunk {chunk}; at least 2 and 1 are wanted")
         if getattr(model.config, "is_encoder_decoder", False):
             raise UnsupportedError(f"{type(model).__name__} has an encoder; the engine generates with causal models")
         self.chunk = chunk
+        kinds = set(getattr(config, "layer_types", None) or ())
+        slides = (
+            "sliding_attention" in kinds if kinds else "sliding_window" in {field.name for field in dataclasses.fields(config)}
+        )
+        self._near: int | None = config.sliding_window if slides else None
+        self._by_layer = bool(kinds)  # masks by the kind of a layer, or one for all
         self.ends = set(_end_tokens(model, tokenizer))
         self._cache = SlotCache(self.limits.rows, self.length)
         self._rows: list[Request] = []  # those that answer, and behind them those whose prompts are being read
         self._answering = 0
         self._seeds = itertools.count(time.time_ns())
+        self._check_model()
 
     def check(self, request: Request) -> None:
         if not request.prompt:
@@ -150,25 +156,61 @@ class Engine(Loop[Request]):
                 whole.append(at)
         self._draw([fine[at] for at in whole], logits[whole])
 
-    @torch.no_grad()
     def _forward(self, first: int, tokens: list[list[int]]) -> tuple[list[Request], Tensor]:
         """The rows from `first` on that the pass went well for, and the logits of their last tokens; the others have failed."""
         rows = self._rows[first : first + len(tokens)]
-        most = max(map(len, tokens))
-        padded = torch.tensor([[0] * (most - len(own)) + own for own in tokens], device=self._device)
-        self._cache.open(first, [len(own) for own in tokens], self._device)
         try:
             with self.bank.rows([request.lease for request in rows]):
-                out = self.model(
-                    input_ids=padded, attention_mask=self._cache.mask(self.model.dtype), position_ids=self._cache.positions,
-                    past_key_values=self._cache, use_cache=True, logits_to_keep=1,
-                )  # fmt: skip
+                logits = self._logits(self._cache, first, tokens)
         except Exception as error:
-            self._cache.close()
             self.failed(rows, error)
             return [], torch.empty(0)
-        self._cache.close()
-        return self.finite(rows, out.logits[:, -1])
+        return self.finite(rows, logits)
+
+    @torch.no_grad()
+    def _logits(self, cache: SlotCache, first: int, tokens: list[list[int]]) -> Tensor:
+        """(rows, vocabulary), of the last of each row's new tokens, which the cache has then."""
+        most = max(map(len, tokens))
+        padded = torch.tensor([[0] * (most - len(own)) + own for own in tokens], device=self._device)
+        cache.open(first, [len(own) for own in tokens], self._device)
+        try:
+            mask: Tensor | dict[str, Tensor] = cache.mask(self.model.dtype)
+            if self._near is not None:
+                near = cache.mask(self.model.dtype, self._near)
+                mask = {"full_attention": mask, "sliding_attention": near} if self._by_layer else near  # type: ignore[dict-item]
+            out = self.model(
+                input_ids=padded,
+                attention_mask=mask,
+                position_ids=cache.positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        finally:
+            cache.close()
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def _check_model(self) -> None:
+        """Raise UnsupportedError for a model that says something else with rows of a cache than without one."""
+        size, count = self.model.config.get_text_config().vocab_size, min(12, self.length)
+        prompt, cache = [3 * i % size for i in range(count)], SlotCache(2, count)
+        cuts = (count // 2, count // 4)  # a pass of unlike lengths, and another
+        name = type(self.model).__name__
+        try:
+            self._logits(cache, 0, [prompt[:cut] for cut in cuts])
+            found = self._logits(cache, 0, [prompt[cut:] for cut in cuts]).float()
+            with torch.no_grad():
+                wanted = self.model(input_ids=torch.tensor([prompt], device=self._device)).logits[0, -1].float()
+        except Exception as error:
+            raise UnsupportedError(
+                f"{name} cannot be run with rows of their own lengths: {type(error).__name__}: {error}"
+            ) from error
+        off = ((found - wanted).norm(dim=-1) / wanted.norm()).max().item()
+        if not off < (0.01 if self.model.dtype == torch.float32 else 0.1):
+            raise UnsupportedError(
+                f"{name} says something else with rows of their own lengths than without: its logits are off by {off:.0%}"
+            )
 
     def _draw(self, rows: Sequence[Request], logits: Tensor) -> None:
         if not rows:

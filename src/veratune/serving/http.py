@@ -37,7 +37,7 @@ def build(
     """The application. upload_limit: bytes of an adapter's file or of rows to learn from; body_limit: of any other body; timeout: seconds
     of one answer."""
     app = FastAPI(title="veratune", openapi_url="/openapi.json", docs_url=None, redoc_url=None)
-    app.add_middleware(_Limits, upload=upload_limit, body=body_limit)
+    app.add_middleware(BodyLimits, upload=upload_limit, body=body_limit)
     app.add_middleware(_Log)
     app.state.service, app.state.keys, app.state.jobs, app.state.timeout = service, keys, jobs, timeout
     app.state.registry = prometheus_client.CollectorRegistry()
@@ -73,7 +73,7 @@ def build(
     return app
 
 
-class _Limits:
+class BodyLimits:
     """Refuses bodies that are too large, by their length where it is said and by counting where it is not."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], upload: int, body: int) -> None:

@@ -60,11 +60,14 @@ class SlotCache(Cache):
         self._window = Window(first, list(new), positions.clamp(min=0), max(ends), real, (row, slice(None), place))
         return self._window
 
-    def mask(self, dtype: torch.dtype) -> Tensor:
-        """(rows, 1, queries, longest): 0 where a token sees another of its own row, up to itself, and -inf elsewhere."""
+    def mask(self, dtype: torch.dtype, near: int | None = None) -> Tensor:
+        """(rows, 1, queries, longest): 0 where a token sees another of its own row, up to itself, and the least number elsewhere.
+
+        near: with a sliding window, how many of the last tokens are seen, itself among them.
+        """
         window = self._opened()
-        seen = torch.arange(window.longest, device=window.positions.device)
-        hidden = seen > window.positions[:, :, None]
+        seen, own = torch.arange(window.longest, device=window.positions.device), window.positions[:, :, None]
+        hidden = seen > own if near is None else (seen > own) | (seen <= own - near)
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)[:, None]
 
     @property
