@@ -195,7 +195,7 @@ class Engine(Loop[Request]):
         """Raise UnsupportedError for a model that says something else with rows of a cache than without one."""
         size, count = self.model.config.get_text_config().vocab_size, min(12, self.length)
         prompt, cache = [3 * i % size for i in range(count)], SlotCache(2, count)
-        cuts = (count // 2, count // 4)  # a pass of unlike lengths, and another
+        cuts = (count // 2, max(1, count // 4))  # a pass of unlike lengths, and another
         name = type(self.model).__name__
         try:
             self._logits(cache, 0, [prompt[:cut] for cut in cuts])
@@ -207,7 +207,7 @@ class Engine(Loop[Request]):
                 f"{name} cannot be run with rows of their own lengths: {type(error).__name__}: {error}"
             ) from error
         off = ((found - wanted).norm(dim=-1) / wanted.norm()).max().item()
-        if not off < (0.01 if self.model.dtype == torch.float32 else 0.1):
+        if not off < 0.1:  # half precision and quantized products move them by some percent
             raise UnsupportedError(
                 f"{name} says something else with rows of their own lengths than without: its logits are off by {off:.0%}"
             )
