@@ -129,16 +129,57 @@ def test_an_update_takes_another_slot_while_the_old_version_answers():
 
 def test_a_limit_in_bytes_evicts_over_all_planes():
     small, large = adapter(fakes.bert, QV, 0), adapter(fakes.bert, vt.VeraConfig(rank=6, targets=("all-linear",)), 1)
-    bank = Bank(fakes.bert().eval(), slots=8, limit=4 * (small.trained_values + large.trained_values))
-    bank.acquire("small", lambda: small).release()
-    bank.acquire("large", lambda: large).release()
-    assert bank.bytes == bank.limit
+    bank = Bank(fakes.bert().eval(), slots=8)
+    for name, own in (("small", small), ("large", large)):
+        bank.acquire(name, lambda own=own: own).release()
+    assert bank.bytes == 4 * (small.trained_values + large.trained_values)
+    bank.limit = bank.bytes + bank.frozen_bytes
     bank.acquire("small too", lambda: small).release()
     assert ("small" in bank, "large" in bank, "small too" in bank) == (False, True, True)
-    narrow = Bank(fakes.bert().eval(), slots=8, limit=4 * small.trained_values, dtype=torch.bfloat16)
+    narrow = Bank(fakes.bert().eval(), slots=8, dtype=torch.bfloat16)
+    narrow.acquire(0, lambda: small).release()
+    narrow.limit = narrow.frozen_bytes + 4 * small.trained_values
     for i in range(3):
         narrow.acquire(i, lambda: small).release()
     assert len(narrow) == 2  # half as many bytes each
+
+
+def test_frozen_matrices_of_many_seeds_make_room_for_one_another():
+    """Every tenant may have trained on a seed of their own: what a bank holds stays under its limit, and rows are as if alone."""
+    own = [adapter(fakes.bert, vt.VeraConfig(rank=6, targets=("query", "value"), seed=seed), seed) for seed in range(9)]
+    bank = Bank(fakes.bert().eval(), slots=8)
+    bank.acquire(0, lambda: own[0]).release()
+    one = bank.frozen_bytes
+    assert one == 4 * 6 * (32 + 64)  # A (6, 32) and B (64, 6) in float32
+    bank.limit = 3 * (one + bank.bytes)
+    for seed in range(1, 9):
+        held = bank.acquire(seed, lambda seed=seed: own[seed])
+        assert bank.frozen_bytes + bank.bytes <= bank.limit
+        assert torch.allclose(mixed(bank, [held] * 5), alone(fakes.bert, [own[seed]] * 5), atol=1e-5)
+        held.release()
+    assert len(bank) == 3
+    assert bank.frozen_bytes == 3 * one
+    again = bank.acquire(0, lambda: own[0])
+    assert torch.allclose(mixed(bank, [again] * 5), alone(fakes.bert, [own[0]] * 5), atol=1e-5)
+    others = [bank.acquire(seed, lambda seed=seed: own[seed]) for seed in (1, 2)]
+    with pytest.raises(BankFullError, match="every adapter in memory is in use"):
+        bank.acquire(3, lambda: own[3])
+    for lease in others:
+        lease.release()
+    bank.acquire(3, lambda: own[3])
+
+
+def test_what_would_fill_the_memory_is_refused():
+    large = adapter(fakes.bert, vt.VeraConfig(rank=4000, targets=("query",)), 0)
+    bank = Bank(fakes.bert().eval(), slots=8, limit=100_000, max_rank=64)
+    for call in (lambda: bank.check(large), lambda: bank.acquire(0, lambda: large)):
+        with pytest.raises(UnsupportedError, match="has rank 4,000; adapters of rank 64 at most"):
+            call()
+    bank.max_rank = None
+    for call in (lambda: bank.check(large), lambda: bank.acquire(0, lambda: large)):
+        with pytest.raises(UnsupportedError, match="take 1,056,256 bytes; adapters have 100,000 here"):
+            call()
+    assert bank.frozen_bytes == bank.bytes == 0
 
 
 def test_values_in_bfloat16_are_those_of_the_rounded_adapter():

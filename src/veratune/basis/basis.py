@@ -79,6 +79,15 @@ class Basis(abc.ABC):
 
     def reserve(self, layers: Iterable[tuple[str, int, int, int]], device: torch.device, dtype: torch.dtype) -> None:
         """Make what these layers will ask for, (name, out_features, in_features, rank) each, once and at full size."""
+        for role, (rows, columns) in self._wanted(layers).items():
+            self.matrix(role, rows, columns, device, dtype)
+
+    def bytes_of(self, layers: Iterable[tuple[str, int, int, int]], dtype: torch.dtype) -> int:
+        """Bytes of the matrices that `reserve` would make."""
+        return sum(rows * columns * dtype.itemsize for rows, columns in self._wanted(layers).values())
+
+    def _wanted(self, layers: Iterable[tuple[str, int, int, int]]) -> dict[str, tuple[int, int]]:
+        """(rows, columns) of each matrix that some layers share, by its role."""
         sizes: dict[str, tuple[int, int]] = {}
         for layer, out_features, in_features, rank in layers:
             for role, size in zip(
@@ -86,8 +95,7 @@ class Basis(abc.ABC):
             ):
                 held = sizes.get(role, (0, 0))
                 sizes[role] = (max(held[0], size[0]), max(held[1], size[1]))
-        for role, (rows, columns) in sizes.items():
-            self.matrix(role, rows, columns, device, dtype)
+        return sizes
 
     def bytes_held(self) -> int:
         """Bytes of all matrices in memory, over all devices and dtypes."""

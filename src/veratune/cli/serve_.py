@@ -56,6 +56,10 @@ def parser() -> Parser:
     out.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
     out.add_argument("--slots", type=int, default=256, help="adapters in memory, of each kind")
     out.add_argument("--slots_dtype", type=Literal["float32", "bfloat16"], default="float32", help="of the adapters in memory")
+    out.add_argument(
+        "--memory", type=float, default=4.0, help="GiB of adapters in memory, with the frozen matrices of all kinds"
+    )
+    out.add_argument("--max_rank", type=int, default=4096, help="the largest rank of an adapter that is taken")
     out.add_argument("--rows", type=int, default=32, help="conversations at once")
     out.add_argument("--waiting", type=int, default=512, help="requests that may wait")
     out.add_argument("--waiting_tenant", type=int, default=64, help="requests of one tenant that may wait")
@@ -211,7 +215,10 @@ def load(flags: Namespace, notes: Console) -> "tuple[Engine | None, Encoder | No
         model = task.load_model(folder, tokenizer, dtype=flags.base_dtype, quantize=flags.quantize).requires_grad_(False).eval()
         if flags.device == "auto" and torch.cuda.is_available() and flags.quantize is None:
             model.cuda()
-        bank = Bank(model, slots=max(flags.slots, flags.rows), dtype=getattr(torch, flags.slots_dtype))
+        bank = Bank(
+            model, slots=max(flags.slots, flags.rows), dtype=getattr(torch, flags.slots_dtype), limit=int(flags.memory * 2**30),
+            max_rank=flags.max_rank,
+        )  # fmt: skip
         if kind == "model":
             loops[kind] = Engine(model, tokenizer, bank, limits=limits, length=flags.length, chunk=flags.chunk)
         else:

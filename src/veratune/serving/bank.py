@@ -88,7 +88,7 @@ class Plane:
 
     def __init__(self, model: nn.Module, adapter: Adapter, sites: Sequence[Site], slots: int, dtype: torch.dtype) -> None:
         device = next(model.parameters()).device
-        basis = adapter.basis
+        self.basis = basis = adapter.basis
         basis.reserve([(s.name, *s.shape, s.rank) for s in sites], device, product_dtype(next(model.parameters())))
         self.probe = probe(model, list(sites))
         self.layers: dict[str, list[Share]] = {}
@@ -188,8 +188,17 @@ class Bank:
     from others.
     """
 
-    def __init__(self, model: nn.Module, slots: int, *, dtype: torch.dtype = torch.float32, limit: int | None = None) -> None:
-        """slots: of each plane, slot 0 apart; dtype: of the values in memory; limit: bytes of all planes' slots together, or None.
+    def __init__(
+        self,
+        model: nn.Module,
+        slots: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        limit: int | None = None,
+        max_rank: int | None = None,
+    ) -> None:
+        """slots: of each plane, slot 0 apart; dtype: of the values in memory; limit: bytes of the slots that are filled and of the frozen
+        matrices of all planes together, or None; max_rank: the largest rank that is taken, or None.
 
         Raises ConfigError, or AdapterError for a model that has adapters of its own.
         """
@@ -197,7 +206,8 @@ class Bank:
             raise ConfigError(f"slots is {slots}; a bank wants at least 1")
         if any(isinstance(module, VeraLayer | BankLayer) for module in model.modules()):
             raise AdapterError("the model has adapters already; a bank wants the bare base model (veratune.detach)")
-        self.model, self.slots, self.dtype, self.limit = model, slots, dtype, limit
+        self.model, self.slots, self.dtype, self.limit, self.max_rank = model, slots, dtype, limit, max_rank
+        self._filled = 0  # bytes
         # The model as it came, for finding layers and comparing weights while the other one runs: modules of its own, the same tensors.
         self.plain: nn.Module = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
         self.counts = Counts()
@@ -218,8 +228,17 @@ class Bank:
     @property
     def bytes(self) -> int:
         """Bytes of the slots that are filled."""
+        return self._filled
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of the frozen matrices of all planes, which share those that are equal."""
         with self._lock:
-            return sum(entry.plane.bytes_of_slot for entry in self._entries.values())
+            return sum(basis.bytes_held() for basis in {id(p.basis): p.basis for p in self._planes.values()}.values())
+
+    def check(self, adapter: Adapter) -> None:
+        """Raise BaseModelError for an adapter that does not fit the model, UnsupportedError for one that is too large for this bank."""
+        self._check_size(adapter, check_fits(self.plain, adapter, head_shapes=False))
 
     def acquire(self, key: Key | None, load: Callable[[], Adapter] | None = None) -> Lease:
         """A lease of an adapter, loaded if it is not in memory. key None: the bare base model.
@@ -316,20 +335,13 @@ class Bank:
             put_in(self.model, lambda module: module.base if isinstance(module, BankLayer) else module)
             self._wrapped, self._planes = {}, {}
             self._entries.clear()
+            self._filled = 0
 
     def _place(self, key: Key, adapter: Adapter) -> _Entry:
         plane = self._plane_of(adapter)
-        over = self.limit is not None and self.bytes + plane.bytes_of_slot > self.limit
-        while over or not plane.free:
-            # Room is made in the same plane if a slot is wanted, anywhere if bytes are.
-            idle = next((k for k, e in self._entries.items() if not e.pins and (over or e.plane is plane)), None)
-            if idle is None:
-                raise BankFullError(
-                    f"every adapter in memory is in use ({len(self._entries)} of them); wait, or give the bank more than {self.slots} slots"
-                )
-            self._free(idle)
-            self.counts.evictions += 1
-            over = self.limit is not None and self.bytes + plane.bytes_of_slot > self.limit
+        if not plane.free:
+            self._evict(plane)
+        self._make_room(plane.bytes_of_slot, plane)
         slot = plane.free.pop()
         try:
             plane.write(slot, adapter)
@@ -337,11 +349,51 @@ class Bank:
             plane.free.append(slot)
             raise
         entry = self._entries[key] = _Entry(plane, slot, adapter.task)
+        self._filled += plane.bytes_of_slot
         return entry
+
+    def _make_room(self, size: int, keep: Plane | None = None) -> None:
+        """Forget what nobody uses until so many bytes more fit: planes without adapters, then the adapters that were used longest ago."""
+        while self.limit is not None and self._filled + self.frozen_bytes + size > self.limit:
+            used = {id(entry.plane) for entry in self._entries.values()} | {id(keep)}
+            empty = next((kind for kind, plane in self._planes.items() if id(plane) not in used), None)
+            if empty is not None:
+                del self._planes[empty]
+            else:
+                self._evict()
+
+    def _evict(self, plane: Plane | None = None) -> None:
+        """Forget the adapter that was used longest ago, of one plane or of all. Raises BankFullError where all are in use."""
+        idle = next((k for k, e in self._entries.items() if not e.pins and plane in (None, e.plane)), None)
+        if idle is None:
+            raise BankFullError(
+                f"every adapter in memory is in use ({len(self._entries)} of them); wait, or give the bank more than {self.slots} slots"
+                + (f" or {self.limit:,} bytes" if self.limit is not None else "")
+            )
+        self._free(idle)
+        self.counts.evictions += 1
 
     def _free(self, key: Key) -> None:
         entry = self._entries.pop(key)
         entry.plane.free.append(entry.slot)
+        self._filled -= entry.plane.bytes_of_slot
+
+    def _check_size(self, adapter: Adapter, sites: Sequence[Site]) -> int:
+        """Bytes of an adapter's frozen matrices. Raises UnsupportedError."""
+        largest = max(adapter.ranks.values())
+        if self.max_rank is not None and largest > self.max_rank:
+            raise UnsupportedError(
+                f"the adapter has rank {largest:,}; adapters of rank {self.max_rank:,} at most are taken here"
+            )
+        size = adapter.basis.bytes_of([(s.name, *s.shape, s.rank) for s in sites], product_dtype(next(self.model.parameters())))
+        own = (
+            size
+            + adapter.trained_values * self.dtype.itemsize
+            + sum(t.numel() * t.element_size() for t in adapter.head.values())
+        )
+        if self.limit is not None and own > self.limit:
+            raise UnsupportedError(f"the adapter and its frozen matrices take {own:,} bytes; adapters have {self.limit:,} here")
+        return size
 
     def _plane_of(self, adapter: Adapter) -> Plane:
         config = adapter.config
@@ -358,7 +410,11 @@ class Bank:
         if plane is not None:
             check_probe(plane.probe, adapter, base_id(self.model))
             return plane
-        plane = Plane(self.plain, adapter, check_fits(self.plain, adapter, head_shapes=False), self.slots, self.dtype)
+        sites = check_fits(self.plain, adapter, head_shapes=False)
+        self._make_room(
+            max(0, self._check_size(adapter, sites) - adapter.basis.bytes_held())
+        )  # another plane may have them already
+        plane = Plane(self.plain, adapter, sites, self.slots, self.dtype)
         kinds = dict.fromkeys(plane.layers, BankLinear) | dict.fromkeys(plane.head_of.values(), BankHead)
         made: dict[nn.Module, BankLayer] = {}
         for path, own in kinds.items():

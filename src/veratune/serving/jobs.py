@@ -217,11 +217,10 @@ class Jobs:
 
     def page(self, tenant: str, after: str = "", limit: int = 20) -> list[Job]:
         """A tenant's jobs, the newest first; those behind the job `after`."""
-        where = "AND created < (SELECT created FROM jobs WHERE id = ?)" if after else ""
-        values = (tenant, after, limit) if after else (tenant, limit)
+        where = "AND rowid < (SELECT rowid FROM jobs WHERE tenant = ? AND id = ?)" if after else ""
+        values = (tenant, *((tenant, after) if after else ()), limit)
         return [
-            _job(row)
-            for row in self._read(f"SELECT * FROM jobs WHERE tenant = ? {where} ORDER BY created DESC LIMIT ?", values)
+            _job(row) for row in self._read(f"SELECT * FROM jobs WHERE tenant = ? {where} ORDER BY rowid DESC LIMIT ?", values)
         ]
 
     def events(self, tenant: str, name: str, after: int = 0, limit: int = 20) -> list[Event]:
@@ -327,9 +326,14 @@ class Jobs:
             said = [event.message for event in self.events(job.tenant, job.id, limit=3) if event.level == "error"]
             self._end(job.id, "failed", error=said[0] if said else f"training ended with status {process.returncode}")
             return
-        measured = json.loads((out / "result.json").read_text())
+        try:
+            measured = json.loads((out / "result.json").read_text())
+            data = (out / "run" / "adapter.safetensors").read_bytes()
+        except (OSError, ValueError) as error:
+            self._end(job.id, "failed", error=f"training ended and left no adapter ({error})")
+            return
         measured.pop("path", None)
-        version = self.publish(job.tenant, job.adapter, (out / "run" / "adapter.safetensors").read_bytes())
+        version = self.publish(job.tenant, job.adapter, data)
         self._write("UPDATE jobs SET version = ?, result = ? WHERE id = ?", (version.number, json.dumps(measured), job.id))
         self._end(job.id, "succeeded")
         self._say(job.id, f"the adapter {job.adapter!r} is there, version {version.number}")

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from typing import Any
 
-from veratune.adapter import Adapter, base_id, check_fits
+from veratune.adapter import Adapter, base_id
 from veratune.errors import BadNameError, BaseModelError, ConfigError, UnknownAdapterError, UnsupportedError, VeratuneError
 from veratune.formats import native
 from veratune.serving.encoder import Encoder
@@ -105,7 +105,7 @@ class Service:
         refused: list[BaseModelError] = []
         for loop in self.loops.values():
             try:
-                check_fits(loop.bank.plain, adapter, head_shapes=False)
+                loop.bank.check(adapter)
             except BaseModelError as error:
                 refused.append(error)
             else:
