@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -62,7 +63,8 @@ class Adapter:
                     raise AdapterFileError(
                         f"layer '{layer}' ({n} -> {m}): the file has {kind} of shape {tuple(vector.shape)}, the config says {meaning}"
                     )
-            if vectors and not torch.isfinite(torch.cat(list(vectors.values()))).all():  # all at once: there may be hundreds
+            # All at once, there may be hundreds; and by numpy, which computes in this thread alone (see veratune.serving.loop.apart).
+            if vectors and not np.isfinite(torch.cat(list(vectors.values())).float().numpy(force=True)).all():
                 layer = next(layer for layer, vector in vectors.items() if not torch.isfinite(vector).all())
                 raise AdapterFileError(f"layer '{layer}': {kind} holds NaN or infinity; the training run diverged")
         for name, tensor in self.head.items():

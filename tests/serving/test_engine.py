@@ -17,6 +17,7 @@ from veratune.adapter import install
 from veratune.errors import BusyError, ClosedError, ConfigError, UnsupportedError
 from veratune.serving.bank import Bank
 from veratune.serving.engine import Engine, Request
+from veratune.serving.loop import apart
 from veratune.serving.sampling import Sampling, Text, choose
 from veratune.serving.scheduler import Limits
 
@@ -303,6 +304,17 @@ def test_a_thread_serves_and_goes_down():
     assert late.result() is not None
     with pytest.raises(ClosedError, match="going down"):
         server.submit(Request("t", [4], GREEDY))
+
+
+def test_work_that_is_done_apart_leaves_no_thread_behind():
+    before = threading.active_count()
+    assert apart(lambda: (threading.current_thread() is threading.main_thread(), threading.active_count())) == (
+        False,
+        before + 1,
+    )
+    assert threading.active_count() == before
+    with pytest.raises(ZeroDivisionError):
+        apart(lambda: 1 / 0)
 
 
 def test_mistakes():

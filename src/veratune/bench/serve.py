@@ -30,6 +30,7 @@ from veratune.errors import VeratuneError
 from veratune.formats import native
 from veratune.serving.bank import Bank
 from veratune.serving.engine import Engine, Request
+from veratune.serving.loop import apart
 from veratune.serving.sampling import Sampling
 from veratune.serving.scheduler import Limits
 from veratune.serving.store import SqliteStore
@@ -96,9 +97,9 @@ async def open_loop(send: Send, load: OpenLoad, population: int, told: Told = pr
 def measure(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told = print) -> list[Line]:
     """All lines for one model."""
     told("adapters in memory")
-    lines = [_resident(model, config, load)]
+    lines = [apart(lambda: _resident(model, config, load))]
     gc.collect()
-    lines += _closed(model, tokenizer, config, load, told)
+    lines += apart(lambda: list(_closed(model, tokenizer, config, load, told)))
     lines += _cold(model, tokenizer, config, load, told)
     where = machine() | {
         "rank": config.rank,
@@ -268,12 +269,12 @@ def _resident(model: Any, config: VeraConfig, load: Load) -> Line:
 
 def _cold(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told) -> list[Line]:
     """Requests one after the other, by turns to an adapter in memory and to one in the store; then the open load, all from the store."""
-    files = [native.encode(own) for own in _adapters(model, config, min(_SAMPLE, load.population))]
+    files = apart(lambda: [native.encode(own) for own in _adapters(model, config, min(_SAMPLE, load.population))])
     with tempfile.TemporaryDirectory() as folder:
         store = SqliteStore(Path(folder) / "adapters.db")
         for i in range(load.population):
             store.put("t", f"n{i}", files[i % len(files)])
-        engine = _engine(model, tokenizer, Bank(model, slots=256), load)
+        engine = apart(lambda: _engine(model, tokenizer, Bank(model, slots=256), load))
         prompts = _prompts(model, load, 64)
         engine.start()
 

@@ -137,14 +137,18 @@ def _model(flags: Namespace, console: Console) -> list[dict[str, Any]]:
 
 def _serve(flags: Namespace, console: Console) -> list[dict[str, Any]]:
     from veratune.bench.serve import measure
+    from veratune.serving.loop import apart
     from veratune.tasks.language import Instruction
 
     load, task = split(flags, Load), Instruction()
-    with console.status("loading") as status:
+    config = VeraConfig(rank=flags.rank, targets=tuple(flags.targets))
+
+    def ready() -> tuple[Any, Any]:
         tokenizer = task.load_processor(flags.model)
-        model = task.load_model(flags.model, tokenizer, dtype=flags.base_dtype).requires_grad_(False).eval()
-        config = VeraConfig(rank=flags.rank, targets=tuple(flags.targets))
-        return measure(model, tokenizer, config, load, status.update)
+        return task.load_model(flags.model, tokenizer, dtype=flags.base_dtype).requires_grad_(False).eval(), tokenizer
+
+    with console.status("loading") as status:
+        return measure(*apart(ready), config, load, status.update)
 
 
 def _load(flags: Namespace, console: Console) -> list[dict[str, Any]]:

@@ -89,6 +89,7 @@ def run(argv: Sequence[str]) -> int:
     from veratune.serving.http import build, check_address
     from veratune.serving.jobs import Jobs
     from veratune.serving.keys import Keys
+    from veratune.serving.loop import apart
 
     keys = Keys(flags.key_file)
     check_address(flags.host, keys)
@@ -100,7 +101,7 @@ def run(argv: Sequence[str]) -> int:
     if flags.replicas > 1:
         return _replicas(flags)
     notes = Console(stderr=True, highlight=False)
-    service = start(flags, notes)
+    service = apart(lambda: start(flags, notes))
     jobs = Jobs(flags.jobs, _bases(flags, service), service.keep) if flags.jobs else None
     for loop in service.loops.values():
         loop.start()

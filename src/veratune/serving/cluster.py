@@ -22,6 +22,7 @@ from ray.serve.exceptions import BackPressureError
 
 from veratune.serving.http import BodyLimits
 from veratune.serving.keys import Keys
+from veratune.serving.loop import apart
 from veratune.serving.routes.base import ApiError
 from veratune.serving.service import Service
 
@@ -35,7 +36,7 @@ class Worker:
     """One replica. make: gives the service, and the application over it."""
 
     def __init__(self, make: Callable[[], tuple[Service, FastAPI]]) -> None:
-        self.service, self.app = make()
+        self.service, self.app = apart(make)
         for loop in self.service.loops.values():
             loop.start()
 

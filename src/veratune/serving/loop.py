@@ -30,6 +30,30 @@ log = logging.getLogger(__name__)
 FETCHERS = 8  # threads that wait for the store
 
 
+T = TypeVar("T")
+
+
+def apart(work: Callable[[], T]) -> T:
+    """What `work` returns, from a thread that ends with it. What a server computes before its loops do belongs in here.
+
+    Each thread that computes keeps helpers of its own as long as it lives, and where there are more of them than processors, GNU's OpenMP lets
+    all of them sleep between two operations: a loop beside a main thread that has loaded the model is a fifth slower.
+    """
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)  # a daemon, that Ctrl-C need not wait for it
+    thread.start()
+    result = done.result()
+    thread.join()
+    return result
+
+
 @dataclasses.dataclass(eq=False)
 class Ask(abc.ABC):
     """What is asked of a loop. What it answers, and in the end an error if there is one, goes to `listen`.
