@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import re
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -61,9 +62,10 @@ def test_the_figures_of_serving_in_the_readme_are_those_that_were_measured():
     lines = [line for line in make.read("serving") if line["dtype"] == "float32"]
     by = {line.get("workload", line["what"]): line for line in lines}
     held, many = by["adapters in memory"], by["32 tenants"]
+    times = statistics.median(a / b for a, b in zip(many["turns"], by["one after the other"]["turns"], strict=True))
     wanted = (
         f"32 tenants in one batch on two cores: {many['of_one_tenant']:.2f} of one tenant's speed, "
-        f"{many['tokens_per_second'] / by['one after the other']['tokens_per_second']:.1f} times one after the other; "
+        f"{times:.1f} times one after the other; "
         f"{held['adapters']:,} adapters of SmolLM2-135M in {held['process_bytes'] / 2**20:,.0f} MiB, one from the store in {held['load']['p50_ms']:.1f} ms"
     )
     assert wanted in (ROOT / "README.md").read_text(), wanted

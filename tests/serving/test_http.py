@@ -288,6 +288,7 @@ def test_what_prometheus_and_a_balancer_ask_for(served):
         "answer_tokens_total",
         'requests_total{base="base",how="length"}',
         "step_seconds_total",
+        "frozen_bytes",
     ):
         assert f"veratune_{name}" in text
 

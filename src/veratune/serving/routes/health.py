@@ -71,6 +71,7 @@ _FIGURES: dict[str, tuple[str, bool, Callable[[Loop[Any]], float]]] = {
     "adapters_loaded": ("adapters in memory", False, lambda loop: len(loop.bank)),
     "adapters_capacity": ("slots of each kind of adapter", False, lambda loop: loop.bank.slots),
     "adapter_bytes": ("bytes of the adapters in memory", False, lambda loop: loop.bank.bytes),
+    "frozen_bytes": ("bytes of the frozen matrices of all kinds of adapters", False, lambda loop: loop.bank.frozen_bytes),
     "requests_running": ("requests that run", False, lambda loop: loop.scheduler.running),
     "requests_waiting": ("requests that wait", False, lambda loop: loop.scheduler.waiting),
     "adapter_hits": ("requests whose adapter was in memory", True, lambda loop: loop.bank.counts.hits),
