@@ -227,8 +227,44 @@ def test_logprobs_are_those_of_the_model():
     st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=6),
 )  # fmt: skip
 def test_any_settings_draw_a_token(temperature, top_p, top_k, logits):
-    found = choose(torch.tensor([logits]), [Sampling(temperature=temperature, top_p=top_p, top_k=top_k)], [torch.Generator()])
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
+    found = choose(torch.tensor([logits]), [sampling], [torch.Generator()], [[]])
     assert 0 <= found[0].token < len(logits)
+
+
+@given(
+    st.lists(st.integers(-9, 9), min_size=4, max_size=4), st.lists(st.integers(0, 3), max_size=6), st.integers(-2, 2), st.integers(-2, 2),
+    st.dictionaries(st.integers(0, 3), st.integers(-100, 100)),
+)  # fmt: skip
+def test_penalties_and_bias_are_taken_from_the_logits(logits, said, frequency, presence, bias):
+    weighed = [
+        value - frequency * said.count(token) - presence * (token in said) + bias.get(token, 0)
+        for token, value in enumerate(logits)
+    ]
+    sampling = Sampling(
+        temperature=0, frequency_penalty=frequency, presence_penalty=presence, bias=tuple(bias.items()), logprobs=0
+    )
+    (found,) = choose(torch.tensor([logits]).float(), [sampling], [None], [said])
+    assert weighed[found.token] == max(weighed)
+    assert found.logprob == pytest.approx(torch.tensor(logits).float().log_softmax(-1)[found.token].item())
+
+
+def test_a_penalty_knows_its_own_answer_alone():
+    greedy = Sampling(temperature=0, max_tokens=12)
+    penalised = dataclasses.replace(greedy, frequency_penalty=2.0, bias=((7, 100.0),))
+    (plain,), _ = run(engine(), [Request("t", [4, 5], greedy)])
+    (one, other, last), found = run(
+        engine(), [asked := Request("t", [4, 5], penalised), Request("u", [4, 5], penalised), Request("u", [4, 5], greedy)]
+    )
+    assert (one, last) == (other, plain)
+    assert [piece.choice.token for piece in found[id(asked)]] == [7] * 12  # a bias of 100 is over what twelve times take
+
+
+def test_tokens_that_the_model_does_not_know_are_refused():
+    made = engine()
+    for prompt, bias in (([300], ()), ([-1], ()), ([1], ((300, 1.0),))):
+        with pytest.raises(ConfigError, match="does not know; its own are 0 to 299"):
+            made.submit(Request("t", prompt, Sampling(max_tokens=8, bias=bias)))
 
 
 def test_top_p_and_top_k_cut_the_tail():
@@ -237,7 +273,7 @@ def test_top_p_and_top_k_cut_the_tail():
 
     def drawn(**options):
         generator = torch.Generator().manual_seed(0)
-        return [choose(logits, [Sampling(**options)], [generator])[0].token for _ in range(2000)]
+        return [choose(logits, [Sampling(**options)], [generator], [[]])[0].token for _ in range(2000)]
 
     assert set(drawn(top_k=2)) == {0, 1}
     assert set(drawn(top_p=0.64)) == {0}  # the first alone holds 0.644

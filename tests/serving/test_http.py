@@ -155,6 +155,78 @@ def test_the_openai_client_runs_unchanged(served):
         assert client.models.retrieve("alice").id == "alice"
 
 
+def test_one_call_may_want_several_answers(served):
+    talk = [{"role": "user", "content": "hi"}]
+    with served.openai() as client, served.slow(0):
+        options = {"model": "alice", "temperature": 1.0, "max_tokens": 6}
+        several = client.chat.completions.create(messages=talk, n=3, seed=5, **options)
+        single = [client.chat.completions.create(messages=talk, seed=5 + i, **options) for i in range(3)]
+        wanted = [one.choices[0].message.content for one in single]
+        assert [(c.index, c.message.content) for c in several.choices] == list(enumerate(wanted))
+        assert len(set(wanted)) > 1
+        assert (several.usage.prompt_tokens, several.usage.completion_tokens) == (single[0].usage.prompt_tokens, 18)
+        streamed = ["", "", ""]
+        for chunk in client.chat.completions.create(messages=talk, n=3, seed=5, stream=True, **options):
+            for choice in chunk.choices:
+                streamed[choice.index] += choice.delta.content or ""
+        assert streamed == wanted
+        prompts = [[4, 5], [6, 7, 8], [9]]
+        many = client.completions.create(model="alice", prompt=prompts, n=2, temperature=0, max_tokens=6)
+        alone_ = [
+            client.completions.create(model="alice", prompt=p, temperature=0, max_tokens=6).choices[0].text for p in prompts
+        ]
+        assert [c.text for c in many.choices] == [text for text in alone_ for _ in range(2)]
+        assert (many.usage.prompt_tokens, many.usage.completion_tokens) == (6, 36)
+        assert len(client.completions.create(model="alice", prompt=["hi", "you"], max_tokens=1).choices) == 2
+        with pytest.raises(openai.BadRequestError, match="64 answers to one call at most"):
+            client.completions.create(model="alice", prompt=prompts, n=30)
+        with pytest.raises(openai.BadRequestError, match="the prompt is empty"):
+            client.completions.create(model="alice", prompt=["hi", ""])
+    served.until_idle()
+
+
+def test_null_is_as_good_as_not_given_and_what_is_not_done_may_be_sent_empty(served):
+    talk = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    with served.openai() as client:
+        plain = client.chat.completions.create(model="alice", messages=talk, temperature=0, max_tokens=4)
+        same = client.chat.completions.create(
+            model="alice", messages=talk, temperature=0, max_tokens=4, top_p=None, n=None, stop=None, stream=None, seed=None, logprobs=None,
+            frequency_penalty=None, presence_penalty=0.0, logit_bias={}, tools=[], tool_choice="auto", response_format={"type": "text"},
+            parallel_tool_calls=None, extra_body={"top_k": -1},
+        )  # fmt: skip
+        assert same.choices[0].message.content == plain.choices[0].message.content
+        exact = client.chat.completions.create(model="alice", messages=talk, temperature=0, max_tokens=4, logit_bias={"5": 100})
+        assert exact.choices[0].message.content == fakes.tokenizer().decode([5] * 4)
+    with served.http() as http:
+        for field, value in (
+            ("tools", [{}]),
+            ("response_format", {"type": "json_object"}),
+            ("logit_bias", {"x": 1}),
+            ("model", None),
+        ):
+            refused = http.post("/v1/chat/completions", json={"model": "alice", "messages": talk} | {field: value})
+            assert (refused.status_code, field in refused.json()["error"]["message"]) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("call", "content"),
+    [
+        ("chat/completions", b'{"model": "alice", "messages": [{"role": "user", "content": "\\ud800"}]}'),
+        ("chat/completions", b'{"model": "alice", "\\udc00": 1}'),
+        ("completions", b'{"model": "alice", "prompt": ["x", "\\ud800"]}'),
+        ("completions", b'{"model": "\\ud800", "prompt": "x"}'),
+        ("completions", b'{"model": "alice", "prompt": "x", "temperature": NaN}'),
+        ("completions", b'{"model": ' + b"[" * 940 + b"]" * 940 + b"}"),
+        ("completions", b"[" * 20_000),
+    ],
+)
+def test_json_that_is_no_text_is_refused(served, call, content):
+    with served.http() as http:
+        refused = http.post(f"/v1/{call}", content=content, headers={"content-type": "application/json"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"]
+
+
 def test_errors_are_the_clients_own_classes(served):
     talk = [{"role": "user", "content": "hi"}]
     with served.openai() as client:
@@ -186,6 +258,7 @@ def test_an_adapter_comes_is_updated_rolled_back_and_goes(served):
         assert says() == greedy("new", [7, 8]) != greedy("alice", [7, 8])
         assert http.get("/v1/adapters/mine").content == FILES["new"]
         assert http.get("/v1/adapters/mine", params={"version": 1}).content == FILES["alice"]
+        assert http.get("/v1/adapters/mine", params={"version": 2**70}).status_code == 400
         assert http.post("/v1/adapters/mine/rollback", json={"version": 1}).json()["version"] == 3
         assert says() == greedy("alice", [7, 8])
         assert [v["version"] for v in http.get("/v1/adapters/mine/versions").json()["data"]] == [3, 2, 1]

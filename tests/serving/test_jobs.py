@@ -186,6 +186,7 @@ def test_what_is_wrong_is_said_at_once(tmp_path):
         (b"", "no rows"),
         (b'{"a": 1}\n[1]\n', "line 2 is no JSON object"),
         (b"\xff\n", "line 1 is no JSON object"),
+        (b'{"a": "\\ud800"}\n', "line 1 is no JSON object in Unicode"),
     ):
         with pytest.raises(DataError, match=why):
             jobs.add_file("ann", "x", "fine-tune", data)

@@ -1,4 +1,7 @@
 import dataclasses
+import functools
+import sys
+import threading
 import time
 
 import pytest
@@ -105,3 +108,26 @@ def test_texts_that_are_read_together_fill_their_pass(sizes, most):
     area = max(own) * len(own)
     assert len(own) == 1 or area <= most
     assert sum(own) >= 0.75 * area
+
+
+def test_what_waits_is_counted_while_tenants_come_and_go(request):
+    request.addfinalizer(functools.partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-6)  # threads take turns in the middle of everything
+    scheduler = Scheduler(Limits(rows=1000, waiting=1000))
+    stop = threading.Event()
+
+    def come_and_go():
+        while not stop.is_set():
+            asked = [Ask(str(i)) for i in range(50)]
+            for ask in asked:
+                scheduler.add(ask)
+            for ask in asked:
+                scheduler.withdraw(ask)
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    try:
+        assert all(0 <= scheduler.waiting <= 50 for _ in range(2000))
+    finally:
+        stop.set()
+        other.join()

@@ -52,6 +52,11 @@ class Request(Ask):
     def size(self) -> int:
         return len(self.prompt) + self.sampling.max_tokens
 
+    @property
+    def said(self) -> Sequence[int]:
+        """The tokens of the answer so far."""
+        return self.text.tokens if self.text is not None else ()
+
     def __iter__(self) -> Iterator[Piece]:
         while True:
             piece = self.answers.get()
@@ -84,6 +89,7 @@ class Engine(Loop[Request]):
         if getattr(model.config, "is_encoder_decoder", False):
             raise UnsupportedError(f"{type(model).__name__} has an encoder; the engine generates with causal models")
         self.chunk = chunk
+        self._vocabulary = config.vocab_size
         kinds = set(getattr(config, "layer_types", None) or ())
         slides = (
             "sliding_attention" in kinds if kinds else "sliding_window" in {field.name for field in dataclasses.fields(config)}
@@ -105,6 +111,9 @@ class Engine(Loop[Request]):
                 f"{len(request.prompt)} tokens of prompt and {request.sampling.max_tokens} of answer are over the {self.length} that this model "
                 "takes here; shorten the prompt or lower max_tokens"
             )
+        for what, tokens in (("the prompt", request.prompt), ("the bias", [token for token, _ in request.sampling.bias])):
+            if any(not 0 <= token < self._vocabulary for token in tokens):
+                raise ConfigError(f"{what} has tokens that this model does not know; its own are 0 to {self._vocabulary - 1}")
 
     def say_cancelled(self, request: Request) -> None:
         request.listen(Piece("", None, "cancelled"))
@@ -193,7 +202,7 @@ class Engine(Loop[Request]):
 
     def _check_model(self) -> None:
         """Raise UnsupportedError for a model that says something else with rows of a cache than without one."""
-        size, count = self.model.config.get_text_config().vocab_size, min(12, self.length)
+        size, count = self._vocabulary, min(12, self.length)
         prompt, cache = [3 * i % size for i in range(count)], SlotCache(2, count)
         cuts = (count // 2, max(1, count // 4))  # a pass of unlike lengths, and another
         name = type(self.model).__name__
@@ -215,7 +224,7 @@ class Engine(Loop[Request]):
     def _draw(self, rows: Sequence[Request], logits: Tensor) -> None:
         if not rows:
             return
-        chosen = choose(logits, [r.sampling for r in rows], [r.generator for r in rows])
+        chosen = choose(logits, [r.sampling for r in rows], [r.generator for r in rows], [r.said for r in rows])
         for request, choice in zip(list(rows), chosen, strict=True):
             self.counts.answer_tokens += 1
             try:

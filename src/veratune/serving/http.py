@@ -57,7 +57,8 @@ def build(
     async def bad_body(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:] or first["loc"])
-        said = "it is not known here" if first["type"] == "extra_forbidden" else first["msg"]
+        unknown = first["type"] == "extra_forbidden" or first.get("ctx", {}).get("max_length") == 0
+        said = "it is not known here" if unknown else first["msg"].removeprefix("Value error, ")
         return ApiError(400, f"{where}: {said}").response()
 
     @app.exception_handler(HTTPException)

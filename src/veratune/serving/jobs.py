@@ -130,10 +130,11 @@ class Jobs:
                 continue
             try:
                 row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
             except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
-                raise DataError(f"line {number} is no JSON object; one object a line is wanted")
+                raise DataError(f"line {number} is no JSON object in Unicode; one object a line is wanted")
             rows += 1
         if not rows:
             raise DataError("the file has no rows; one JSON object a line is wanted")

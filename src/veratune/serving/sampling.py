@@ -17,7 +17,11 @@ class Sampling:
 
     max_tokens: of the answer; temperature: 0 takes the likeliest token; top_p: the fewest tokens that hold this much of the
     probability; top_k: so many tokens, 0 for all; seed: draws the same answer again; stop: texts that end the answer and are no part of
-    it; logprobs: how many likely tokens to tell with each one, None for none. Raises ConfigError.
+    it; logprobs: how many likely tokens to tell with each one, None for none. Before all of it a token's logit is
+
+        logit[t] + bias[t] - frequency_penalty * count[t] - presence_penalty * (count[t] > 0)
+
+    where count is how often the answer has it (OpenAI's API reference). Raises ConfigError.
     """
 
     max_tokens: int = 256
@@ -27,9 +31,18 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        for field, least, most in (("temperature", 0.0, 2.0), ("top_p", 0.0, 1.0)):
+        bounds = (
+            ("temperature", 0.0, 2.0),
+            ("top_p", 0.0, 1.0),
+            ("frequency_penalty", -2.0, 2.0),
+            ("presence_penalty", -2.0, 2.0),
+        )
+        for field, least, most in bounds:
             value = getattr(self, field)
             if not math.isfinite(value) or not least <= value <= most:
                 raise ConfigError(f"{field} is {value}; a number from {least:g} to {most:g} is wanted")
@@ -42,6 +55,13 @@ class Sampling:
             raise ConfigError(f"logprobs is {self.logprobs}; 0 to 20 is wanted")
         if len(self.stop) > 4 or any(not text for text in self.stop):
             raise ConfigError(f"stop is {list(self.stop)}; up to 4 texts that are not empty are wanted")
+        if any(not -100 <= value <= 100 for _, value in self.bias):
+            raise ConfigError("the bias of a token is a number from -100 to 100")
+
+    @property
+    def weighs(self) -> bool:
+        """Whether there are penalties or a bias."""
+        return bool(self.frequency_penalty or self.presence_penalty or self.bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +73,26 @@ class Choice:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def choose(logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator | None]) -> list[Choice]:
+def choose(
+    logits: Tensor,
+    samplings: Sequence[Sampling],
+    generators: Sequence[torch.Generator | None],
+    said: Sequence[Sequence[int]],
+) -> list[Choice]:
     """The next token of each row.
 
-    logits: (rows, vocabulary); generators: one for each row that draws. Log probabilities are those of the model, before
-    temperature and cuts.
+    logits: (rows, vocabulary); generators: one for each row that draws; said: the tokens of its answer so far. Log probabilities are
+    those of the model, before penalties, temperature and cuts.
     """
     best = logits.argmax(-1).tolist()
     found = []
     for row, (sampling, generator) in enumerate(zip(samplings, generators, strict=True)):
-        token = best[row]
+        token, own = best[row], logits[row]
+        if sampling.weighs:
+            own = _weighed(own, sampling, said[row])
+            token = int(own.argmax())
         if sampling.temperature > 0:
-            token = _draw(logits[row], sampling, generator)
+            token = _draw(own, sampling, generator)
         if sampling.logprobs is None:
             found.append(Choice(token))
             continue
@@ -72,6 +100,16 @@ def choose(logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[t
         values, tokens = logs.topk(min(sampling.logprobs, len(logs)))
         found.append(Choice(token, logs[token].item(), tuple(zip(tokens.tolist(), values.tolist(), strict=True))))
     return found
+
+
+def _weighed(logits: Tensor, sampling: Sampling, said: Sequence[int]) -> Tensor:
+    """(vocabulary) with penalties and bias."""
+    out = logits.float().clone()
+    tokens, counts = torch.tensor(said, dtype=torch.long, device=out.device).unique(return_counts=True)
+    out[tokens] -= sampling.frequency_penalty * counts + sampling.presence_penalty
+    for token, value in sampling.bias:
+        out[token] += value
+    return out
 
 
 def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> int:

@@ -69,13 +69,14 @@ class Scheduler(Generic[R]):
         self._queues: collections.OrderedDict[str, collections.deque[R]] = collections.OrderedDict()
         self._running: list[R] = []
         self._tokens = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._news = threading.Event()
 
     @property
     def waiting(self) -> int:
         """How many wait."""
-        return sum(len(queue) for queue in self._queues.values())
+        with self._lock:
+            return sum(len(queue) for queue in self._queues.values())
 
     @property
     def running(self) -> int:

@@ -1,7 +1,7 @@
 """Models in OpenAI's shape, and the adapters behind them: in, out, their versions, and the calls that other tools know."""
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
@@ -11,6 +11,7 @@ from veratune.serving.routes.base import ApiError, Body, Limit, Owner, Served, W
 from veratune.serving.store import Version
 
 router = APIRouter()
+Number = Annotated[int, Field(ge=1, lt=2**31)]  # of a version
 
 
 class LoadBody(Body):
@@ -20,7 +21,7 @@ class LoadBody(Body):
 
 
 class RollBackBody(Body):
-    version: int = Field(ge=1, lt=2**31)
+    version: Number
 
 
 @router.get("/v1/models")
@@ -55,7 +56,7 @@ def adapters(tenant: Owner, service: Served, after: str = "", limit: Limit = 100
 
 
 @router.get("/v1/adapters/{name}")
-def get(name: str, tenant: Owner, service: Served, version: int | None = None) -> Response:
+def get(name: str, tenant: Owner, service: Served, version: Number | None = None) -> Response:
     """An adapter's file."""
     number = service.store.newest(tenant, name).number if version is None else version
     data = service.store.get(tenant, name, number)

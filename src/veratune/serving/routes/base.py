@@ -2,13 +2,14 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import Depends, Query, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from veratune.errors import (
     AdapterFileError,
@@ -42,9 +43,22 @@ class ApiError(Exception):
 
 
 class Body(BaseModel):
-    """A JSON body; what it does not know is refused."""
+    """A JSON body; what it does not know is refused, and null is as good as not given, as OpenAI's clients have it."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("half of a surrogate pair is no text; valid Unicode is wanted") from None
+        except RecursionError:
+            raise ValueError("too many levels") from None
+        return {key: value for key, value in data.items() if value is not None}
 
 
 def caller_of(request: Request) -> Caller:
