@@ -424,6 +424,21 @@ def test_a_key_is_printed_once_and_a_server_without_keys_stays_at_home(tmp_path,
     key = capsys.readouterr().out.strip()
     assert key.startswith("vt-")
     assert key not in (tmp_path / "k.json").read_text()
+    file = ["key", "--key_file", str(tmp_path / "k.json")]
+    assert main([*file, "--tenants", "cid"]) == 0
+    other = capsys.readouterr().out.strip()
+    assert main(file) == 0
+    listed = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    assert [tenants for _, tenants in listed] == ["ann, ben", "cid"]
+    for wrong in ("vt-unknown-key", listed[0][0][:7], ""):
+        assert main([*file, "--revoke", wrong]) == 2
+        assert "0 keys of" in capsys.readouterr().err
+    assert main([*file, "--revoke", listed[0][0]]) == 0
+    assert main([*file, "--revoke", other]) == 0
+    assert main([*file, "--revoke", other, "--tenants", "cid"]) == 2
+    capsys.readouterr()
+    assert main(file) == 0
+    assert "has no keys" in capsys.readouterr().err
     assert main(["serve", "--model", "m", "--host", "0.0.0.0"]) == 1
     assert "listens on 127.0.0.1 alone" in capsys.readouterr().err
     assert main(["serve", "--model", "m", "--adapters", "x"]) == 2

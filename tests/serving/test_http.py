@@ -273,6 +273,24 @@ def test_an_adapter_comes_is_updated_rolled_back_and_goes(served):
         assert http.delete("/v1/adapters/mine").status_code == 404
 
 
+def test_keys_come_and_go_while_the_server_runs(served, tmp_path, caplog):
+    keys, before = Keys(served.keys.path), served.keys.path.read_bytes()
+    with served.http() as http:
+
+        def status(key):
+            return http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
+
+        new = keys.add(("cid",))
+        assert (status(new), status(served.key["ann"])) == (200, 200)
+        assert keys.revoke(new) == Caller(("cid",))
+        assert (status(new), status(served.key["ann"])) == (401, 200)
+        served.keys.path.write_text("[{")
+        assert (status(new), status(served.key["ann"])) == (401, 200)
+        assert "no list of keys" in caplog.text
+        served.keys.path.write_bytes(before)
+        assert (status(new), status(served.key["ann"])) == (401, 200)
+
+
 def test_nothing_of_one_tenant_is_for_another(served):
     talk = [{"role": "user", "content": "hi"}]
     with served.http("ben") as ben, served.openai("ben") as client, served.http("both") as both:
