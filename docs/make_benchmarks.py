@@ -171,6 +171,14 @@ def serving(lines: list[Line]) -> list[str]:
         lambda kind: f"{by[kind, held, '']['process_bytes'] / 2**20:,.0f} MiB of the process",
     )
     row("store into a slot, p50 / p99", times(held, "load"))
+    talk = by[kinds[0], "conversation", ""]
+    row(
+        f"first token of turn {talk['turns']} of a conversation, {talk['last_prompt']} tokens: what was read is kept / is read again",
+        lambda kind: "{} / {}".format(
+            *(f"{by[kind, 'conversation', ''][f'first_token_{how}_ms'][-1]:,.0f} ms" for how in ("kept", "read_again"))
+        ),
+    )
+    row("  answers equal with and without", lambda kind: "{equal} of {answers}".format(**by[kind, "conversation", ""]))
     row("first token, adapter in memory, p50 / p99", times("cold start", "first_token_warm"))
     row("first token, adapter in the store", times("cold start", "first_token_cold"))
     row("  until it has its adapter, in memory", times("cold start", "adapter_warm"))

@@ -24,12 +24,16 @@ def test_all_lines_of_a_tiny_model():
     )
     by = {line.get("workload", line["what"]): line for line in lines}
     assert list(by) == [
-        "adapters in memory", "base alone", "one tenant", "3 tenants", "one after the other", "PEFT LoRA r=16, mixed batch", "equal to alone", "cold start", "open load"
+        "adapters in memory", "base alone", "one tenant", "3 tenants", "one after the other", "PEFT LoRA r=16, mixed batch", "equal to alone", "conversation",
+        "cold start", "open load",
     ]  # fmt: skip
     assert by["adapters in memory"]["adapters"] == 12
     assert by["one tenant"]["of_one_tenant"] == 1
     assert all(len(line["turns"]) == 2 and min(line["turns"]) > 0 for line in lines if line["what"] == "closed load")
     assert (by["equal to alone"]["equal"], by["equal to alone"]["rows"]) == (3, 3)
+    talk = by["conversation"]
+    assert len(talk["first_token_kept_ms"]) == len(talk["first_token_read_again_ms"]) == talk["turns"] > 1
+    assert talk["equal"] == talk["answers"] == 3 * talk["turns"]
     assert by["open load"]["failed"] == 0
     assert by["open load"]["hits"] + by["open load"]["loads"] == 20
     assert {line["rank"] for line in lines} == {6}

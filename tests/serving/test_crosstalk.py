@@ -20,7 +20,7 @@ from veratune.serving.service import Service
 from veratune.serving.store import SqliteStore
 
 TENANTS, CONTENTS, TOKENS = 8, 3, 6
-PROMPTS = [[5, 6, 7], [9], [4, 4, 8, 10, 11, 12, 13]]
+PROMPTS = [[5, 6, 7], [9], [5, 6, 7, 5, 6, 7, 5, 6, 7, 5]]
 
 
 @pytest.mark.parametrize("count", [600, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -39,7 +39,9 @@ def test_no_answer_is_anothers(tmp_path, count):
     assert told_apart > 0.9 * len(says)  # or the test could not fail
 
     model = small_llama().eval()
-    engine = Engine(model, fakes.tokenizer(), Bank(model, slots=10), limits=Limits(rows=10, waiting=64), length=128)
+    engine = Engine(
+        model, fakes.tokenizer(), Bank(model, slots=10), limits=Limits(rows=10, waiting=64), length=128, prefixes=100_000
+    )
     engine.ends = set()
     service = Service(SqliteStore(tmp_path / "adapters.db"), engine, name="base")
     for tenant in range(TENANTS):
@@ -100,4 +102,5 @@ def test_no_answer_is_anothers(tmp_path, count):
     assert done[0] > 0.5 * count
     assert gone[0] > 0  # some were deleted just then
     assert engine.bank.counts.evictions > 10
+    assert engine.counts.known_tokens > 100
     assert all(entry.pins == 0 for entry in engine.bank._entries.values())

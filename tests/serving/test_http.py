@@ -46,7 +46,12 @@ class Served:
         self.key["both"] = made.add(("ann", "ben"))
         model = small_llama().eval()
         self.engine = Engine(
-            model, fakes.tokenizer(), Bank(model, slots=4), limits=options.pop("limits", Limits(rows=4)), length=128
+            model,
+            fakes.tokenizer(),
+            Bank(model, slots=4),
+            limits=options.pop("limits", Limits(rows=4)),
+            length=128,
+            prefixes=10**6,
         )
         self.store = SqliteStore(path / "adapters.db")
         reader = encoder() if options.pop("encoder", False) else None

@@ -16,6 +16,7 @@ moves = st.one_of(
     st.tuples(st.just("pass"), st.integers(0, ROWS - 1), st.lists(st.integers(0, 6), min_size=1, max_size=ROWS)),
     st.tuples(st.just("swap"), st.integers(0, ROWS - 1), st.integers(0, ROWS - 1)),
     st.tuples(st.just("free"), st.integers(0, ROWS - 1), st.none()),
+    st.tuples(st.just("again"), st.integers(0, ROWS - 1), st.integers(0, ROWS - 1)),
 )
 
 
@@ -29,6 +30,11 @@ def test_every_row_sees_its_own_tokens_and_nothing_else(done):
         elif what == "free":
             cache.free(one)
             lists[one] = []
+        elif what == "again":  # half of a row, kept and put into another
+            kept, own = cache.save(other), lists[other][: len(lists[other]) // 2]
+            cache.free(one)
+            lists[one] = own
+            cache.restore(one, kept, len(own))
         else:
             new = [min(n, LENGTH - len(lists[one + i])) for i, n in enumerate(other[: ROWS - one])]
             if max(new) == 0:

@@ -37,6 +37,7 @@ from veratune.serving.store import SqliteStore
 
 Line = dict[str, Any]
 Told = Callable[[str], Any]
+_TURNS = 6  # of a conversation
 _SAMPLE = 200  # files that stand for all, where thousands are loaded
 
 
@@ -100,6 +101,7 @@ def measure(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: To
     lines = [apart(lambda: _resident(model, config, load))]
     gc.collect()
     lines += apart(lambda: list(_closed(model, tokenizer, config, load, told)))
+    lines.append(apart(lambda: _conversation(model, tokenizer, config, load, told)))
     lines += _cold(model, tokenizer, config, load, told)
     where = machine() | {
         "rank": config.rank,
@@ -130,9 +132,9 @@ def _prompts(model: Any, load: Load, count: int) -> list[list[int]]:
     return found
 
 
-def _engine(model: Any, tokenizer: Any, bank: Bank, load: Load) -> Engine:
+def _engine(model: Any, tokenizer: Any, bank: Bank, load: Load, turns: int = 1, prefixes: int = 0) -> Engine:
     limits = Limits(rows=load.rows, waiting=100_000, waiting_tenant=100_000, tokens=10**9)
-    engine = Engine(model, tokenizer, bank, limits=limits, length=load.prompt + load.answer)
+    engine = Engine(model, tokenizer, bank, limits=limits, length=turns * (load.prompt + load.answer), prefixes=prefixes)
     engine.ends = set()  # equal work for all
     return engine
 
@@ -331,6 +333,43 @@ def _cold(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told
     return [cold, line]
 
 
+def _conversation(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told) -> Line:
+    """Time to the first token of each turn of a conversation, with what was read kept for the next turn and without, a turn of each by turns."""
+    (own,), bank = _adapters(model, config, 1), Bank(model, slots=2 * load.rows)
+    engines = {
+        "kept": _engine(model, tokenizer, bank, load, _TURNS, 2**30),
+        "read_again": _engine(model, tokenizer, bank, load, _TURNS),
+    }
+    turns = min(_TURNS, engines["kept"].length // (load.prompt + load.answer))
+    first: dict[str, list[list[float]]] = {name: [[] for _ in range(turns)] for name in engines}
+    fresh, equal = _prompts(model, load, turns * (load.rounds + 1)), 0
+    for number in range(-1, load.rounds):  # the first conversation warms up
+        talk: list[int] = []
+        for turn in range(turns):
+            talk += fresh.pop()
+            answers: list[list[int]] = []
+            for name, engine in engines.items():
+                asked = Request("t", tuple(talk), Sampling(temperature=0, max_tokens=load.answer), key=0, load=lambda: own)
+                engine.submit(asked)
+                while asked.ended is None:
+                    engine.step()
+                assert asked.first is not None
+                answers.append(list(asked.said))
+                if number >= 0:
+                    first[name][turn].append(asked.first - asked.arrived)
+            equal += answers[0] == answers[1]
+            talk += answers[0]
+            told(f"conversation {number + 2} of {load.rounds + 1}: turn {turn + 1} of {turns}")
+    for engine in engines.values():
+        engine.close()
+    bank.close()
+    shown = {name: [round(1e3 * statistics.median(times), 1) for times in own] for name, own in first.items()}
+    return {
+        "what": "conversation", "turns": turns, "last_prompt": len(talk) - load.answer, "first_token_kept_ms": shown["kept"],
+        "first_token_read_again_ms": shown["read_again"], "equal": equal, "answers": turns * (load.rounds + 1),
+    }  # fmt: skip
+
+
 async def against(url: str, key: str | None, load: OpenLoad, told: Told = print) -> Line:
     """The open load on a server with OpenAI's API: its models are the tenants. Raises VeratuneError where it has none."""
     import openai
@@ -345,11 +384,13 @@ async def against(url: str, key: str | None, load: OpenLoad, told: Told = print)
         if not names:
             raise VeratuneError(f"{url}: it has no models")
 
+        numbers = itertools.count()  # or a server would know the prompt from a request before
+
         async def send(tenant: int) -> Answered:
             begin, times = time.perf_counter(), []
             stream = await client.chat.completions.create(
                 model=names[tenant],
-                messages=[{"role": "user", "content": "word " * load.prompt}],
+                messages=[{"role": "user", "content": f"{next(numbers)} " + "word " * load.prompt}],
                 max_tokens=load.answer,
                 stream=True,
             )

@@ -232,6 +232,10 @@ def _served(lines: list[dict[str, Any]]) -> Table:
             size = f"{line['slot_bytes'] / 2**20:,.0f} MiB, {line['process_bytes'] / 2**20:,.0f} MiB of the process"
             table.add_row(f"{line['adapters']:,} adapters in memory", size)
             table.add_row("from the store into a slot", _times(line["load"]))
+        elif line["what"] == "conversation":
+            title = f"first token of turn {line['turns']} of a conversation, {line['last_prompt']} tokens"
+            kept, again = line["first_token_kept_ms"][-1], line["first_token_read_again_ms"][-1]
+            table.add_row(title, f"{kept:,.0f} ms; {again:,.0f} ms with nothing kept of the turns before")
         elif line["what"] == "cold start":
             for kind in ("warm", "cold"):
                 table.add_row(f"first token, adapter {kind}", _times(line[f"first_token_{kind}"]))

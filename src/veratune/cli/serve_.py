@@ -66,6 +66,12 @@ def parser() -> Parser:
     out.add_argument("--length", type=int, default=2048, help="tokens of a prompt and its answer together, at most")
     out.add_argument("--chunk", type=int, default=256, help="tokens of a prompt that are read in one step")
     out.add_argument(
+        "--prefix_memory",
+        type=float,
+        default=1.0,
+        help="GiB of keys and values that are kept for a tenant's next request that begins alike; 0 for none",
+    )
+    out.add_argument(
         "--base_dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of the base model"
     )
     out.add_argument("--quantize", type=Literal["4bit", "8bit"] | None, default=None, help="load the base with bitsandbytes")
@@ -221,7 +227,15 @@ def load(flags: Namespace, notes: Console) -> "tuple[Engine | None, Encoder | No
             max_rank=flags.max_rank,
         )  # fmt: skip
         if kind == "model":
-            loops[kind] = Engine(model, tokenizer, bank, limits=limits, length=flags.length, chunk=flags.chunk)
+            loops[kind] = Engine(
+                model,
+                tokenizer,
+                bank,
+                limits=limits,
+                length=flags.length,
+                chunk=flags.chunk,
+                prefixes=int(flags.prefix_memory * 2**30),
+            )
         else:
             loops[kind] = Encoder(model, tokenizer, bank, limits=limits)
     return loops.get("model"), loops.get("encoder")

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from veratune.errors import ConfigError, UnsupportedError
-from veratune.serving.bank import Bank
+from veratune.serving.bank import Bank, Key
 from veratune.serving.loop import Ask, Loop
+from veratune.serving.prefixes import Prefixes
 from veratune.serving.sampling import Choice, Sampling, Text, choose
 from veratune.serving.scheduler import Limits, together
 from veratune.serving.slots import SlotCache
@@ -45,6 +46,7 @@ class Request(Ask):
         super().__post_init__()
         self.text: Text | None = None
         self.read = 0  # tokens of the prompt that the cache has
+        self.known = 0  # of them, those that it had from an earlier request
         self.last = 0  # the token that the next step begins with
         self.generator: torch.Generator | None = None
 
@@ -74,11 +76,20 @@ class Request(Ask):
 class Engine(Loop[Request]):
     """Generation on one causal model with a bank of adapters.
 
-    length: the most tokens of a prompt and its answer; chunk: tokens of prompts that are read in one step.
+    length: the most tokens of a prompt and its answer; chunk: tokens of prompts that are read in one step; prefixes: bytes of keys and values
+    that are kept of requests that ended, for those of the same tenant and adapter that begin alike, 0 for none.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, bank: Bank, *, limits: Limits | None = None, length: int = 2048, chunk: int = 256
+        self,
+        model: Any,
+        tokenizer: Any,
+        bank: Bank,
+        *,
+        limits: Limits | None = None,
+        length: int = 2048,
+        chunk: int = 256,
+        prefixes: int = 0,
     ) -> None:
         super().__init__(model, tokenizer, bank, limits)
         config = model.config.get_text_config()
@@ -98,6 +109,7 @@ class Engine(Loop[Request]):
         self._by_layer = bool(kinds)  # masks by the kind of a layer, or one for all
         self.ends = set(_end_tokens(model, tokenizer))
         self._cache = SlotCache(self.limits.rows, self.length)
+        self._prefixes = Prefixes(prefixes) if prefixes else None
         self._rows: list[Request] = []  # those that answer, and behind them those whose prompts are being read
         self._answering = 0
         self._seeds = itertools.count(time.time_ns())
@@ -120,6 +132,15 @@ class Engine(Loop[Request]):
 
     def rows(self) -> list[Request]:
         return list(self._rows)
+
+    def forget(self, key: Key) -> None:
+        super().forget(key)
+        if self._prefixes is not None:
+            self._prefixes.forget(key)
+
+    @property
+    def prefix_bytes(self) -> int:
+        return self._prefixes.bytes if self._prefixes is not None else 0
 
     def step(self) -> bool:
         self._leave()
@@ -144,6 +165,11 @@ class Engine(Loop[Request]):
                 seed = request.sampling.seed if request.sampling.seed is not None else next(self._seeds)
                 request.generator = torch.Generator(self._device).manual_seed(seed % 2**63)
             self._rows.append(request)
+            kept = self._prefixes.find((request.tenant, request.key), request.prompt) if self._prefixes else None
+            if kept is not None:
+                request.read = request.known = kept[1]
+                self._cache.restore(len(self._rows) - 1, kept[0].layers, request.known)
+                self.counts.known_tokens += request.known
 
     def _read(self) -> None:
         """The next chunk of the prompt that came first, and of those that fit beside it; a prompt's last token gives the first of the answer."""
@@ -248,6 +274,10 @@ class Engine(Loop[Request]):
             request.listen(Piece(piece, choice))
 
     def _end(self, request: Request, finish: Finish, text: str, choice: Choice | None = None) -> None:
+        if self._prefixes is not None:
+            row = self._rows.index(request)
+            tokens = [*request.prompt, *request.said][: self._cache.held[row]]
+            self._prefixes.keep((request.tenant, request.key), tokens, self._cache.save(row))
         self._out(request)
         self.gone(request, finish)
         request.listen(Piece(text, choice, finish))

@@ -87,10 +87,12 @@ R = TypeVar("R", bound=Ask)
 
 @dataclasses.dataclass
 class LoopCounts:
-    """What a loop did: steps, tokens of prompts and answers, seconds in steps, requests that ended, by how."""
+    """What a loop did: steps, tokens of prompts that were read and that were known already, tokens of answers, seconds in steps, requests
+    that ended, by how."""
 
     steps: int = 0
     prompt_tokens: int = 0
+    known_tokens: int = 0
     answer_tokens: int = 0
     seconds: float = 0.0
     ended: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -176,6 +178,15 @@ class Loop(abc.ABC, Generic[R]):
     def rows(self) -> list[R]:
         """The requests that are being answered."""
         return []
+
+    def forget(self, key: Key) -> None:
+        """Take an adapter out of memory, if nobody uses it now."""
+        self.bank.drop(key)
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of what is kept of prompts that were read."""
+        return 0
 
     def next(self) -> R | None:
         """The next request to answer, with the lease of its adapter; None if nobody waits whose adapter is in memory."""

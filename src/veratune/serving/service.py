@@ -130,7 +130,7 @@ class Service:
     def forget(self, key: tuple[str, str, int]) -> None:
         """Take an adapter out of memory, if nobody uses it now."""
         for loop in self.loops.values():
-            loop.bank.drop(key)
+            loop.forget(key)
 
     def names(self, caller: Caller, after: str, limit: int) -> list[tuple[str, Entry]]:
         """Adapters of the caller's tenants, as (model's name, entry), by name; those behind `after`."""

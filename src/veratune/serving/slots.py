@@ -88,8 +88,8 @@ class SlotCache(Cache):
         """Write the new keys and values (rows, heads, queries, width) in their places, and give back all of those rows."""
         window = self._opened()
         while len(self._keys) <= layer_idx:
-            self._keys.append(key_states.new_empty(0))
-            self._values.append(value_states.new_empty(0))
+            self._keys.append(key_states.new_empty(0, 0, 0, 0))
+            self._values.append(value_states.new_empty(0, 0, 0, 0))
         end = window.first + len(window.new)
         out = []
         for held, new in ((self._keys, key_states), (self._values, value_states)):
@@ -117,6 +117,20 @@ class SlotCache(Cache):
             if memory.numel():
                 memory[row : row + 1, :, : self.held[row]] = 0
         self.held[row] = 0
+
+    def save(self, row: int) -> list[tuple[Tensor, Tensor]]:
+        """A copy of a row's keys and values (1, heads, tokens, width), for each layer; empty of layers that have none."""
+        place = (slice(row, row + 1), slice(None), slice(self.held[row]))
+        return [(keys[place].clone(), values[place].clone()) for keys, values in zip(self._keys, self._values, strict=True)]
+
+    def restore(self, row: int, saved: list[tuple[Tensor, Tensor]], length: int) -> None:
+        """Put the first `length` tokens of what was saved into a free row."""
+        for layer, pair in enumerate(saved):
+            for held, own in zip((self._keys, self._values), pair, strict=True):
+                if own.numel():
+                    held[layer] = memory = self._large_enough(held[layer], own, row + 1, length)
+                    memory[row : row + 1, :, :length] = own[:, :, :length]
+        self.held[row] = length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         window = self._opened()

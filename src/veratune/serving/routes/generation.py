@@ -189,9 +189,11 @@ async def _reply(engine: Engine, http: Request, body: _Generation, asked: list[A
         finally:
             cancel()
 
-    def usage() -> dict[str, int]:
-        read, said = sum(len(one.prompt) for one in asked[:: body.n]), sum(len(one.said) for one in asked)
-        return {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
+    def usage() -> dict[str, Any]:
+        prompts = asked[:: body.n]
+        read, said = sum(len(one.prompt) for one in prompts), sum(len(one.said) for one in asked)
+        known = {"cached_tokens": sum(one.known for one in prompts)}
+        return {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said, "prompt_tokens_details": known}
 
     answer = each()
     try:

@@ -72,6 +72,7 @@ _FIGURES: dict[str, tuple[str, bool, Callable[[Loop[Any]], float]]] = {
     "adapters_capacity": ("slots of each kind of adapter", False, lambda loop: loop.bank.slots),
     "adapter_bytes": ("bytes of the adapters in memory", False, lambda loop: loop.bank.bytes),
     "frozen_bytes": ("bytes of the frozen matrices of all kinds of adapters", False, lambda loop: loop.bank.frozen_bytes),
+    "prefix_bytes": ("bytes of what is kept of prompts that were read", False, lambda loop: loop.prefix_bytes),
     "requests_running": ("requests that run", False, lambda loop: loop.scheduler.running),
     "requests_waiting": ("requests that wait", False, lambda loop: loop.scheduler.waiting),
     "adapter_hits": ("requests whose adapter was in memory", True, lambda loop: loop.bank.counts.hits),
@@ -81,5 +82,6 @@ _FIGURES: dict[str, tuple[str, bool, Callable[[Loop[Any]], float]]] = {
     "steps": ("steps of the engine", True, lambda loop: loop.counts.steps),
     "step_seconds": ("spent in steps", True, lambda loop: loop.counts.seconds),
     "prompt_tokens": ("tokens read", True, lambda loop: loop.counts.prompt_tokens),
+    "known_tokens": ("tokens of prompts that had been read before", True, lambda loop: loop.counts.known_tokens),
     "answer_tokens": ("tokens made", True, lambda loop: loop.counts.answer_tokens),
 }
