@@ -419,6 +419,25 @@ def test_a_server_answers_and_drains_on_sigterm(tmp_path):
     assert "max_tokens" not in said
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("serve --model m --slots 0", "--slots: Not of type PositiveInt: 0 does not conform"),
+        ("serve --model m --memory inf", "--memory: Not of type GiB: inf does not conform"),
+        ("serve --model m --port 99999", "--port: Not of type Port: 99999 does not conform"),
+        ("serve --model m --drain nan", "--drain: Not of type Seconds: nan does not conform"),
+        ("serve --model m --threads 0", "--threads: Not of type PositiveInt"),
+        ("sample --model m --count 0", "--count: Not of type PositiveInt: 0 does not conform"),
+        ("reproduce table1 --threads -1", "--threads: Not of type PositiveInt"),
+    ],
+)
+def test_a_number_out_of_bounds_is_one_line(words, said, capsys):
+    assert main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
 def test_a_key_is_printed_once_and_a_server_without_keys_stays_at_home(tmp_path, capsys):
     assert main(["key", "--key_file", str(tmp_path / "k.json"), "--tenants", "ann,ben"]) == 0
     key = capsys.readouterr().out.strip()

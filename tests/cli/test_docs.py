@@ -61,12 +61,13 @@ def test_the_figures_of_serving_in_the_readme_are_those_that_were_measured():
     make = load(ROOT / "docs" / "make_benchmarks.py")
     lines = [line for line in make.read("serving") if line["dtype"] == "float32"]
     by = {line.get("workload", line["what"]): line for line in lines}
-    held, many = by["adapters in memory"], by["32 tenants"]
+    held, many, talk = by["adapters in memory"], by["32 tenants"], by["conversation"]
     times = statistics.median(a / b for a, b in zip(many["turns"], by["one after the other"]["turns"], strict=True))
     wanted = (
         f"32 tenants in one batch on two cores: {many['of_one_tenant']:.2f} of one tenant's speed, "
         f"{times:.1f} times one after the other; "
-        f"{held['adapters']:,} adapters of SmolLM2-135M in {held['process_bytes'] / 2**20:,.0f} MiB, one from the store in {held['load']['p50_ms']:.1f} ms"
+        f"{held['adapters']:,} adapters of SmolLM2-135M in {held['process_bytes'] / 2**20:,.0f} MiB, one from the store in {held['load']['p50_ms']:.1f} ms; "
+        f"turn {talk['turns']} of a conversation begins after {talk['first_token_kept_ms'][-1] / 1e3:.2f} s, {talk['first_token_read_again_ms'][-1] / 1e3:.2f} if all is read again"
     )
     assert wanted in (ROOT / "README.md").read_text(), wanted
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import Namespace
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -33,22 +34,26 @@ def parser(form: str = "step") -> Parser:
     out = new_parser(f"bench {form}", f"{FORMS[form][0].upper()}{FORMS[form][1:]}.")
     if form in ("step", "explain"):
         out.add_argument("--model", type=str, default="roberta-base", help="roberta-base, vit-base, llama-1024 or smollm2-135m")
-        out.add_argument("--rank", type=int | None, default=None, help="of VeRA (default: the model's own in the benchmark)")
+        out.add_argument(
+            "--rank", type=PositiveInt | None, default=None, help="of VeRA (default: the model's own in the benchmark)"
+        )
     if form == "step":
         out.add_argument("--plan", type=Plan, default="auto", help="of veratune: the order of its products")
         out.add_argument(
             "--basis", type=BasisKind, default="random", help="of veratune; another than random is measured beside it"
         )
         out.add_argument(
-            "--blocks", type=int | None, default=None, help="to build (default: some, for two minutes of measuring)"
+            "--blocks", type=PositiveInt | None, default=None, help="to build (default: some, for two minutes of measuring)"
         )
     if form == "layers":
         out.add_argument("--plans", type=bool, default=False, help="measure every plan, not only the one that is taken")
     if form in ("step", "layers"):
-        out.add_argument("--seconds", type=float, default=30.0, help="of measuring times: a model, or a cell of the grid")
+        out.add_argument(
+            "--seconds", type=PositiveFloat, default=30.0, help="of measuring times: a model, or a cell of the grid"
+        )
     if form == "serve":
         out.add_argument("--model", type=str, required=True, help="causal base model: folder, .gguf file or Hugging Face id")
-        out.add_argument("--rank", type=int, default=256, help="of the adapters")
+        out.add_argument("--rank", type=PositiveInt, default=256, help="of the adapters")
         out.add_argument("--targets", type=list[str], default=["query", "value"], help="layers that they adapt")
         out.add_argument(
             "--base_dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of the base model"
@@ -61,7 +66,7 @@ def parser(form: str = "step") -> Parser:
     if form != "explain":
         out.add_argument("--out", type=str | None, default=None, help="add the lines to this file as JSON lines")
     if form not in ("explain", "load"):
-        out.add_argument("--threads", type=int, default=2, help="that compute")
+        out.add_argument("--threads", type=PositiveInt, default=2, help="that compute")
     out.add_argument("--json", type=bool, default=False, help="print the figures as JSON")
     return out
 

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Sequence
 
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
+
 from veratune.cli.eval_ import add_loading, load
 from veratune.cli.parsing import Parser, new_parser, parse
 from veratune.errors import ConfigError
@@ -17,8 +19,8 @@ def parser() -> Parser:
     out.add_argument(
         "--system", type=str | None, default=None, help="system message, if not the one that the adapter remembers"
     )
-    out.add_argument("--max_new_tokens", type=int, default=512, help="longest answer, in tokens")
-    out.add_argument("--temperature", type=float, default=0.0, help="randomness of the answers; 0 is greedy")
+    out.add_argument("--max_new_tokens", type=PositiveInt, default=512, help="longest answer, in tokens")
+    out.add_argument("--temperature", type=NonNegativeFloat, default=0.0, help="randomness of the answers; 0 is greedy")
     return out
 
 

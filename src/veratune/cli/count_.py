@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
@@ -18,8 +19,8 @@ def parser() -> Parser:
     out.add_argument(
         "--method", type=Literal["vera", "lora", "bitfit", "head", "full"], default="vera", help="what to count for"
     )
-    out.add_argument("--batch", type=int, default=1, help="sequences in a training step")
-    out.add_argument("--length", type=int, default=512, help="tokens in a sequence")
+    out.add_argument("--batch", type=PositiveInt, default=1, help="sequences in a training step")
+    out.add_argument("--length", type=PositiveInt, default=512, help="tokens in a sequence")
     out.add_argument(
         "--base_dtype", type=Literal["float32", "bfloat16", "float16"], default="bfloat16", help="of the base weights"
     )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
@@ -20,9 +21,9 @@ def parser() -> Parser:
     out.add_argument("--split", type=str, default="validation", help="split of a folder or data set id")
     out.add_argument("--data_config", type=str | None, default=None, help="configuration of the data set id")
     out.add_argument("--columns", type=dict[str, str], default={}, help="the data's column for each role of the task")
-    out.add_argument("--batch_size", type=int, default=16, help="examples in one forward pass")
+    out.add_argument("--batch_size", type=PositiveInt, default=16, help="examples in one forward pass")
     out.add_argument("--generate", type=bool, default=False, help="also answer every row greedily and count exact matches")
-    out.add_argument("--max_new_tokens", type=int, default=128, help="longest generated answer, in tokens")
+    out.add_argument("--max_new_tokens", type=PositiveInt, default=128, help="longest generated answer, in tokens")
     out.add_argument(
         "--base", type=bool, default=True, help="score the bare base model too (classifiers: with an untrained head)"
     )

@@ -39,6 +39,12 @@ class Parser(ArgumentParser):
         if unknown:
             return f"unknown flag {unknown.group(1)!r}{near(unknown.group(1), [f'--{k}' for k in known])}"
         line = " ".join(message.split())
+        # Of an optional value only what is wrong with it as a value is of interest.
+        line = re.sub(
+            r"Does not validate against any of the Union .*? Errors: - (.*?) - Expected a <class 'NoneType'> Given .*",
+            r"\1",
+            line,
+        )
         return re.sub(r'^Parser key "(\w+)": ', r"--\1: ", line)
 
     def flags(self) -> set[str]:
@@ -86,7 +92,12 @@ def parse(parser: Parser, argv: Sequence[str]) -> Namespace:
             raise Usage(f"no recipe {name!r}; there are {', '.join(RECIPES)}{near(name, RECIPES)}")
         words = _from_file(parser, str(RECIPES[name])) + words
     # jsonargparse reports some mistakes by exception; main makes all of them one line.
-    return parser.parse_args(words)
+    flags = parser.parse_args(words)
+    for name, value in flags.items():
+        # Bounded numbers are of classes made at run time, which another process does not know.
+        plain = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
+        flags[name] = plain(value) if plain is not None else value
+    return flags
 
 
 def split(settings: Namespace, kind: type[Any]) -> Any:

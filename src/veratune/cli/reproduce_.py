@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -19,9 +20,9 @@ def parser() -> Parser:
     out.add_argument("--out", type=str, default="out/reproduce", help="folder for results; each experiment has its own in it")
     out.add_argument("--quick", type=bool, default=False, help="minutes: fewer rows and epochs, to see that it works")
     out.add_argument("--full", type=bool, default=False, help="the paper's own setting; most want a GPU and data from the hub")
-    out.add_argument("--seeds", type=int | None, default=None, help="seeds of each cell, from 0; default the scale's")
+    out.add_argument("--seeds", type=PositiveInt | None, default=None, help="seeds of each cell, from 0; default the scale's")
     out.add_argument("--only", type=str, default="", help="only the cells whose names hold this word")
-    out.add_argument("--threads", type=int | None, default=None, help="threads for torch")
+    out.add_argument("--threads", type=PositiveInt | None, default=None, help="threads for torch")
     add_judge(out)
     out.add_argument("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU if there is one")
     out.add_argument("--json", type=bool, default=False, help="print the results as one JSON list")

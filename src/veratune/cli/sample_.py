@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from jsonargparse.typing import PositiveInt
+
 from veratune.cli.eval_ import add_loading, load
 from veratune.cli.parsing import Parser, new_parser, parse
 from veratune.errors import ConfigError
@@ -16,8 +18,8 @@ def parser() -> Parser:
     out.add_argument(
         "--prompts", type=list[str], default=[], help="what to draw; default the prompts that the adapter's file remembers"
     )
-    out.add_argument("--count", type=int, default=4, help="images for each prompt")
-    out.add_argument("--steps", type=int, default=25, help="denoising steps")
+    out.add_argument("--count", type=PositiveInt, default=4, help="images for each prompt")
+    out.add_argument("--steps", type=PositiveInt, default=25, help="denoising steps")
     out.add_argument("--seed", type=int, default=0, help="of the noise")
     out.add_argument("--base", type=bool, default=True, help="draw with the bare pipeline too")
     out.add_argument("--out", type=str, default="samples.png", help="the picture to write")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt, restricted_number_type
 from rich.console import Console
 
 from veratune.cli.parsing import Parser, new_parser, parse
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from veratune.serving.engine import Engine
     from veratune.serving.jobs import Base
     from veratune.serving.service import Service
+
+Port = restricted_number_type("Port", int, [(">=", 0), ("<", 65536)])
+Seconds = restricted_number_type("Seconds", float, [(">=", 0), ("<", 10**7)])
+GiB = restricted_number_type("GiB", float, [(">=", 0), ("<", 2**20)])
 
 
 def parser() -> Parser:
@@ -40,7 +45,7 @@ def parser() -> Parser:
     )
     out.add_argument(
         "--fresh",
-        type=float,
+        type=Seconds,
         default=2.0,
         help="seconds until a bucket is asked again which version of an adapter is the newest",
     )
@@ -53,21 +58,19 @@ def parser() -> Parser:
     out.add_argument(
         "--host", type=str, default="127.0.0.1", help="address to listen on; another than this machine's wants keys"
     )
-    out.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
-    out.add_argument("--slots", type=int, default=256, help="adapters in memory, of each kind")
+    out.add_argument("--port", type=Port, default=8000, help="port to listen on; 0 takes a free one")
+    out.add_argument("--slots", type=PositiveInt, default=256, help="adapters in memory, of each kind")
     out.add_argument("--slots_dtype", type=Literal["float32", "bfloat16"], default="float32", help="of the adapters in memory")
-    out.add_argument(
-        "--memory", type=float, default=4.0, help="GiB of adapters in memory, with the frozen matrices of all kinds"
-    )
-    out.add_argument("--max_rank", type=int, default=4096, help="the largest rank of an adapter that is taken")
-    out.add_argument("--rows", type=int, default=32, help="conversations at once")
-    out.add_argument("--waiting", type=int, default=512, help="requests that may wait")
-    out.add_argument("--waiting_tenant", type=int, default=64, help="requests of one tenant that may wait")
-    out.add_argument("--length", type=int, default=2048, help="tokens of a prompt and its answer together, at most")
-    out.add_argument("--chunk", type=int, default=256, help="tokens of a prompt that are read in one step")
+    out.add_argument("--memory", type=GiB, default=4.0, help="GiB of adapters in memory, with the frozen matrices of all kinds")
+    out.add_argument("--max_rank", type=PositiveInt, default=4096, help="the largest rank of an adapter that is taken")
+    out.add_argument("--rows", type=PositiveInt, default=32, help="conversations at once")
+    out.add_argument("--waiting", type=PositiveInt, default=512, help="requests that may wait")
+    out.add_argument("--waiting_tenant", type=PositiveInt, default=64, help="requests of one tenant that may wait")
+    out.add_argument("--length", type=PositiveInt, default=2048, help="tokens of a prompt and its answer together, at most")
+    out.add_argument("--chunk", type=PositiveInt, default=256, help="tokens of a prompt that are read in one step")
     out.add_argument(
         "--prefix_memory",
-        type=float,
+        type=GiB,
         default=1.0,
         help="GiB of keys and values that are kept for a tenant's next request that begins alike; 0 for none",
     )
@@ -79,10 +82,13 @@ def parser() -> Parser:
         "--jobs", type=str | None, default=None, help="folder of fine-tuning jobs; without it the server does not fine-tune"
     )
     out.add_argument(
-        "--replicas", type=int, default=1, help="over 1: so many servers behind one address, by Ray Serve; they share the store"
+        "--replicas",
+        type=PositiveInt,
+        default=1,
+        help="over 1: so many servers behind one address, by Ray Serve; they share the store",
     )
-    out.add_argument("--drain", type=float, default=30.0, help="seconds that answers have to end after SIGTERM")
-    out.add_argument("--threads", type=int | None, default=None, help="threads for torch")
+    out.add_argument("--drain", type=Seconds, default=30.0, help="seconds that answers have to end after SIGTERM")
+    out.add_argument("--threads", type=PositiveInt | None, default=None, help="threads for torch")
     out.add_argument("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU if there is one")
     return out
 
