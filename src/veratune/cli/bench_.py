@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import Namespace
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -49,7 +49,7 @@ def parser(form: str = "step") -> Parser:
         out.add_argument("--plans", type=bool, default=False, help="measure every plan, not only the one that is taken")
     if form in ("step", "layers"):
         out.add_argument(
-            "--seconds", type=PositiveFloat, default=30.0, help="of measuring times: a model, or a cell of the grid"
+            "--seconds", type=NonNegativeFloat, default=30.0, help="of measuring times: a model, or a cell of the grid"
         )
     if form == "serve":
         out.add_argument("--model", type=str, required=True, help="causal base model: folder, .gguf file or Hugging Face id")
