@@ -460,6 +460,12 @@ def test_a_key_is_printed_once_and_a_server_without_keys_stays_at_home(tmp_path,
     assert "has no keys" in capsys.readouterr().err
     assert main(["serve", "--model", "m", "--host", "0.0.0.0"]) == 1
     assert "listens on 127.0.0.1 alone" in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", "--model", "m", "--port", str(port)]) == 2
+        assert f"port {port} of 127.0.0.1 cannot be had: Address already in use" in capsys.readouterr().err
+    assert main(["serve", "--model", "m", "--host", "192.0.2.1", "--key_file", str(tmp_path / "k.json")]) == 2
+    assert "of 192.0.2.1 cannot be had" in capsys.readouterr().err
     assert main(["serve", "--model", "m", "--adapters", "x"]) == 2
     assert "NAME=FILE of an adapter's file is wanted" in capsys.readouterr().err
 

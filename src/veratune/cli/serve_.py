@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -110,7 +111,10 @@ def run(argv: Sequence[str]) -> int:
             raise ConfigError(f"--adapters {name}{sign}{file}: NAME=FILE of an adapter's file is wanted")
     if flags.model is None and flags.encoder is None:
         raise ConfigError("there is nothing to serve: give --model, --encoder, or both")
+    taken = _bind(flags.host, flags.port)  # before models are loaded: who has the address wrong learns it at once
+    flags.port = taken.getsockname()[1]
     if flags.replicas > 1:
+        taken.close()
         return _replicas(flags)
     notes = Console(stderr=True, highlight=False)
     service = apart(lambda: start(flags, notes))
@@ -123,18 +127,32 @@ def run(argv: Sequence[str]) -> int:
     try:
         config = uvicorn.Config(
             build(service, keys, jobs),
-            host=flags.host,
-            port=flags.port,
             log_level="warning",
             timeout_graceful_shutdown=int(flags.drain) or None,
         )
-        uvicorn.Server(config).run()
+        uvicorn.Server(config).run(sockets=[taken])
     finally:
         service.close(flags.drain)
         if jobs is not None:
             jobs.close()
         service.store.close()
     return 0
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket at an address, which nobody can connect to yet. Raises ConfigError."""
+    from veratune.errors import ConfigError
+
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        raise ConfigError(
+            f"port {port} of {host} cannot be had: {error.strerror}; give another --port (0 takes a free one) or --host"
+        ) from None
+    return made
 
 
 def start(flags: Namespace, notes: Console) -> "Service":
