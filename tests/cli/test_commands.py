@@ -1,5 +1,6 @@
 """Every command as a user types it, in-process (the exit status is main's return value)."""
 
+import contextlib
 import io
 import json
 import signal
@@ -10,6 +11,7 @@ import threading
 import time
 
 import httpx2 as httpx
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -354,20 +356,60 @@ def test_reproduce_lists_its_experiments_and_names_mistakes(tmp_path, capsys):
     assert run(capsys, "reproduce", "conv-mnist", "--quick", "--full")[0] == 2
 
 
+@contextlib.contextmanager
+def server_of(folder, words, **config):
+    """The server as users start it: a process and a real socket. Gives it and its URL; afterwards it has `said` what it said."""
+    fakes.folder(fakes.llama(**config), folder / "llama")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    words = [
+        "serve",
+        "--model",
+        str(folder / "llama"),
+        "--port",
+        url.rpartition(":")[2],
+        "--store",
+        str(folder / "a.db"),
+        *words,
+    ]
+    server = subprocess.Popen([sys.executable, "-m", "veratune.cli.main", *words], stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.time() + 90
+        while time.time() < end:
+            try:
+                httpx.get(f"{url}/ready").raise_for_status()
+                break
+            except httpx.HTTPError:
+                assert server.poll() is None, server.stderr.read()
+                time.sleep(0.1)
+        yield server, url
+    finally:
+        if server.poll() is None:
+            server.kill()
+        _, server.said = server.communicate(timeout=60)
+
+
+def test_a_server_that_is_ended_ends_the_job_that_it_runs(tmp_path):
+    with server_of(tmp_path, ["--jobs", str(tmp_path / "jobs"), "--name", "tiny"]) as (server, url):
+        rows = {"file": ("rows.jsonl", b'{"prompt": "light", "completion": "on"}\n' * 8)}
+        file = httpx.post(f"{url}/v1/files", files=rows, data={"purpose": "fine-tune"}).json()["id"]
+        httpx.post(f"{url}/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file}).raise_for_status()
+        end = time.time() + 30
+        while not (found := list((tmp_path / "jobs").glob("job-*/pid"))) and time.time() < end:
+            time.sleep(0.02)
+        job = psutil.Process(int(found[0].read_text()))
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+        assert not job.is_running()
+    assert "Traceback" not in server.said
+
+
 def test_a_server_answers_and_drains_on_sigterm(tmp_path):
-    """The command as users start it: a process, a real socket, an adapter from a file; answers that have begun come whole."""
+    """An adapter from a file; answers that have begun come whole."""
     long = {"max_position_embeddings": 2048, "eos_token_id": None}
-    fakes.folder(fakes.llama(**long), tmp_path / "llama")
     model = vt.attach(fakes.llama(**long), vt.VeraConfig(rank=4, targets=("query",)), "x")
     vt.save(model, tmp_path / "x.safetensors", name="x")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    url, words = (
-        f"http://127.0.0.1:{port}",
-        ["serve", "--model", str(tmp_path / "llama"), "--port", str(port), "--store", str(tmp_path / "a.db")],
-    )
-    words += ["--adapters", f"mine={tmp_path / 'x.safetensors'}", "--name", "tiny"]
-    server = subprocess.Popen([sys.executable, "-m", "veratune.cli.main", *words], stderr=subprocess.PIPE, text=True)
+    words = ["--adapters", f"mine={tmp_path / 'x.safetensors'}", "--name", "tiny"]
     begun, ends = threading.Semaphore(0), []
 
     def ask():
@@ -381,15 +423,7 @@ def test_a_server_answers_and_drains_on_sigterm(tmp_path):
                     lines.append(line)
             ends.append(lines[-2:])
 
-    try:
-        end = time.time() + 90
-        while time.time() < end:
-            try:
-                httpx.get(f"{url}/ready").raise_for_status()
-                break
-            except httpx.HTTPError:
-                assert server.poll() is None, server.stderr.read()
-                time.sleep(0.1)
+    with server_of(tmp_path, words, **long) as (server, url):
         threads = [threading.Thread(target=ask) for _ in range(4)]
         for thread in threads:
             thread.start()
@@ -402,15 +436,12 @@ def test_a_server_answers_and_drains_on_sigterm(tmp_path):
         server.wait(60)
         with pytest.raises(httpx.ConnectError):
             httpx.get(url)
-    finally:
-        if server.poll() is None:
-            server.kill()
-        _, said = server.communicate(timeout=60)
-    assert server.returncode in (0, -signal.SIGTERM)
+    assert server.returncode == 0
     assert len(ends) == 4
     for last, done in ends:
         assert '"finish_reason": "length"' in last or '"finish_reason": "stop"' in last
         assert done == "data: [DONE]"
+    said = server.said
     assert f"tiny on {url}" in said.replace("\n", " ")
     told = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     assert {(line["path"], line["status"], line["tenant"]) for line in told if line["method"] == "POST"} == {

@@ -1,8 +1,10 @@
 """veratune serve"""
 
+import contextlib
 import functools
 import logging
 import os
+import signal
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,7 +132,10 @@ def run(argv: Sequence[str]) -> int:
             log_level="warning",
             timeout_graceful_shutdown=int(flags.drain) or None,
         )
-        uvicorn.Server(config).run(sockets=[taken])
+        # uvicorn raises the signal that ended it again, and a job's process must not be left behind by a SIGTERM either.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[taken])
     finally:
         service.close(flags.drain)
         if jobs is not None:
