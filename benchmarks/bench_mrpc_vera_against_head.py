@@ -18,7 +18,14 @@ HERE = Path(__file__).parent
 LINES = HERE / "results" / "mrpc_vera_against_head.jsonl"
 PAGE = HERE.parent / "docs" / "mrpc.md"
 
-COMMON = {"task": "text-classification", "batch_size": 16, "max_length": 96, "epochs": 2, "device": "cpu", "preview": 0}
+COMMON = {
+    "task": "text-classification",
+    "batch_size": 16,
+    "max_length": 96,
+    "epochs": 2,
+    "device": "cpu",
+    "preview": 0,
+}
 ADAPTER = {"rank": 256, "targets": ("all-linear",)}
 # What is trained -> its settings. Learning rates: see docs/log.md for what was tried.
 METHODS = {
@@ -45,8 +52,19 @@ def run(method: str, seed: int, data: str, work: Path) -> dict[str, object]:
         train(settings, VeraConfig(**ADAPTER))
     result = json.loads((folder / RESULTS).read_text())
     result.pop("path")
-    about = {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    return {"method": method, "seed": seed, **about, "transformers": transformers.__version__, **METHODS[method], **result}
+    about = {
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    return {
+        "method": method,
+        "seed": seed,
+        **about,
+        "transformers": transformers.__version__,
+        **METHODS[method],
+        **result,
+    }
 
 
 def page(lines: list[dict[str, object]]) -> str:
@@ -61,7 +79,11 @@ def page(lines: list[dict[str, object]]) -> str:
             spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{100 * statistics.mean(values):.1f}{spread}")
         trained = own[0]["head"] if "head" in method else own[0]["trained"]
-        cells.append(f"{trained:,} (head)" if "head" in method else f"{trained:,} + {own[0]['head']:,} (head)")
+        cells.append(
+            f"{trained:,} (head)"
+            if "head" in method
+            else f"{trained:,} + {own[0]['head']:,} (head)"
+        )
         rows.append("| " + " | ".join(cells) + " |")
     first = lines[0]
     return "\n".join(

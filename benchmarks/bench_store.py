@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-from veratune.bench.measure import machine
-from veratune.serving.store import SqliteStore, Version
+from veratune.serving.store.store import SqliteStore, Version
+from veratune_lab.bench.measure import machine
 
 HERE = Path(__file__).parent
 TENANTS = 1000
@@ -35,7 +35,9 @@ def times(calls):
 
 
 def main():
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     words.add_argument("--most", type=int, default=100_000)
     words.add_argument("--bytes", type=int, default=20_000)
     words.add_argument("--folder", default=None)
@@ -64,7 +66,9 @@ def main():
             })  # fmt: skip
             print(json.dumps(lines[-1]))
         store.close()
-    (HERE / "results" / "store.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (HERE / "results" / "store.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
 
 
 if __name__ == "__main__":

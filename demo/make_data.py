@@ -13,10 +13,48 @@ from pathlib import Path
 ROOMS = ["kitchen", "bedroom", "hallway", "office", "bathroom", "living room", "garage", "nursery", "attic", "study",
          "cellar", "porch", "dining room", "library", "workshop", "guest room"]  # fmt: skip
 PEOPLE = ["Anna", "Ben", "Carla", "David", "Elif", "Farid", "Grace", "Hugo", "Ines", "Jonas"]
-ITEMS = ["eggs", "oat milk", "batteries", "candles", "rice", "soap", "apples", "coffee", "flour", "stamps"]
-MUSIC = ["jazz", "piano music", "rain sounds", "folk", "techno", "a podcast", "film scores", "soul", "opera", "blues"]
-THINGS = ["the pasta", "the laundry", "tea", "the oven", "a nap", "the bread", "my workout", "the bath"]
-NEWS = ["dinner is ready", "I am running late", "the parcel came", "we need bread", "the meeting moved", "I am home"]
+ITEMS = [
+    "eggs",
+    "oat milk",
+    "batteries",
+    "candles",
+    "rice",
+    "soap",
+    "apples",
+    "coffee",
+    "flour",
+    "stamps",
+]
+MUSIC = [
+    "jazz",
+    "piano music",
+    "rain sounds",
+    "folk",
+    "techno",
+    "a podcast",
+    "film scores",
+    "soul",
+    "opera",
+    "blues",
+]
+THINGS = [
+    "the pasta",
+    "the laundry",
+    "tea",
+    "the oven",
+    "a nap",
+    "the bread",
+    "my workout",
+    "the bath",
+]
+NEWS = [
+    "dinner is ready",
+    "I am running late",
+    "the parcel came",
+    "we need bread",
+    "the meeting moved",
+    "I am home",
+]
 
 # Each kind: the command's action and slots, and ways to say it. The last way of each is kept for the held-out set.
 KINDS = {
@@ -94,7 +132,10 @@ def rows(count: int, rng: random.Random, seen: set[str], held_out: bool) -> list
 def main() -> None:
     rng, seen = random.Random(7), set()
     here = Path(__file__).parent
-    for name, found in (("train", rows(160, rng, seen, False)), ("heldout", rows(32, rng, seen, True))):
+    for name, found in (
+        ("train", rows(160, rng, seen, False)),
+        ("heldout", rows(32, rng, seen, True)),
+    ):
         (here / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
 
 

@@ -59,7 +59,7 @@ def main() -> None:
     import logging
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from veratune.reproduce.language_models import smollm2
+    from veratune_lab.paper.language_models import smollm2
 
     console.print("Unpacking the model (once) ...")
     with contextlib.redirect_stderr(io.StringIO()):
@@ -70,9 +70,9 @@ def main() -> None:
 
     from veratune import VeraConfig, use
     from veratune.cli.train_ import show_on
+    from veratune.inference.evaluate import evaluate_both, load_for
+    from veratune.inference.generate import answer
     from veratune.tasks.data import load_rows
-    from veratune.training.evaluate import evaluate_both, load_for
-    from veratune.training.generate import answer
     from veratune.training.run import peak_memory, train
     from veratune.training.settings import TrainSettings
 
@@ -87,7 +87,9 @@ def main() -> None:
     with contextlib.redirect_stderr(io.StringIO()):
         loaded = load_for(str(MODEL), result.path, device="cpu")
         heldout = str(HERE / "heldout.jsonl")
-        before, after = evaluate_both(loaded, heldout, generate=True, max_new_tokens=40, batch_size=32)
+        before, after = evaluate_both(
+            loaded, heldout, generate=True, max_new_tokens=40, batch_size=32
+        )
         sizes = peft_bytes()
 
     rows = load_rows(heldout)
@@ -96,12 +98,16 @@ def main() -> None:
     for who, name in (("before", None), ("after", "default")):
         use(loaded.model, name)
         examples[who] = next(answer(loaded.model, loaded.processor, [talk], max_new_tokens=40))
-    console.print(f"\nAsked: {talk[0]['content']}\nbefore: {examples['before']!r}\nafter:  {examples['after']!r}\n")
+    console.print(
+        f"\nAsked: {talk[0]['content']}\nbefore: {examples['before']!r}\nafter:  {examples['after']!r}\n"
+    )
 
     table = Table(title="VeRA on SmolLM2-135M: sentence -> JSON command", title_justify="left")
     for column, side in (("", "left"), ("before", "right"), ("after", "right")):
         table.add_column(column, justify=side)
-    table.add_row("held-out exact match", f"{before['exact_match']:.1%}", f"{after['exact_match']:.1%}")
+    table.add_row(
+        "held-out exact match", f"{before['exact_match']:.1%}", f"{after['exact_match']:.1%}"
+    )
     table.add_row("held-out loss", f"{before['loss']:.3f}", f"{after['loss']:.3f}")
     table.add_section()
     table.add_row("trained values", "", f"{result.trained:,}")

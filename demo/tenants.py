@@ -58,7 +58,12 @@ def main() -> None:
         shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         data = out.with_suffix(".jsonl")
-        data.write_text("".join(json.dumps({**row, "completion": form(json.loads(row["completion"]))}) + "\n" for row in rows))
+        data.write_text(
+            "".join(
+                json.dumps({**row, "completion": form(json.loads(row["completion"]))}) + "\n"
+                for row in rows
+            )
+        )
         settings = TrainSettings(
             model=str(OUT / "smollm2"), task="instruction", data=str(data), out=str(out), lr=4e-2, batch_size=8, epochs=2, max_length=128,
             device="cpu", keep="last", mixed_precision="bf16", preview=0,

@@ -58,7 +58,12 @@ def rows_of_models(steps: list[Line]) -> Iterable[list[Line]]:
 
 
 def page(
-    layers: list[Line], steps: list[Line], monarch: list[Line], agree: list[Line], served: list[Line], stores: list[Line]
+    layers: list[Line],
+    steps: list[Line],
+    monarch: list[Line],
+    agree: list[Line],
+    served: list[Line],
+    stores: list[Line],
 ) -> str:
     """The page as text."""
     first = steps[0]
@@ -118,7 +123,9 @@ def page(
     ]  # fmt: skip
     for task, (name, score, factor, better) in TASKS.items():
         found = {
-            basis: best_runs([line for line in monarch if line["task"] == task and line["basis"] == basis])
+            basis: best_runs(
+                [line for line in monarch if line["task"] == task and line["basis"] == basis]
+            )
             for basis in ("random", "monarch")
         }
         if not all(found.values()):
@@ -129,7 +136,9 @@ def page(
         )
         rates = ", ".join(f"{found[basis][0]['lr']:g}" for basis in ("random", "monarch"))
         before = factor * found["random"][0]["before"]
-        out.append(f"| {name} | {score} | {better} | {before:.{1 if factor == 100 else 3}f} | {' | '.join(scores)} | {rates} |")
+        out.append(
+            f"| {name} | {score} | {better} | {before:.{1 if factor == 100 else 3}f} | {' | '.join(scores)} | {rates} |"
+        )
     out += ["", *serving(served), *storing(stores)]
     return "\n".join(out) + "\n"
 
@@ -150,7 +159,11 @@ def serving(lines: list[Line]) -> list[str]:
     def row(title: str, shown: Callable[[str], str]) -> None:
         out.append(f"| {title} | " + " | ".join(shown(kind) for kind in kinds) + " |")
 
-    for workload in (line["workload"] for line in lines if line["what"] == "closed load" and line["dtype"] == kinds[0]):
+    for workload in (
+        line["workload"]
+        for line in lines
+        if line["what"] == "closed load" and line["dtype"] == kinds[0]
+    ):
 
         def speed(kind: str, workload: str = workload) -> str:
             line = by[kind, "closed load", workload]
@@ -164,7 +177,10 @@ def serving(lines: list[Line]) -> list[str]:
     def times(what: str, name: str) -> Callable[[str], str]:
         return lambda kind: p(by[kind, what, ""][name])
 
-    row("rows of the mixed batch equal to alone", lambda kind: "{equal} of {rows}".format(**by[kind, "equal to alone", ""]))
+    row(
+        "rows of the mixed batch equal to alone",
+        lambda kind: "{equal} of {rows}".format(**by[kind, "equal to alone", ""]),
+    )
     held = "adapters in memory"
     row(
         f"{by[kinds[0], held, '']['adapters']:,} adapters in bfloat16",
@@ -175,17 +191,25 @@ def serving(lines: list[Line]) -> list[str]:
     row(
         f"first token of turn {talk['turns']} of a conversation, {talk['last_prompt']} tokens: what was read is kept / is read again",
         lambda kind: "{} / {}".format(
-            *(f"{by[kind, 'conversation', ''][f'first_token_{how}_ms'][-1]:,.0f} ms" for how in ("kept", "read_again"))
+            *(
+                f"{by[kind, 'conversation', ''][f'first_token_{how}_ms'][-1]:,.0f} ms"
+                for how in ("kept", "read_again")
+            )
         ),
     )
-    row("  answers equal with and without", lambda kind: "{equal} of {answers}".format(**by[kind, "conversation", ""]))
+    row(
+        "  answers equal with and without",
+        lambda kind: "{equal} of {answers}".format(**by[kind, "conversation", ""]),
+    )
     row("first token, adapter in memory, p50 / p99", times("cold start", "first_token_warm"))
     row("first token, adapter in the store", times("cold start", "first_token_cold"))
     row("  until it has its adapter, in memory", times("cold start", "adapter_warm"))
     row("  until it has its adapter, in the store", times("cold start", "adapter_cold"))
     row(
         "open load: requests a second, tenants asked",
-        lambda kind: "{rate:g}, {distinct_tenants} of {population}".format(**by[kind, "open load", ""]),
+        lambda kind: "{rate:g}, {distinct_tenants} of {population}".format(
+            **by[kind, "open load", ""]
+        ),
     )
     row("  first token, p50 / p99", times("open load", "first_token"))
     row("  each token, p50 / p99", times("open load", "each_token"))
@@ -201,7 +225,8 @@ def storing(lines: list[Line]) -> list[str]:
     ]  # fmt: skip
     for line in lines:
         cells = " | ".join(
-            f"{line[name]['p50_ms']:.2f} / {line[name]['p99_ms']:.2f}" for name in ("put", "newest", "get", "names")
+            f"{line[name]['p50_ms']:.2f} / {line[name]['p99_ms']:.2f}"
+            for name in ("put", "newest", "get", "names")
         )
         out.append(f"| {line['adapters']:,} | {line['file_bytes'] / 1e9:.2f} GB | {cells} |")
     large = lines[-1]
@@ -215,15 +240,23 @@ def storing(lines: list[Line]) -> list[str]:
 
 def cells(layers: list[Line]) -> Iterable[tuple[Line, Line, list[Line]]]:
     """(veratune, PEFT VeRA, [LoRA r=8, LoRA r=64, full]) of every size and rank."""
-    by = {(x["T"], x["n"], x["m"], x["method"], x["rank"]): x for x in layers if x["plan"] == "auto"}
+    by = {
+        (x["T"], x["n"], x["m"], x["method"], x["rank"]): x for x in layers if x["plan"] == "auto"
+    }
     for (T, n, m, kind, rank), line in by.items():
         if kind == "veratune":
-            yield line, by[T, n, m, "peft-vera", rank], [by[T, n, m, k, r] for k, r in (("lora", 8), ("lora", 64), ("full", 0))]
+            yield (
+                line,
+                by[T, n, m, "peft-vera", rank],
+                [by[T, n, m, k, r] for k, r in (("lora", 8), ("lora", 64), ("full", 0))],
+            )
 
 
 def best_runs(lines: list[Line]) -> list[Line]:
     """The runs at the learning rate that was kept: the one with several seeds."""
-    seeds = {rate: {x["seed"] for x in lines if x["lr"] == rate} for rate in {x["lr"] for x in lines}}
+    seeds = {
+        rate: {x["seed"] for x in lines if x["lr"] == rate} for rate in {x["lr"] for x in lines}
+    }
     return [x for x in lines if x["lr"] == max(seeds, key=lambda rate: len(seeds[rate]))]
 
 
@@ -239,11 +272,23 @@ def draw(layers: list[Line], steps: list[Line]) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 6), layout="constrained", width_ratios=(1, 1.1))
-    colours = {"lora": "#8fb3d9", "peft-vera": "#d98880", "veratune": "#2e7d4f", "monarch": "#7cc49a", "full": "#c9c9c9"}
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(15, 6), layout="constrained", width_ratios=(1, 1.1)
+    )
+    colours = {
+        "lora": "#8fb3d9",
+        "peft-vera": "#d98880",
+        "veratune": "#2e7d4f",
+        "monarch": "#7cc49a",
+        "full": "#c9c9c9",
+    }
     ticks, names, at, named = [], [], 0.0, set()
     for run in rows_of_models(steps):
-        bars = [x for x in run if x["method"] != "frozen" and not (x["method"] == "lora" and x["rank"] == 64)]
+        bars = [
+            x
+            for x in run
+            if x["method"] != "frozen" and not (x["method"] == "lora" and x["rank"] == 64)
+        ]
         start = at
         for line in bars:
             kind = "monarch" if line.get("basis") == "monarch" else line["method"]
@@ -254,8 +299,21 @@ def draw(layers: list[Line], steps: list[Line]) -> None:
                 "monarch": "veratune, blocks",
                 "full": "full",
             }[kind]
-            left.bar(at, line["over_frozen"] - 1, 0.9, bottom=1, color=colours[kind], label=None if kind in named else label)
-            left.text(at, line["over_frozen"] + 0.01, f"{line['over_frozen']:.2f}", ha="center", fontsize=8)
+            left.bar(
+                at,
+                line["over_frozen"] - 1,
+                0.9,
+                bottom=1,
+                color=colours[kind],
+                label=None if kind in named else label,
+            )
+            left.text(
+                at,
+                line["over_frozen"] + 0.01,
+                f"{line['over_frozen']:.2f}",
+                ha="center",
+                fontsize=8,
+            )
             named.add(kind)
             at += 1
         rank = next(x["rank"] for x in run if x["method"] == "peft-vera")

@@ -12,12 +12,28 @@ def page() -> str:
     from veratune.cli.main import COMMANDS, overview
 
     os.environ["COLUMNS"] = "100"  # the width that help is wrapped to
-    lines = ["# The command line", "", "Made from the commands' own help by `make docs`.", "", "```", overview(), "```", ""]
+    lines = [
+        "# The command line",
+        "",
+        "Made from the commands' own help by `make docs`.",
+        "",
+        "```",
+        overview(),
+        "```",
+        "",
+    ]
     for name in COMMANDS:
         module = importlib.import_module(f"veratune.cli.{name}_")
         for form in getattr(module, "FORMS", [None]):
             parser = module.parser() if form is None else module.parser(form)
-            lines += [f"## veratune {name} {form or ''}".rstrip(), "", "```", parser.format_help().rstrip(), "```", ""]
+            lines += [
+                f"## veratune {name} {form or ''}".rstrip(),
+                "",
+                "```",
+                parser.format_help().rstrip(),
+                "```",
+                "",
+            ]
     return "\n".join(lines)
 
 

@@ -41,9 +41,19 @@ PAGES = {
 }  # fmt: skip
 # Pictures of single runs that are shown too: experiment -> (file in its runs, name here, what it is).
 RUNS = {
-    "table5": [("", "table5-norms.png", "Norms of the trained vectors by layer (the paper's figure 3), flowers.")],
+    "table5": [
+        (
+            "",
+            "table5-norms.png",
+            "Norms of the trained vectors by layer (the paper's figure 3), flowers.",
+        )
+    ],
     "detection": [
-        ("raccoon:-VeRA,-rank-64-0/boxes.png", "detection-boxes.png", "Test images: annotated, and found with VeRA.")
+        (
+            "raccoon:-VeRA,-rank-64-0/boxes.png",
+            "detection-boxes.png",
+            "Test images: annotated, and found with VeRA.",
+        )
     ],
     "conv-intel": [
         (
@@ -57,8 +67,8 @@ RUNS = {
 
 def take(folders: list[Path]) -> None:
     """Lines of the scaled runs, and pictures, out of folders of `veratune reproduce`; an experiment may be spread over several."""
-    from veratune.reproduce.experiment import Place
-    from veratune.reproduce.registry import experiment
+    from veratune_lab.paper.experiment import Place
+    from veratune_lab.paper.registry import experiment
 
     LINES.mkdir(parents=True, exist_ok=True)
     PICTURES.mkdir(exist_ok=True)
@@ -66,14 +76,18 @@ def take(folders: list[Path]) -> None:
         own = [folder / name for folder in folders if (folder / name / "results.jsonl").is_file()]
         if not own:
             continue
-        texts = [text for folder in own for text in (folder / "results.jsonl").read_text().splitlines()]
+        texts = [
+            text for folder in own for text in (folder / "results.jsonl").read_text().splitlines()
+        ]
         lines = [line for line in map(json.loads, texts) if line["scale"] == "scaled"]
         order = [cell.name for cell in experiment(name).cells("scaled")]
         lines.sort(key=lambda line: (line["seed"], order.index(line["cell"])))
         (LINES / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         for folder in own:
             place = Place(out=folder)
-            for picture in experiment(name).draw(lines, place) if len(own) > 1 else folder.glob("*.png"):
+            for picture in (
+                experiment(name).draw(lines, place) if len(own) > 1 else folder.glob("*.png")
+            ):
                 shutil.copy(picture, PICTURES / f"{name}-{picture.name}")
         if name == "table5":
             from veratune.analysis.inspect import plot
@@ -92,7 +106,7 @@ def take(folders: list[Path]) -> None:
 
 def page(which: str) -> str:
     """All tables and pictures of one page."""
-    from veratune.reproduce.registry import experiment
+    from veratune_lab.paper.registry import experiment
 
     about, names = PAGES[which]
     out = [about]
@@ -104,14 +118,18 @@ def page(which: str) -> str:
         out.append("#" + experiment(name).page(lines, "scaled"))
         told = {kept: what for _, kept, what in RUNS.get(name, [])}
         for picture in sorted(PICTURES.glob(f"{name}-*.png")):
-            out += [f"![{name}](pictures/{picture.name})", "", *([told[picture.name], ""] if picture.name in told else [])]
+            out += [
+                f"![{name}](pictures/{picture.name})",
+                "",
+                *([told[picture.name], ""] if picture.name in told else []),
+            ]
     return "\n".join(out)
 
 
 def recipes() -> str:
     """docs/recipes.md with its measured sentence: medians of table2, method by method."""
-    from veratune.reproduce.glue import GLUE, score_of
-    from veratune.reproduce.registry import experiment
+    from veratune_lab.paper.glue import GLUE, score_of
+    from veratune_lab.paper.registry import experiment
 
     lines = [json.loads(line) for line in (LINES / "table2.jsonl").read_text().splitlines()]
     chosen = experiment("table2").chosen(lines)
@@ -122,7 +140,9 @@ def recipes() -> str:
             method: f"{statistics.median(map(score_of, chosen[f'{title}: {method}'])):.1f}"
             for method in ("VeRA, only d, all linear", "VeRA", "LoRA")
         }
-        parts.append(f"{title} {found['VeRA, only d, all linear']} (VeRA {found['VeRA']}, LoRA {found['LoRA']})")
+        parts.append(
+            f"{title} {found['VeRA, only d, all linear']} (VeRA {found['VeRA']}, LoRA {found['LoRA']})"
+        )
     sizes = {of[0]["method"]: of[0]["trained"] for of in chosen.values() if of}
     text = (
         f"{'; '.join(parts)}, with {sizes['VeRA, only d, all linear']:,} values against VeRA's {sizes['VeRA']:,} and the {sizes['LoRA']:,} of LoRA "

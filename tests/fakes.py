@@ -29,7 +29,9 @@ def bert(labels: int | None = None, **options) -> nn.Module:
         vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
         max_position_embeddings=64, num_labels=labels or 2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=LIVELY, **options,
     )  # fmt: skip
-    return seeded(lambda: hf.BertForSequenceClassification(config) if labels else hf.BertModel(config))
+    return seeded(
+        lambda: hf.BertForSequenceClassification(config) if labels else hf.BertModel(config)
+    )
 
 
 def llama(**options) -> nn.Module:
@@ -52,7 +54,9 @@ def gpt2(layers: int = 2, width: int = 32) -> nn.Module:
 
 
 def perceptron(n: int = 12, hidden: int = 10, m: int = 6) -> nn.Module:
-    return seeded(lambda: nn.Sequential(nn.Linear(n, hidden), nn.Tanh(), nn.Linear(hidden, m, bias=False)))
+    return seeded(
+        lambda: nn.Sequential(nn.Linear(n, hidden), nn.Tanh(), nn.Linear(hidden, m, bias=False))
+    )
 
 
 def encoder(batch_first: bool = True) -> nn.Module:
@@ -80,9 +84,12 @@ def tokenizer() -> hf.PreTrainedTokenizerFast:
     special = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     made.train_from_iterator(
-        [WORDS] * 3, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+        [WORDS] * 3,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet),
     )
-    out = hf.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    out = hf.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
     out.chat_template = CHAT
     return out
 
@@ -124,7 +131,9 @@ def image_model(path: Path, kind: str = "vit") -> str:
         )  # fmt: skip
         seeded(lambda: hf.ViTModel(config)).save_pretrained(path)
     else:
-        config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+        config = hf.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"
+        )
         seeded(lambda: hf.ResNetModel(config)).save_pretrained(path)
     hf.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(path)
     return str(path)
@@ -132,14 +141,22 @@ def image_model(path: Path, kind: str = "vit") -> str:
 
 def detector(path: Path, kind: str = "yolos", side: int = 32) -> str:
     """A tiny YOLOS, DETR or RT-DETR of seven classes, and its processor."""
-    stages = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"])
+    stages = hf.ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16],
+        depths=[1, 1],
+        layer_type="basic",
+        out_features=["stage2"],
+    )
     if kind == "yolos":
         config = hf.YolosConfig(
             hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=[side, side], patch_size=8,
             num_detection_tokens=5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=LIVELY, num_labels=7,
         )  # fmt: skip
         seeded(lambda: hf.YolosForObjectDetection(config)).save_pretrained(path)
-        hf.YolosImageProcessorPil(size={"height": side, "width": side}, do_pad=False).save_pretrained(path)
+        hf.YolosImageProcessorPil(
+            size={"height": side, "width": side}, do_pad=False
+        ).save_pretrained(path)
     elif kind == "detr":  # pads a batch to its largest image
         config = hf.DetrConfig(
             use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=stages, d_model=32, encoder_layers=1,
@@ -147,11 +164,17 @@ def detector(path: Path, kind: str = "yolos", side: int = 32) -> str:
             num_labels=7, dropout=0.0,
         )  # fmt: skip
         seeded(lambda: hf.DetrForObjectDetection(config)).save_pretrained(path)
-        hf.DetrImageProcessorPil(size={"shortest_edge": side, "longest_edge": 2 * side}).save_pretrained(path)
+        hf.DetrImageProcessorPil(
+            size={"shortest_edge": side, "longest_edge": 2 * side}
+        ).save_pretrained(path)
     else:
         sizes = {"out_features": ["stage2", "stage3", "stage4"]}
         backbone = hf.RTDetrResNetConfig(
-            embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1] * 4, layer_type="basic", **sizes
+            embedding_size=8,
+            hidden_sizes=[8, 8, 16, 16],
+            depths=[1] * 4,
+            layer_type="basic",
+            **sizes,
         )
         config = hf.RTDetrConfig(
             backbone_config=backbone, encoder_in_channels=[8, 16, 16], encoder_hidden_dim=16, d_model=32, decoder_in_channels=[16] * 3,
@@ -177,7 +200,9 @@ def stable_diffusion(path: Path, xl: bool = False) -> str:
     words.mkdir(parents=True)
     (words / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(letters)}))
     (words / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = hf.CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=24)
+    tokenizer = hf.CLIPTokenizer(
+        str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=24
+    )
     text = hf.CLIPTextConfig(
         vocab_size=len(letters), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=24, projection_dim=16, bos_token_id=len(letters) - 2, eos_token_id=len(letters) - 1,
@@ -197,7 +222,9 @@ def stable_diffusion(path: Path, xl: bool = False) -> str:
     encoder = seeded(lambda: hf.CLIPTextModel(text))
     if xl:
         second = seeded(lambda: hf.CLIPTextModelWithProjection(text))
-        pipe = diffusers.StableDiffusionXLPipeline(vae, encoder, second, tokenizer, tokenizer, unet, scheduler)
+        pipe = diffusers.StableDiffusionXLPipeline(
+            vae, encoder, second, tokenizer, tokenizer, unet, scheduler
+        )
     else:
         pipe = diffusers.StableDiffusionPipeline(
             vae, encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False

@@ -33,7 +33,10 @@ def test_a_merged_adapter_is_extracted_as_it_is():
     before = vt.extract(model)
     vt.merge(model)
     after = vt.extract(model)
-    assert all(torch.equal(before.d[k], after.d[k]) and torch.equal(before.b[k], after.b[k]) for k in before.d)
+    assert all(
+        torch.equal(before.d[k], after.d[k]) and torch.equal(before.b[k], after.b[k])
+        for k in before.d
+    )
     assert torch.equal(before.probe, after.probe)
 
 
@@ -45,22 +48,31 @@ def test_head_and_task_travel():
     vt.install(other, adapter, "b")
     assert torch.equal(other(TOKENS).logits, model(TOKENS).logits)
     assert vt.extract(other).task == {"name": "x"}
-    with pytest.raises(BaseModelError, match=r"head tensor 'classifier.bias': the file has \(3,\), the model has \(2,\)"):
+    with pytest.raises(
+        BaseModelError,
+        match=r"head tensor 'classifier.bias': the file has \(3,\), the model has \(2,\)",
+    ):
         vt.install(fakes.bert(labels=2), adapter, "b")
 
 
 def test_another_base_is_refused_by_layer_shape_or_weights():
     adapter = vt.extract(trained())
-    with pytest.raises(BaseModelError, match=r"it has layer 'model.layers.0.self_attn.q_proj', GPT2LMHeadModel has not"):
+    with pytest.raises(
+        BaseModelError,
+        match=r"it has layer 'model.layers.0.self_attn.q_proj', GPT2LMHeadModel has not",
+    ):
         vt.install(fakes.gpt2(), adapter, "a")
     with pytest.raises(
-        BaseModelError, match="layer 'model.layers.0.self_attn.v_proj' is 32 -> 16 in the file and 32 -> 32 in Llama"
+        BaseModelError,
+        match="layer 'model.layers.0.self_attn.v_proj' is 32 -> 16 in the file and 32 -> 32 in Llama",
     ):
         vt.install(fakes.seeded(lambda: type(fakes.llama())(fakes.llama().config.__class__(
             **{**fakes.llama().config.to_dict(), "num_key_value_heads": 4}))), adapter, "a")  # fmt: skip
     torch.manual_seed(1)
     stranger = type(fakes.llama())(fakes.llama().config)
-    with pytest.raises(BaseModelError, match=r"the layers fit, but the weights of .* agree only to -?0\.\d\d"):
+    with pytest.raises(
+        BaseModelError, match=r"the layers fit, but the weights of .* agree only to -?0\.\d\d"
+    ):
         vt.install(stranger, adapter, "a")
     assert vt.adapters(stranger) == {}
     vt.install(stranger, adapter, "a", check_base=False)
@@ -96,8 +108,14 @@ def test_a_name_is_needed_when_there_are_several():
             lambda a: {"d": {k: torch.ones(64) for k in a.d}},
             r"layer 'model.layers.0.self_attn.q_proj' \(32 -> 32\): the file has d of shape \(64,\), the config says rank 8",
         ),
-        (lambda a: {"b": {k: v * float("nan") for k, v in a.b.items()}}, "b holds NaN or infinity; the training run diverged"),
-        (lambda a: {"head": {"x.weight": torch.ones(1)}}, "head tensor 'x.weight' belongs to none of the config's heads"),
+        (
+            lambda a: {"b": {k: v * float("nan") for k, v in a.b.items()}},
+            "b holds NaN or infinity; the training run diverged",
+        ),
+        (
+            lambda a: {"head": {"x.weight": torch.ones(1)}},
+            "head tensor 'x.weight' belongs to none of the config's heads",
+        ),
         (lambda a: {"shapes": {}, "d": {}, "b": {}}, "the adapter has no layers"),
     ],
 )

@@ -27,7 +27,14 @@ def two_adapters(model=None):
     vt.attach(model, vt.VeraConfig(rank=16), "alice")
     vt.attach(
         model,
-        vt.VeraConfig(rank=40, targets="all-linear", exclude=["down_proj"], seed=9, sharing="per_shape", dtype="bfloat16"),
+        vt.VeraConfig(
+            rank=40,
+            targets="all-linear",
+            exclude=["down_proj"],
+            seed=9,
+            sharing="per_shape",
+            dtype="bfloat16",
+        ),
         "bob",
     )
     return scramble(scramble(model, "alice"), "bob", seed=1)
@@ -44,7 +51,10 @@ def test_attach_changes_nothing_until_it_is_trained():
     assert type(model) is type(plain)
     assert torch.equal(logits(model), logits(plain))
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
-        f"model.layers.{i}.self_attn.{q}_proj.vera.alice.whole.{v}" for i in (0, 1) for q in "qv" for v in "db"
+        f"model.layers.{i}.self_attn.{q}_proj.vera.alice.whole.{v}"
+        for i in (0, 1)
+        for q in "qv"
+        for v in "db"
     }
 
 
@@ -91,7 +101,9 @@ def test_each_row_of_a_mixed_batch_is_what_it_is_alone(make):
     for i, name in enumerate(names):
         vt.use(model, name)
         torch.testing.assert_close(mixed[i], logits(model, tokens)[i], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(mixed[i : i + 1], logits(model, tokens[i : i + 1]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            mixed[i : i + 1], logits(model, tokens[i : i + 1]), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_rows_repeat_for_beams_and_nest():
@@ -116,8 +128,13 @@ def test_rows_generate_as_each_alone():
         beams = model.generate(prompt, max_new_tokens=6, num_beams=3, do_sample=False)
     for i, name in enumerate(names):
         vt.use(model, name)
-        assert torch.equal(model.generate(prompt[i : i + 1], max_new_tokens=8, do_sample=False)[0], mixed[i])
-        assert torch.equal(model.generate(prompt[i : i + 1], max_new_tokens=6, num_beams=3, do_sample=False)[0], beams[i])
+        assert torch.equal(
+            model.generate(prompt[i : i + 1], max_new_tokens=8, do_sample=False)[0], mixed[i]
+        )
+        assert torch.equal(
+            model.generate(prompt[i : i + 1], max_new_tokens=6, num_beams=3, do_sample=False)[0],
+            beams[i],
+        )
 
 
 def test_gradients_of_a_mixed_batch_are_those_of_its_rows():
@@ -153,7 +170,10 @@ def test_bad_rows(names, message):
 
 def test_rows_of_another_number_are_refused():
     model = two_adapters()
-    with vt.rows(model, ["alice", "bob"]), pytest.raises(ValueError, match=r"got a batch of 3 rows; rows\(\) named 2 adapters"):
+    with (
+        vt.rows(model, ["alice", "bob"]),
+        pytest.raises(ValueError, match=r"got a batch of 3 rows; rows\(\) named 2 adapters"),
+    ):
         logits(model)
     logits(model)  # and the model works on
 
@@ -194,13 +214,19 @@ def test_merging_into_few_bits_says_what_was_lost():
 def test_a_merged_model_refuses_what_it_cannot_do():
     model = two_adapters()
     vt.merge(model, "alice")
-    for act in (lambda: vt.use(model, "bob"), lambda: vt.use(model, None), lambda: vt.merge(model, "bob")):
+    for act in (
+        lambda: vt.use(model, "bob"),
+        lambda: vt.use(model, None),
+        lambda: vt.merge(model, "bob"),
+    ):
         with pytest.raises(AdapterError, match="'alice' is merged"):
             act()
     with pytest.raises(AdapterError, match="merged"), vt.rows(model, ["alice"]):
         pass
     keys = list(model.state_dict())
-    with pytest.raises(AdapterError, match="'alice' is merged into the weights; unmerge before adding 'carol'"):
+    with pytest.raises(
+        AdapterError, match="'alice' is merged into the weights; unmerge before adding 'carol'"
+    ):
         vt.attach(model, vt.VeraConfig(rank=2), "carol")
     assert list(model.state_dict()) == keys
     assert list(vt.adapters(model)) == ["alice", "bob"]
@@ -212,13 +238,18 @@ def test_a_merged_model_refuses_what_it_cannot_do():
 def test_a_tied_weight_is_not_merged():
     model = fakes.llama(tie_word_embeddings=True)
     vt.attach(model, vt.VeraConfig(rank=4, targets=["lm_head"]), "a")
-    with pytest.raises(UnsupportedError, match="layer 'lm_head' shares its weight with another module"):
+    with pytest.raises(
+        UnsupportedError, match="layer 'lm_head' shares its weight with another module"
+    ):
         vt.merge(model)
 
 
 def test_detach_gives_back_the_very_modules():
     model = fakes.llama()
-    modules, flags = dict(model.named_modules()), {n: p.requires_grad for n, p in model.named_parameters()}
+    modules, flags = (
+        dict(model.named_modules()),
+        {n: p.requires_grad for n, p in model.named_parameters()},
+    )
     model.model.embed_tokens.weight.requires_grad_(False)
     flags["model.embed_tokens.weight"] = False
     two_adapters(model)
@@ -304,7 +335,9 @@ def test_heads_are_each_adapters_own():
 
 def test_a_module_is_adapted_or_trained_in_full_but_not_both():
     model = vt.attach(fakes.bert(labels=2), vt.VeraConfig(rank=4, targets=["classifier"]), "a")
-    with pytest.raises(UnsupportedError, match="head 'classifier' holds the adapted layer 'classifier'"):
+    with pytest.raises(
+        UnsupportedError, match="head 'classifier' holds the adapted layer 'classifier'"
+    ):
         vt.attach(model, vt.VeraConfig(rank=4, head=["classifier"]), "b")
 
 
@@ -377,7 +410,8 @@ def test_compile_without_graph_breaks():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings", [{"plan": p} for p in ("factored", "projected", "merged", "dense")] + [{"basis": "monarch"}]
+    "settings",
+    [{"plan": p} for p in ("factored", "projected", "merged", "dense")] + [{"basis": "monarch"}],
 )
 def test_every_plan_compiles_and_its_gradients_too(settings):
     model = scramble(vt.attach(fakes.llama(), vt.VeraConfig(rank=8, **settings), "a"), "a").train()
@@ -394,14 +428,20 @@ def test_every_plan_compiles_and_its_gradients_too(settings):
 def test_a_basis_of_blocks_in_mixed_rows_and_files(tmp_path):
     model = fakes.llama()
     for i, basis in enumerate(["monarch", "random", "monarch"]):
-        scramble(vt.attach(model, vt.VeraConfig(rank=8, basis=basis, seed=i // 2), f"a{i}"), f"a{i}", seed=i)
+        scramble(
+            vt.attach(model, vt.VeraConfig(rank=8, basis=basis, seed=i // 2), f"a{i}"),
+            f"a{i}",
+            seed=i,
+        )
     names = ["a2", None, "a0", "a1", "a0"]
     tokens = torch.randint(0, 300, (5, 6))
     with vt.rows(model, names):
         mixed = logits(model, tokens)
     for i, name in enumerate(names):
         vt.use(model, name)
-        torch.testing.assert_close(mixed[i], logits(model, tokens[i : i + 1])[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            mixed[i], logits(model, tokens[i : i + 1])[0], rtol=1e-4, atol=1e-5
+        )
     vt.use(model, "a2")
     vt.save(model, tmp_path / "a.safetensors", name="a2")
     again = fakes.llama()
@@ -413,7 +453,11 @@ def test_a_basis_of_blocks_in_mixed_rows_and_files(tmp_path):
 def test_attaching_looks_through_the_model_once():
     """A Llama of a billion parameters, every linear layer at rank 1024: sites by the hundred, one copy of the basis."""
     config = hf.LlamaConfig(
-        hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
     )
     with torch.device("meta"):
         model = hf.LlamaForCausalLM(config)
@@ -426,7 +470,9 @@ def test_attaching_looks_through_the_model_once():
 def test_compile_with_inductor():
     model = two_adapters()
     vt.use(model, "alice")
-    torch.testing.assert_close(logits(torch.compile(model, fullgraph=True)), logits(model), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        logits(torch.compile(model, fullgraph=True)), logits(model), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -471,7 +517,9 @@ def test_threads_may_use_models_on_one_basis():
     bare = [fakes.llama() for _ in range(4)]
 
     def work(i):
-        vt.attach(bare[i], vt.VeraConfig(rank=16 + 8 * i, seed=78), "x")  # the shared matrices grow under the others
+        vt.attach(
+            bare[i], vt.VeraConfig(rank=16 + 8 * i, seed=78), "x"
+        )  # the shared matrices grow under the others
         results[i] = logits(scramble(bare[i], "x"))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
@@ -493,6 +541,12 @@ def test_a_hundred_adapters_hold_one_basis():
 
 
 def test_a_model_without_adapters_says_so():
-    for act in (lambda m: vt.use(m, "a"), vt.merge, vt.unmerge, vt.detach, lambda m: vt.save(m, "x.safetensors", "a")):
+    for act in (
+        lambda m: vt.use(m, "a"),
+        vt.merge,
+        vt.unmerge,
+        vt.detach,
+        lambda m: vt.save(m, "x.safetensors", "a"),
+    ):
         with pytest.raises(AdapterError):
             act(fakes.llama())

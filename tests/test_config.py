@@ -17,13 +17,19 @@ from veratune.errors import ConfigError
         ({"rank": 2.5}, "rank is 2.5; it must be an integer of at least 1"),
         ({"rank": True}, "rank is True; it must be an integer of at least 1"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern['q'] is 0; it must be an integer of at least 1"),
-        ({"targets": []}, "targets is empty; name at least one layer, or leave it out for query and value"),
+        (
+            {"targets": []},
+            "targets is empty; name at least one layer, or leave it out for query and value",
+        ),
         ({"targets": [1]}, "targets is [1]; it must be a list of layer names"),
         ({"layers": [-1]}, "layers is [-1]; it must be a list of block indices from 0 up"),
         ({"dropout": 1.0}, "dropout is 1.0; it must be a probability in [0, 1)"),
         ({"seed": -1}, "seed is -1; it must be an integer from 0 to 2**64 - 1"),
         ({"d_init": float("nan")}, "d_init is nan; it must be a finite number"),
-        ({"vectors": "b", "d_init": 0.1}, "d_init is set, but vectors='b' has no d (it stays 1); leave d_init out"),
+        (
+            {"vectors": "b", "d_init": 0.1},
+            "d_init is set, but vectors='b' has no d (it stays 1); leave d_init out",
+        ),
         (
             {"init": "kaiming"},
             "init is 'kaiming'; it must be one of kaiming_uniform, kaiming_normal, uniform; did you mean "
@@ -56,7 +62,8 @@ def test_a_config_cannot_change():
     st.builds(
         VeraConfig,
         rank=st.integers(1, 4096),
-        targets=st.none() | st.lists(st.sampled_from(["q", "re:.*v", "*.k"]), min_size=1).map(tuple),
+        targets=st.none()
+        | st.lists(st.sampled_from(["q", "re:.*v", "*.k"]), min_size=1).map(tuple),
         layers=st.none() | st.lists(st.integers(0, 40)).map(tuple),
         rank_pattern=st.dictionaries(st.sampled_from(["q", "v"]), st.integers(1, 64)),
         dropout=st.floats(0, 0.99),

@@ -23,7 +23,14 @@ def test_kubernetes_reads_it(resource):
 
 
 def check(path):
-    words = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(path)]
+    words = [
+        sys.executable,
+        "-m",
+        "check_jsonschema",
+        "--builtin-schema",
+        "vendor.compose-spec",
+        str(path),
+    ]
     return subprocess.run(words, capture_output=True, text=True)
 
 
@@ -37,7 +44,11 @@ def test_compose_reads_it(tmp_path):
 def test_their_flags_are_known():
     known = parser().flags()
     container = RESOURCES[0]["spec"]["template"]["spec"]["containers"][0]
-    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["veratune"]["command"]
-    flags = [word.partition("=")[0] for word in [*container["args"], *compose] if word.startswith("--")]
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["veratune"][
+        "command"
+    ]
+    flags = [
+        word.partition("=")[0] for word in [*container["args"], *compose] if word.startswith("--")
+    ]
     assert flags
     assert {flag.removeprefix("--") for flag in flags} <= known

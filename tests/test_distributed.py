@@ -54,13 +54,17 @@ def step(model, tokens):
 
 
 def test_ddp_and_fsdp2_equal_one_process(tmp_path):
-    model = scramble(vt.attach(fakes.llama(), vt.VeraConfig(rank=16, targets="all-linear"), "a"), "a").train()
+    model = scramble(
+        vt.attach(fakes.llama(), vt.VeraConfig(rank=16, targets="all-linear"), "a"), "a"
+    ).train()
     before = [p.clone() for v in vectors_of(model, "a") for p in v.parameters()]
     step(model, TOKENS)
     wanted = vt.extract(model, "a")
     assert any(
         not torch.allclose(a, b)
-        for a, b in zip(before, [p for v in vectors_of(model, "a") for p in v.parameters()], strict=True)
+        for a, b in zip(
+            before, [p for v in vectors_of(model, "a") for p in v.parameters()], strict=True
+        )
     )
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -71,7 +75,12 @@ def test_ddp_and_fsdp2_equal_one_process(tmp_path):
         path = tmp_path / f"{kind}.safetensors"
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
                    "--master-port", str(port), str(script), kind, str(path)]  # fmt: skip
-        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONWARNINGS": "ignore",
+            "OMP_NUM_THREADS": "1",
+        }
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
         assert done.returncode == 0, f"{kind}: {done.stderr[-3000:]}"
         from veratune.formats import native

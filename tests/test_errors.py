@@ -14,7 +14,9 @@ def test_every_error_is_in_the_drawing_and_under_its_parent():
             level = len(found.group(1)) // 4
             depth[level] = found.group(2)
             drawn[found.group(2)] = depth.get(level - 1)
-    classes = {n: c for n, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, Exception)}
+    classes = {
+        n: c for n, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, Exception)
+    }
     assert set(drawn) == set(classes)
     for name, parent in drawn.items():
         if parent in classes:
@@ -22,7 +24,9 @@ def test_every_error_is_in_the_drawing_and_under_its_parent():
 
 
 def test_all_descend_from_the_root():
-    for _, c in inspect.getmembers(errors, lambda c: inspect.isclass(c) and c.__module__ == errors.__name__):
+    for _, c in inspect.getmembers(
+        errors, lambda c: inspect.isclass(c) and c.__module__ == errors.__name__
+    ):
         assert issubclass(c, errors.VeratuneError)
 
 

@@ -11,8 +11,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "veratune"
 
 # From the ground up: a file may import from its own room and from those before it.
 ROOMS = [
-    "errors", "config", "basis", "plans", "projection", "functional", "layers", "targets", "attach", "adapter", "formats", "files",
-    "analysis", "tasks", "training", "scoring", "serving", "bench", "reproduce", "cli",
+    "errors", "config", "ops", "basis", "layers", "targets", "attach", "adapter", "formats", "files",
+    "analysis", "tasks", "inference", "training", "integrations", "scoring", "serving", "cli",
 ]  # fmt: skip
 STRANGERS = {("training", "serving"), ("serving", "training")}
 FILES = sorted(p for p in SOURCE.rglob("*.py") if p != SOURCE / "__init__.py")
@@ -39,11 +39,17 @@ def test_imports_point_downward(path):
     for module in imports(path):
         if module == "veratune.__version__":
             continue
-        assert room(module) in ROOMS, f"{path.name} imports {module}, a room that is not in the list"
-        assert ROOMS.index(room(module)) <= ROOMS.index(own), f"{own}/{path.name} imports upward: {module}"
+        assert room(module) in ROOMS, (
+            f"{path.name} imports {module}, a room that is not in the list"
+        )
+        assert ROOMS.index(room(module)) <= ROOMS.index(own), (
+            f"{own}/{path.name} imports upward: {module}"
+        )
         assert (own, room(module)) not in STRANGERS
         target = SOURCE.joinpath(*module.split(".")[1:]).with_suffix(".py")
-        assert target.is_file(), f"{path.name} imports {module} from a package's __init__ instead of a file"
+        assert target.is_file(), (
+            f"{path.name} imports {module} from a package's __init__ instead of a file"
+        )
 
 
 def test_no_pickle():
@@ -63,12 +69,18 @@ def test_the_mathematics_needs_no_heavy_package():
                     names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                     names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
                     for name in names:
-                        assert name.partition(".")[0] in allowed | set(standard), f"{path} imports {name}"
+                        assert name.partition(".")[0] in allowed | set(standard), (
+                            f"{path} imports {name}"
+                        )
 
 
 @pytest.mark.parametrize(
     "path",
-    sorted(p for room in ("demo", "benchmarks", "docs") for p in (SOURCE.parents[1] / room).glob("*.py")),
+    sorted(
+        p
+        for room in ("demo", "benchmarks", "docs")
+        for p in (SOURCE.parents[1] / room).glob("*.py")
+    ),
     ids=lambda p: p.name,
 )
 def test_scripts_import_what_is_there(path):
@@ -77,4 +89,6 @@ def test_scripts_import_what_is_there(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "veratune":
             module = importlib.import_module(node.module)
             for name in node.names:
-                assert hasattr(module, name.name), f"{path.name} imports {name.name} from {node.module}"
+                assert hasattr(module, name.name), (
+                    f"{path.name} imports {name.name} from {node.module}"
+                )

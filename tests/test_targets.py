@@ -8,7 +8,13 @@ from veratune.config import VeraConfig
 from veratune.errors import TargetError
 from veratune.targets import find_heads, find_sites
 
-SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 99}
+SMALL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 99,
+}
 DECODER = {**SMALL, "num_key_value_heads": 2, "pad_token_id": 0}
 
 
@@ -60,15 +66,24 @@ def test_default_targets_are_query_and_value_of_every_block(family):
 
 
 def test_t5_has_two_attentions_in_a_decoder_block():
-    model = on_meta(hf.AutoModel, hf.T5Config(d_model=32, num_layers=2, num_heads=4, d_kv=8, d_ff=48, vocab_size=99))
+    model = on_meta(
+        hf.AutoModel,
+        hf.T5Config(d_model=32, num_layers=2, num_heads=4, d_kv=8, d_ff=48, vocab_size=99),
+    )
     found = names(model)
     assert len(found) == 2 * (2 + 4)
     assert {name.rsplit(".", 1)[-1] for name in found} == {"q", "v"}
 
 
 def test_phi3_parts_follow_the_head_counts():
-    sites = find_sites(on_meta(hf.AutoModel, FAMILIES["phi3"][0]), VeraConfig(rank=4, targets=["qkv_proj"]))
-    assert [(s.part.name, s.part.start, s.part.stop) for s in sites[:3]] == [("q", 0, 32), ("k", 32, 48), ("v", 48, 64)]
+    sites = find_sites(
+        on_meta(hf.AutoModel, FAMILIES["phi3"][0]), VeraConfig(rank=4, targets=["qkv_proj"])
+    )
+    assert [(s.part.name, s.part.start, s.part.stop) for s in sites[:3]] == [
+        ("q", 0, 32),
+        ("k", 32, 48),
+        ("v", 48, 64),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +104,10 @@ def test_the_target_language(targets, count):
 
 def test_exclude_layers_and_rank_pattern():
     model = fakes.llama()
-    assert len(names(model, targets="all-linear", exclude=["mlp.*_proj", "*.mlp.*"][1:], layers=[1])) == 4
+    assert (
+        len(names(model, targets="all-linear", exclude=["mlp.*_proj", "*.mlp.*"][1:], layers=[1]))
+        == 4
+    )
     sites = find_sites(model, VeraConfig(rank=4, rank_pattern={"v_proj": 9, "*.0.*": 5}))
     assert [s.rank for s in sites] == [5, 9, 4, 9]
 
@@ -104,13 +122,22 @@ def test_all_linear_leaves_the_output_alone():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"targets": ["quary"]}, "target 'quary' matches no layer of LlamaForCausalLM; did you mean 'query'?"),
-        ({"targets": ["q_prj"]}, "target 'q_prj' matches no layer of LlamaForCausalLM; did you mean 'q_proj'"),
+        (
+            {"targets": ["quary"]},
+            "target 'quary' matches no layer of LlamaForCausalLM; did you mean 'query'?",
+        ),
+        (
+            {"targets": ["q_prj"]},
+            "target 'q_prj' matches no layer of LlamaForCausalLM; did you mean 'q_proj'",
+        ),
         (
             {"exclude": ["zzz"]},
             "exclude 'zzz' matches no layer of LlamaForCausalLM; its layers are called down_proj, gate_proj",
         ),
-        ({"rank_pattern": {"up_proj": 3}}, "rank_pattern 'up_proj' matches no layer of LlamaForCausalLM"),
+        (
+            {"rank_pattern": {"up_proj": 3}},
+            "rank_pattern 'up_proj' matches no layer of LlamaForCausalLM",
+        ),
         ({"layers": [7]}, r"layers names the blocks \[7\]; the model's are 0 to 1"),
         (
             {"targets": ["embed_tokens"]},
@@ -120,7 +147,10 @@ def test_all_linear_leaves_the_output_alone():
             {"exclude": ["query", "value"]},
             r"exclude \['query', 'value'\] leaves none of the layers that \['query', 'value'\] matched",
         ),
-        ({"head": ["lm_haed"]}, "head 'lm_haed' is no module of LlamaForCausalLM; did you mean 'lm_head'?"),
+        (
+            {"head": ["lm_haed"]},
+            "head 'lm_haed' is no module of LlamaForCausalLM; did you mean 'lm_head'?",
+        ),
     ],
 )
 def test_what_matches_nothing_is_an_error_with_near_names(settings, message):
@@ -141,7 +171,9 @@ def test_a_model_without_linear_layers():
 def test_heads_are_full_paths_or_ends_lists_are_what_is_in_them_and_none_is_inside_another():
     inner = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     lists = nn.ModuleList([nn.ModuleList([nn.Linear(2, 2)]), nn.Tanh()])
-    model = nn.ModuleDict({"conv1": nn.Linear(2, 2), "block": nn.ModuleDict({"conv1": inner}), "heads": lists})
+    model = nn.ModuleDict(
+        {"conv1": nn.Linear(2, 2), "block": nn.ModuleDict({"conv1": inner}), "heads": lists}
+    )
 
     def paths(*names):
         return [path for path, _ in find_heads(model, names)]

@@ -1,7 +1,18 @@
 """veratune: fine-tune any PyTorch model in kilobytes, and keep a million of the results."""
 
 from veratune.adapter import Adapter, extract, install
-from veratune.attach import active, adapters, attach, count_trained, detach, merge, remove, rows, unmerge, use
+from veratune.attach import (
+    active,
+    adapters,
+    attach,
+    count_trained,
+    detach,
+    merge,
+    remove,
+    rows,
+    unmerge,
+    use,
+)
 from veratune.config import VeraConfig
 from veratune.errors import VeratuneError
 from veratune.files import load, save

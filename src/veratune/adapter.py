@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from veratune.attach import active, adapters, attach, describe, heads_of, task_of, vectors_of
 from veratune.basis.basis import Basis, basis_of
 from veratune.config import VeraConfig
-from veratune.errors import AdapterError, AdapterFileError, BaseModelError, BasisError, TargetError, UnsupportedError, near
+from veratune.errors import (
+    AdapterError,
+    AdapterFileError,
+    BaseModelError,
+    BasisError,
+    TargetError,
+    UnsupportedError,
+    near,
+)
 from veratune.layers.quantized import dense_weight
 from veratune.targets import Site, as_it_came, find_heads, find_sites, rank_of
 
@@ -54,7 +62,9 @@ class Adapter:
             wanted = set() if config.vectors == absent else set(self.shapes)
             for layer in sorted(set(vectors) ^ wanted):
                 state = "is missing" if layer in wanted else "is not expected"
-                raise AdapterFileError(f"{kind} of layer '{layer}' {state}; the config trains vectors={config.vectors!r}")
+                raise AdapterFileError(
+                    f"{kind} of layer '{layer}' {state}; the config trains vectors={config.vectors!r}"
+                )
             for layer, vector in vectors.items():
                 size = self.ranks[layer] if kind == "d" else self.shapes[layer][0]
                 if vector.shape != (size,):
@@ -63,26 +73,43 @@ class Adapter:
                     raise AdapterFileError(
                         f"layer '{layer}' ({n} -> {m}): the file has {kind} of shape {tuple(vector.shape)}, the config says {meaning}"
                     )
-            # All at once, there may be hundreds; and by numpy, which computes in this thread alone (see veratune.serving.loop.apart).
-            if vectors and not np.isfinite(torch.cat(list(vectors.values())).float().numpy(force=True)).all():
-                layer = next(layer for layer, vector in vectors.items() if not torch.isfinite(vector).all())
-                raise AdapterFileError(f"layer '{layer}': {kind} holds NaN or infinity; the training run diverged")
+            # All at once, there may be hundreds; and by numpy, which computes in this thread alone (see veratune.serving.engine.loop.apart).
+            if (
+                vectors
+                and not np.isfinite(
+                    torch.cat(list(vectors.values())).float().numpy(force=True)
+                ).all()
+            ):
+                layer = next(
+                    layer for layer, vector in vectors.items() if not torch.isfinite(vector).all()
+                )
+                raise AdapterFileError(
+                    f"layer '{layer}': {kind} holds NaN or infinity; the training run diverged"
+                )
         for name, tensor in self.head.items():
             if not any(f".{name}".find(f".{head}.") >= 0 for head in config.head):
-                raise AdapterFileError(f"head tensor '{name}' belongs to none of the config's heads {list(config.head)}")
+                raise AdapterFileError(
+                    f"head tensor '{name}' belongs to none of the config's heads {list(config.head)}"
+                )
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise AdapterFileError(f"head tensor '{name}' holds NaN or infinity; the training run diverged")
+                raise AdapterFileError(
+                    f"head tensor '{name}' holds NaN or infinity; the training run diverged"
+                )
 
     @functools.cached_property
     def ranks(self) -> dict[str, int]:
         """The rows of A at each layer, in the order of `shapes`."""
-        return {layer: rank_of(self.config, layer, self.kernels.get(layer, ())) for layer in self.shapes}
+        return {
+            layer: rank_of(self.config, layer, self.kernels.get(layer, ())) for layer in self.shapes
+        }
 
     @property
     def basis(self) -> Basis:
         """The frozen matrices. Raises UnsupportedError for those of a LoRA, which the adapter does not hold."""
         if self.config.basis == "lora":
-            raise UnsupportedError("an adapter over a LoRA does not hold the LoRA's matrices; merge it into the model instead")
+            raise UnsupportedError(
+                "an adapter over a LoRA does not hold the LoRA's matrices; merge it into the model instead"
+            )
         return basis_of(self.config, dict(self.shapes))
 
     @property
@@ -112,7 +139,9 @@ def extract(model: nn.Module, name: str | None = None) -> Adapter:
     if name is None:
         name = active(model) or (next(iter(configs)) if len(configs) == 1 else None)
     if name is None:
-        raise AdapterError(f"say which adapter: the model has {', '.join(map(repr, configs)) or 'none'}")
+        raise AdapterError(
+            f"say which adapter: the model has {', '.join(map(repr, configs)) or 'none'}"
+        )
     sites = {v.layer: v for v in vectors_of(model, name)}
 
     def copied(tensor: Tensor) -> Tensor:
@@ -134,7 +163,9 @@ def extract(model: nn.Module, name: str | None = None) -> Adapter:
         probe=probe(model, find_sites(model, configs[name])),
         task=task_of(model, name),
         kernels={layer: v.part.kernel for layer, v in sites.items() if v.part.kernel},
-        over=next(iter(sites.values())).basis.fingerprint() if configs[name].basis == "lora" else "",
+        over=next(iter(sites.values())).basis.fingerprint()
+        if configs[name].basis == "lora"
+        else "",
     )
 
 
@@ -161,7 +192,9 @@ def install(
                 "the adapter was trained over a LoRA, which it does not hold: give it too, as basis=veratune.read_lora(file, model)"
             )
         if basis.fingerprint() != adapter.over:
-            raise BasisError("the adapter was trained over another LoRA than the one that was given: their fingerprints differ")
+            raise BasisError(
+                "the adapter was trained over another LoRA than the one that was given: their fingerprints differ"
+            )
     attach(model, adapter.config, name, trainable=trainable, basis=basis)
     describe(model, name, adapter.task)
     update(model, adapter, name)
@@ -174,13 +207,17 @@ def update(model: nn.Module, adapter: Adapter, name: str) -> None:
             for own, stored in ((vectors.d, adapter.d), (vectors.b, adapter.b)):
                 if own is not None:
                     if stored[vectors.layer].shape != own.shape:
-                        raise AdapterError(f"layer '{vectors.layer}': the stored adapter has another rank or size")
+                        raise AdapterError(
+                            f"layer '{vectors.layer}': the stored adapter has another rank or size"
+                        )
                     own.copy_(stored[vectors.layer])
         for path, module in heads_of(model, name).items():
             module.load_state_dict(_of_head(adapter, path))
 
 
-def check_fits(model: nn.Module, adapter: Adapter, *, check_base: bool = True, head_shapes: bool = True) -> list[Site]:
+def check_fits(
+    model: nn.Module, adapter: Adapter, *, check_base: bool = True, head_shapes: bool = True
+) -> list[Site]:
     """The model's sites for an adapter that was trained on this base model.
 
     check_base: compare the weights' probe too; head_shapes: whether a head may have no other classes than the model's. Raises BaseModelError naming the first layer that differs.
@@ -206,7 +243,9 @@ def check_fits(model: nn.Module, adapter: Adapter, *, check_base: bool = True, h
             )
     for layer in sites:
         if layer not in adapter.shapes:
-            raise BaseModelError(f"the adapter was trained on another base model{_was(adapter)}: it lacks layer '{layer}'")
+            raise BaseModelError(
+                f"the adapter was trained on another base model{_was(adapter)}: it lacks layer '{layer}'"
+            )
     if check_base and adapter.probe is not None:
         _check_probe(model, adapter, list(sites.values()))
     _check_head(model, adapter, head_shapes)
@@ -229,7 +268,9 @@ def probe(model: nn.Module, sites: list[Site]) -> Tensor | None:
     if weight is None or weight.device.type == "meta":
         return None
     flat = (weight if not hasattr(base, "nf") else weight.T).reshape(-1)
-    return flat[torch.linspace(0, flat.numel() - 1, PROBE, dtype=torch.float64).long()].to("cpu", torch.bfloat16)
+    return flat[torch.linspace(0, flat.numel() - 1, PROBE, dtype=torch.float64).long()].to(
+        "cpu", torch.bfloat16
+    )
 
 
 def _check_probe(model: nn.Module, adapter: Adapter, sites: list[Site]) -> None:
@@ -268,11 +309,17 @@ def _sites_or_mismatch(model: nn.Module, adapter: Adapter) -> list[Site]:
     try:
         return find_sites(model, adapter.config)
     except TargetError as error:
-        raise BaseModelError(f"the adapter was trained on another base model{_was(adapter)}: {error}") from None
+        raise BaseModelError(
+            f"the adapter was trained on another base model{_was(adapter)}: {error}"
+        ) from None
 
 
 def _of_head(adapter: Adapter, path: str) -> dict[str, Tensor]:
-    return {key.removeprefix(f"{path}."): value for key, value in adapter.head.items() if key.startswith(f"{path}.")}
+    return {
+        key.removeprefix(f"{path}."): value
+        for key, value in adapter.head.items()
+        if key.startswith(f"{path}.")
+    }
 
 
 def _was(adapter: Adapter) -> str:
@@ -280,4 +327,8 @@ def _was(adapter: Adapter) -> str:
 
 
 def _what(kernel: tuple[int, ...]) -> str:
-    return f"a convolution with a kernel of {' x '.join(map(str, kernel))}" if kernel else "no convolution"
+    return (
+        f"a convolution with a kernel of {' x '.join(map(str, kernel))}"
+        if kernel
+        else "no convolution"
+    )

@@ -21,7 +21,16 @@ from veratune.basis.lora import LoraBasis
 from veratune.config import VeraConfig
 from veratune.errors import AdapterError, BaseModelError, ConfigError, UnsupportedError, near
 from veratune.layers.attention import VeraMultiheadAttention
-from veratune.layers.base import Rounding, Rows, VeraHead, VeraLayer, VeraVectors, VeraWeightLayer, lost_in_all, put_in
+from veratune.layers.base import (
+    Rounding,
+    Rows,
+    VeraHead,
+    VeraLayer,
+    VeraVectors,
+    VeraWeightLayer,
+    lost_in_all,
+    put_in,
+)
 from veratune.layers.conv import VeraConv, is_conv
 from veratune.layers.linear import VeraLinear
 from veratune.layers.quantized import is_dense
@@ -43,7 +52,12 @@ class _Note:
 
 
 def attach(
-    model: M, config: VeraConfig | None = None, name: str = "default", *, trainable: bool = True, basis: Basis | None = None
+    model: M,
+    config: VeraConfig | None = None,
+    name: str = "default",
+    *,
+    trainable: bool = True,
+    basis: Basis | None = None,
 ) -> M:
     """Add an adapter to a model, in place, and make it the active one.
 
@@ -125,7 +139,9 @@ def use(model: nn.Module, name: str | None) -> None:
     _check_known(note, name)
     merged = _merged(model)
     if merged is not None and name != merged:
-        raise AdapterError(f"adapter {merged!r} is merged into the weights; unmerge before using {name!r}")
+        raise AdapterError(
+            f"adapter {merged!r} is merged into the weights; unmerge before using {name!r}"
+        )
     for layer in _layers(model):
         layer.active = name
     note.active = name
@@ -142,15 +158,21 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """
     note = _adapted(model)
     if isinstance(names, str) or not names:
-        raise AdapterError(f"rows wants one adapter name (or None) for each row of the batch, not {names!r}")
+        raise AdapterError(
+            f"rows wants one adapter name (or None) for each row of the batch, not {names!r}"
+        )
     for name in names:
         _check_known(note, name)
     merged = _merged(model)
     if merged is not None:
-        raise AdapterError(f"adapter {merged!r} is merged into the weights; unmerge before mixing rows")
+        raise AdapterError(
+            f"adapter {merged!r} is merged into the weights; unmerge before mixing rows"
+        )
     for path, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
-            raise UnsupportedError(f"rows need the batch first, but '{path}' was built with batch_first=False")
+            raise UnsupportedError(
+                f"rows need the batch first, but '{path}' was built with batch_first=False"
+            )
     layers = _layers(model)
     before = [layer.rows for layer in layers]
     mixed = Rows(names)
@@ -178,8 +200,14 @@ def merge(model: nn.Module, name: str | None = None) -> list[Rounding]:
     merged = _merged(model)
     if merged is not None:
         raise AdapterError(f"adapter {merged!r} is merged already; unmerge it first")
-    layers = [layer for layer in _layers(model) if isinstance(layer, VeraWeightLayer) and name in layer.vera]
-    holders = collections.Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    layers = [
+        layer
+        for layer in _layers(model)
+        if isinstance(layer, VeraWeightLayer) and name in layer.vera
+    ]
+    holders = collections.Counter(
+        id(p) for m in model.modules() for p in m._parameters.values() if p is not None
+    )
     for layer in layers:
         layer.check_mergeable(name)
         for vectors in layer.vectors(name):
@@ -244,7 +272,12 @@ def detach(model: M, *, keep_merged: bool = False) -> M:
             layer.unmerge(restore=not keep_merged)
 
     def kept(layer: VeraLayer) -> nn.Module:
-        if keep_merged and merged is not None and isinstance(layer, VeraHead) and merged in layer.vera:
+        if (
+            keep_merged
+            and merged is not None
+            and isinstance(layer, VeraHead)
+            and merged in layer.vera
+        ):
             return layer.vera[merged]
         return layer.base
 
@@ -282,13 +315,22 @@ def task_of(model: nn.Module, name: str) -> Mapping[str, Any]:
 def vectors_of(model: nn.Module, name: str) -> list[VeraVectors]:
     """The vectors of one adapter, layer by layer in the model's order."""
     _check_known(_adapted(model), name)
-    return [v for layer in _layers(model) if isinstance(layer, VeraWeightLayer) for v in layer.vectors(name)]
+    return [
+        v
+        for layer in _layers(model)
+        if isinstance(layer, VeraWeightLayer)
+        for v in layer.vectors(name)
+    ]
 
 
 def heads_of(model: nn.Module, name: str) -> dict[str, nn.Module]:
     """The modules that one adapter trains in full, by their path."""
     _check_known(_adapted(model), name)
-    return {layer.name: layer.vera[name] for layer in _layers(model) if isinstance(layer, VeraHead) and name in layer.vera}
+    return {
+        layer.name: layer.vera[name]
+        for layer in _layers(model)
+        if isinstance(layer, VeraHead) and name in layer.vera
+    }
 
 
 def count_trained(model: nn.Module, name: str) -> int:
@@ -321,7 +363,9 @@ def _known(note: _Note) -> str:
 
 def _check_known(note: _Note, name: str | None) -> None:
     if name is not None and name not in note.configs:
-        raise AdapterError(f"no adapter {name!r}; the model has {_known(note)}{near(str(name), note.configs)}")
+        raise AdapterError(
+            f"no adapter {name!r}; the model has {_known(note)}{near(str(name), note.configs)}"
+        )
 
 
 def _check_new(model: nn.Module, note: _Note, name: str) -> None:
@@ -330,10 +374,14 @@ def _check_new(model: nn.Module, note: _Note, name: str) -> None:
             f"adapter name {name!r} cannot be used: torch wants module names without a dot and not its own words"
         )
     if name in note.configs:
-        raise AdapterError(f"adapter {name!r} is attached already; remove it first or choose another name")
+        raise AdapterError(
+            f"adapter {name!r} is attached already; remove it first or choose another name"
+        )
     merged = _merged(model)
     if merged is not None:
-        raise AdapterError(f"adapter {merged!r} is merged into the weights; unmerge before adding {name!r}")
+        raise AdapterError(
+            f"adapter {merged!r} is merged into the weights; unmerge before adding {name!r}"
+        )
 
 
 def _check_apart(model: nn.Module, sites: list[Site], heads: list[str]) -> None:
@@ -341,7 +389,9 @@ def _check_apart(model: nn.Module, sites: list[Site], heads: list[str]) -> None:
     taken = {layer.name: layer for layer in _layers(model)}
     for path in heads:
         inside = [
-            name for name, layer in taken.items() if isinstance(layer, VeraWeightLayer) and f"{name}.".startswith(f"{path}.")
+            name
+            for name, layer in taken.items()
+            if isinstance(layer, VeraWeightLayer) and f"{name}.".startswith(f"{path}.")
         ]
         if inside:
             raise UnsupportedError(
@@ -349,10 +399,14 @@ def _check_apart(model: nn.Module, sites: list[Site], heads: list[str]) -> None:
             )
     for site in sites:
         around = [
-            name for name, layer in taken.items() if isinstance(layer, VeraHead) and f"{site.module}.".startswith(f"{name}.")
+            name
+            for name, layer in taken.items()
+            if isinstance(layer, VeraHead) and f"{site.module}.".startswith(f"{name}.")
         ]
         if around:
-            raise UnsupportedError(f"layer '{site.name}' is inside the head '{around[0]}' of another adapter; exclude it")
+            raise UnsupportedError(
+                f"layer '{site.name}' is inside the head '{around[0]}' of another adapter; exclude it"
+            )
 
 
 def _check_lora(model: nn.Module, sites: list[Site], basis: LoraBasis) -> None:
@@ -377,7 +431,9 @@ def _reserve(basis: Basis, sites: list[Site], bases: dict[str, nn.Module]) -> No
     for site in sites:
         weight = bases[site.module].get_parameter(site.part.parameter)
         if is_dense(weight) and weight.device.type != "meta":
-            kinds.setdefault((weight.device, weight.dtype), []).append((site.name, *site.shape, site.rank))
+            kinds.setdefault((weight.device, weight.dtype), []).append(
+                (site.name, *site.shape, site.rank)
+            )
     for (device, dtype), layers in kinds.items():
         basis.reserve(layers, device, dtype)
 
@@ -385,9 +441,16 @@ def _reserve(basis: Basis, sites: list[Site], bases: dict[str, nn.Module]) -> No
 def _layers_at(model: nn.Module, kinds: Mapping[str, type[VeraLayer]]) -> dict[str, Any]:
     """The VeraLayers at these paths; one that is new stands in every place where its module stood."""
     found = {path: model.get_submodule(path) for path in kinds}
-    made = {module: kinds[path](module, path) for path, module in found.items() if not isinstance(module, VeraLayer)}
+    made = {
+        module: kinds[path](module, path)
+        for path, module in found.items()
+        if not isinstance(module, VeraLayer)
+    }
     put_in(model, lambda module: made.get(module, module))
-    return {path: module if isinstance(module, VeraLayer) else made[module] for path, module in found.items()}
+    return {
+        path: module if isinstance(module, VeraLayer) else made[module]
+        for path, module in found.items()
+    }
 
 
 def _put_back(model: nn.Module, choose: Callable[[VeraLayer], nn.Module]) -> None:
@@ -402,7 +465,9 @@ def _forget(model: nn.Module, note: _Note) -> None:
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = True
         else:
-            for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _off_fast_path]:
+            for key in [
+                k for k, hook in module._forward_pre_hooks.items() if hook is _off_fast_path
+            ]:
                 del module._forward_pre_hooks[key]
     delattr(model, _NOTE)
 

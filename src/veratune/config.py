@@ -52,7 +52,7 @@ class VeraConfig:
             in * k) with rank * k rows in A, as loralib's LoRA has it, for square kernels of side k.
         head: modules trained in full and stored with the adapter, such as "classifier".
         dtype: of the trained vectors.
-        plan: the order in which the products are taken (the table in `veratune.plans`). "auto" takes the
+        plan: the order in which the products are taken (the table in `veratune.ops.plans`). "auto" takes the
             cheapest for each call; the numbers are the same. It is not stored in an adapter's file.
 
     Raises:
@@ -88,22 +88,30 @@ class VeraConfig:
         if self.layers is not None:
             found: Any = (self.layers,) if _is_int(self.layers) else self.layers
             if not isinstance(found, list | tuple) or not all(_is_int(i) and i >= 0 for i in found):
-                raise ConfigError(f"layers is {self.layers!r}; it must be a list of block indices from 0 up")
+                raise ConfigError(
+                    f"layers is {self.layers!r}; it must be a list of block indices from 0 up"
+                )
             object.__setattr__(self, "layers", tuple(found))
         _check_rank("rank", self.rank)
         if not isinstance(self.rank_pattern, Mapping):
-            raise ConfigError(f"rank_pattern is {self.rank_pattern!r}; it must map patterns to ranks")
+            raise ConfigError(
+                f"rank_pattern is {self.rank_pattern!r}; it must map patterns to ranks"
+            )
         for pattern, rank in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{pattern!r}]", rank)
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         for field, choices in _CHOICES.items():
             value = getattr(self, field)
             if value not in choices:
-                raise ConfigError(f"{field} is {value!r}; it must be one of {', '.join(choices)}{near(str(value), choices)}")
+                raise ConfigError(
+                    f"{field} is {value!r}; it must be one of {', '.join(choices)}{near(str(value), choices)}"
+                )
         if self.d_init is not None and not (_is_number(self.d_init) and math.isfinite(self.d_init)):
             raise ConfigError(f"d_init is {self.d_init!r}; it must be a finite number")
         if self.vectors == "b" and self.d_init is not None:
-            raise ConfigError("d_init is set, but vectors='b' has no d (it stays 1); leave d_init out")
+            raise ConfigError(
+                "d_init is set, but vectors='b' has no d (it stays 1); leave d_init out"
+            )
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout!r}; it must be a probability in [0, 1)")
         if not _is_int(self.seed) or not 0 <= self.seed < 2**64:
@@ -116,14 +124,22 @@ class VeraConfig:
         if self.basis == "peft":
             self._check_peft()
         if self.basis == "lora":
-            for field, only in (("init", "kaiming_uniform"), ("sharing", "shared"), ("conv_layout", "matrix")):
+            for field, only in (
+                ("init", "kaiming_uniform"),
+                ("sharing", "shared"),
+                ("conv_layout", "matrix"),
+            ):
                 if getattr(self, field) != only:
                     raise ConfigError(
                         f"basis='lora' takes its matrices from a LoRA, so {field}={getattr(self, field)!r} has no meaning; leave it out"
                     )
 
     def _check_peft(self) -> None:
-        for field, only in (("init", "kaiming_uniform"), ("sharing", "shared"), ("rank_pattern", {})):
+        for field, only in (
+            ("init", "kaiming_uniform"),
+            ("sharing", "shared"),
+            ("rank_pattern", {}),
+        ):
             if getattr(self, field) != only:
                 raise ConfigError(
                     f"basis='peft' draws one kaiming_uniform pair for one rank, but {field} is "
@@ -151,17 +167,26 @@ class VeraConfig:
 
         How it is computed (`plan`) is no part of it.
         """
-        stored = [field.name for field in dataclasses.fields(self) if field.metadata.get("stored", True)]
+        stored = [
+            field.name for field in dataclasses.fields(self) if field.metadata.get("stored", True)
+        ]
         values = {name: getattr(self, name) for name in stored}
-        return {k: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+        return {
+            k: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v
+            for k, v in values.items()
+        }
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "VeraConfig":
         """The inverse of `to_dict`; an unknown key is an error that names the nearest known one."""
-        known = [field.name for field in dataclasses.fields(cls) if field.metadata.get("stored", True)]
+        known = [
+            field.name for field in dataclasses.fields(cls) if field.metadata.get("stored", True)
+        ]
         for key in settings:
             if key not in known:
-                raise ConfigError(f"unknown setting {key!r} in an adapter's configuration{near(str(key), known)}")
+                raise ConfigError(
+                    f"unknown setting {key!r} in an adapter's configuration{near(str(key), known)}"
+                )
         return cls(**settings)
 
 
@@ -184,7 +209,9 @@ def _words(field: str, value: Any) -> tuple[str, ...] | None:
     if not isinstance(words, list | tuple) or not all(isinstance(w, str) and w for w in words):
         raise ConfigError(f"{field} is {value!r}; it must be a list of layer names")
     if field == "targets" and not words:
-        raise ConfigError("targets is empty; name at least one layer, or leave it out for query and value")
+        raise ConfigError(
+            "targets is empty; name at least one layer, or leave it out for query and value"
+        )
     return tuple(words)
 
 

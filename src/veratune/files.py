@@ -40,7 +40,14 @@ def load(
     AdapterError (the name is taken); then the model is as it was.
     """
     path = Path(path)
-    install(model, read(path, model), name or path.stem, trainable=trainable, check_base=check_base, basis=basis)
+    install(
+        model,
+        read(path, model),
+        name or path.stem,
+        trainable=trainable,
+        check_base=check_base,
+        basis=basis,
+    )
     return name or path.stem
 
 
@@ -49,6 +56,8 @@ def read(path: str | Path, model: nn.Module) -> Adapter:
     path = Path(path)
     if path.is_dir():
         if not (path / peft.CONFIG).exists():
-            raise AdapterFileError(f"{path}: a folder without {peft.CONFIG}; give an adapter file or a PEFT checkpoint")
+            raise AdapterFileError(
+                f"{path}: a folder without {peft.CONFIG}; give an adapter file or a PEFT checkpoint"
+            )
         return peft.read(path, model)
     return native.read(path)

@@ -75,7 +75,9 @@ def find_sites(model: nn.Module, config: VeraConfig) -> list[Site]:
     ]
     names = [_site_name(path, part) for path, part in candidates]
     if not names:
-        raise TargetError(f"{type(model).__name__} has no linear layer and no convolution, and nothing else can be adapted")
+        raise TargetError(
+            f"{type(model).__name__} has no linear layer and no convolution, and nothing else can be adapted"
+        )
     targets = config.targets or default_targets(model)
     chosen = set()
     for target in targets:
@@ -99,7 +101,9 @@ def find_sites(model: nn.Module, config: VeraConfig) -> list[Site]:
     if config.layers is not None:
         chosen = _in_blocks(chosen, config.layers)
     if not chosen:
-        raise TargetError(f"exclude {list(config.exclude)} leaves none of the layers that {list(targets)} matched")
+        raise TargetError(
+            f"exclude {list(config.exclude)} leaves none of the layers that {list(targets)} matched"
+        )
     for pattern in config.rank_pattern:
         if not any(matches(pattern, name) for name in chosen):
             raise TargetError(_unmatched(model, "rank_pattern", pattern, sorted(chosen)))
@@ -119,16 +123,29 @@ def over_lora(model: nn.Module, config: VeraConfig, ranks: Mapping[str, int]) ->
 
     ranks: r by layer of the LoRA. Raises TargetError for a target that the LoRA does not have.
     """
-    known = [_site_name(path, part) for path, module in layers_of(model) for part in parts_of(model, path, module, _WHOLE)]
+    known = [
+        _site_name(path, part)
+        for path, module in layers_of(model)
+        for part in parts_of(model, path, module, _WHOLE)
+    ]
     missing = sorted(set(ranks) - set(known))
     if missing:
-        raise TargetError(f"the LoRA has layer '{missing[0]}', {type(model).__name__} has not{near(missing[0], known)}")
+        raise TargetError(
+            f"the LoRA has layer '{missing[0]}', {type(model).__name__} has not{near(missing[0], known)}"
+        )
     chosen = list(ranks)
     if config.targets is not None:
-        chosen = [site.name for site in find_sites(model, dataclasses.replace(config, fused="whole", rank_pattern={}))]
+        chosen = [
+            site.name
+            for site in find_sites(
+                model, dataclasses.replace(config, fused="whole", rank_pattern={})
+            )
+        ]
         outside = next((name for name in chosen if name not in ranks), None)
         if outside is not None:
-            raise TargetError(f"layer '{outside}' is a target, but the LoRA has no matrices for it{near(outside, ranks)}")
+            raise TargetError(
+                f"layer '{outside}' is a target, but the LoRA has no matrices for it{near(outside, ranks)}"
+            )
     most = collections.Counter(ranks[name] for name in chosen).most_common(1)[0][0]
     return dataclasses.replace(
         config,
@@ -151,7 +168,10 @@ def rank_of(config: VeraConfig, name: str, kernel: tuple[int, ...] = ()) -> int:
 
     kernel: of a convolution; empty for other layers.
     """
-    rank = next((rank for pattern, rank in config.rank_pattern.items() if matches(pattern, name)), config.rank)
+    rank = next(
+        (rank for pattern, rank in config.rank_pattern.items() if matches(pattern, name)),
+        config.rank,
+    )
     return rank * kernel[0] if kernel and config.conv_layout == "loralib" else rank
 
 
@@ -159,15 +179,31 @@ def find_heads(model: nn.Module, head: Iterable[str]) -> list[tuple[str, nn.Modu
     """(path, module) of each module that the config trains in full. Raises TargetError for a name that matches none."""
     out = []
     for name in head:
-        walked = [(path, module.base if isinstance(module, VeraHead) else module) for path, module in _walk(model) if path]
-        whole = [entry for entry in walked if entry[0] == name]  # a full path means that module alone
+        walked = [
+            (path, module.base if isinstance(module, VeraHead) else module)
+            for path, module in _walk(model)
+            if path
+        ]
+        whole = [
+            entry for entry in walked if entry[0] == name
+        ]  # a full path means that module alone
         found = whole or [entry for entry in walked if entry[0].endswith("." + name)]
         if not found:
-            known = [path.rsplit(".", 1)[-1] for path, _ in _walk(model) if path and not _INDEX.search(path)]
-            raise TargetError(f"head {name!r} is no module of {type(model).__name__}{near(name, known)}")
+            known = [
+                path.rsplit(".", 1)[-1]
+                for path, _ in _walk(model)
+                if path and not _INDEX.search(path)
+            ]
+            raise TargetError(
+                f"head {name!r} is no module of {type(model).__name__}{near(name, known)}"
+            )
         out += [called for entry in found for called in _called(*entry)]
     paths = dict(out)  # names may overlap, and a module may lie inside another one
-    return [(path, module) for path, module in paths.items() if not any(path.startswith(f"{other}.") for other in paths)]
+    return [
+        (path, module)
+        for path, module in paths.items()
+        if not any(path.startswith(f"{other}.") for other in paths)
+    ]
 
 
 def _called(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -183,7 +219,9 @@ def _called(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def default_targets(model: nn.Module) -> tuple[str, ...]:
     """Query and value under whatever name the model has for them."""
-    return INTERLEAVED_TARGETS.get(getattr(getattr(model, "config", None), "model_type", ""), DEFAULT_TARGETS)
+    return INTERLEAVED_TARGETS.get(
+        getattr(getattr(model, "config", None), "model_type", ""), DEFAULT_TARGETS
+    )
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -220,7 +258,9 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, base
 
 
-def parts_of(model: nn.Module, path: str, module: nn.Module, config: VeraConfig) -> tuple[Part, ...]:
+def parts_of(
+    model: nn.Module, path: str, module: nn.Module, config: VeraConfig
+) -> tuple[Part, ...]:
     """The matrices of a layer."""
     if isinstance(module, nn.MultiheadAttention):
         return attention_parts(module)
@@ -256,7 +296,9 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return module.nf, module.nx  # type: ignore[return-value]
 
 
-def _walk(module: nn.Module, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+def _walk(
+    module: nn.Module, path: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
     """named_modules, but an adapted layer and an attention block count as one module."""
     seen = set() if seen is None else seen
     if id(module) in seen:
@@ -265,7 +307,9 @@ def _walk(module: nn.Module, path: str = "", seen: set[int] | None = None) -> It
     yield path, module
     if is_attention(module) or isinstance(module, VeraWeightLayer):
         return
-    children = module.base.named_children() if isinstance(module, VeraHead) else module.named_children()
+    children = (
+        module.base.named_children() if isinstance(module, VeraHead) else module.named_children()
+    )
     for name, child in children:
         yield from _walk(child, f"{path}.{name}" if path else name, seen)
 
@@ -299,11 +343,19 @@ def _in_blocks(names: set[str], layers: tuple[int, ...]) -> set[str]:
 def _unmatched(model: nn.Module, setting: str, pattern: str, names: list[str]) -> str:
     last = {name.rpartition(".")[2] for name in names}
     near_by = near(
-        pattern, last | {".".join(name.split(".")[-2:]) for name in names} | (set(ROLES) | {ALL_LINEAR, ALL_CONV}) - {pattern}
+        pattern,
+        last
+        | {".".join(name.split(".")[-2:]) for name in names}
+        | (set(ROLES) | {ALL_LINEAR, ALL_CONV}) - {pattern},
     )
     known = near_by or f"; its layers are called {', '.join(sorted(last)[:12])}"
     for path, module in _walk(model):
-        if path and (path == pattern or path.endswith("." + pattern)) and not is_linear(module) and not is_conv(module):
+        if (
+            path
+            and (path == pattern or path.endswith("." + pattern))
+            and not is_linear(module)
+            and not is_conv(module)
+        ):
             kind = f"{setting} {pattern!r} is a {type(module).__name__} of {type(model).__name__}"
             return f"{kind}; only linear layers and convolutions can be adapted{known}"
     return f"{setting} {pattern!r} matches no layer of {type(model).__name__}{known}"

@@ -39,7 +39,10 @@ def test_golden_values():
         [1014367104, 1030287392, -1087508528],
         [1057878794, -1091196840, 1053729592],
     ]
-    assert B.contiguous().view(torch.int32).tolist() == [[1059359176, -1086948100], [1055712156, -1085573336]]
+    assert B.contiguous().view(torch.int32).tolist() == [
+        [1059359176, -1086948100],
+        [1055712156, -1085573336],
+    ]
 
 
 @settings(max_examples=30, deadline=None)
@@ -61,11 +64,15 @@ def test_no_other_layer_changes_a_value(seed, init, shapes):
 def test_a_cast_is_a_rounding_of_the_same_values():
     basis = RandomBasis(3, "kaiming_uniform", "shared")
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        assert torch.equal(pair(basis, 9, 33, 8, dtype=dtype)[0], pair(basis, 9, 33, 8)[0].to(dtype))
+        assert torch.equal(
+            pair(basis, 9, 33, 8, dtype=dtype)[0], pair(basis, 9, 33, 8)[0].to(dtype)
+        )
 
 
 def test_sharing():
-    shared, per_shape, unique = (RandomBasis(0, "kaiming_uniform", s) for s in ("shared", "per_shape", "unique"))
+    shared, per_shape, unique = (
+        RandomBasis(0, "kaiming_uniform", s) for s in ("shared", "per_shape", "unique")
+    )
     assert torch.equal(pair(shared, 8, 8, 4, "x")[0], pair(shared, 8, 8, 4, "y")[0])
     assert torch.equal(pair(shared, 8, 8, 4)[0], pair(shared, 16, 8, 4)[0])
     assert torch.equal(pair(per_shape, 8, 8, 4, "x")[0], pair(per_shape, 8, 8, 4, "y")[0])
@@ -87,7 +94,9 @@ def test_one_copy_for_all_ranks_layers_and_threads():
 
 
 def test_adapters_with_one_seed_share_and_others_do_not():
-    one, two, other = (basis_of(VeraConfig(rank=r, seed=s), {}) for r, s in ((8, 5), (16, 5), (8, 6)))
+    one, two, other = (
+        basis_of(VeraConfig(rank=r, seed=s), {}) for r, s in ((8, 5), (16, 5), (8, 6))
+    )
     assert one is two
     assert one is not other
     del one, two, other
@@ -95,7 +104,9 @@ def test_adapters_with_one_seed_share_and_others_do_not():
     assert basis_of(VeraConfig(seed=5), {}).bytes_held() == 0  # freed with the last that used it
 
 
-@pytest.mark.parametrize(("seed", "r", "n", "m"), [(0, 256, 768, 768), (5, 16, 70, 91), (123456789, 3, 1, 1)])
+@pytest.mark.parametrize(
+    ("seed", "r", "n", "m"), [(0, 256, 768, 768), (5, 16, 70, 91), (123456789, 3, 1, 1)]
+)
 def test_peft_basis_is_bit_identical_to_pefts(seed, r, n, m):
     generator = torch.Generator(device="cpu").manual_seed(seed)
     A, B = _kaiming_init((r, n), generator=generator), _kaiming_init((m, r), generator=generator)
@@ -107,4 +118,7 @@ def test_peft_basis_is_bit_identical_to_pefts(seed, r, n, m):
 def test_peft_basis_takes_its_size_from_all_layers():
     basis = basis_of(VeraConfig(basis="peft", rank=4), {"a": (8, 16), "b": (32, 4)})
     assert (basis.max_out, basis.max_in) == (32, 16)
-    assert basis.fingerprint() != basis_of(VeraConfig(basis="peft", rank=4), {"a": (8, 16)}).fingerprint()
+    assert (
+        basis.fingerprint()
+        != basis_of(VeraConfig(basis="peft", rank=4), {"a": (8, 16)}).fingerprint()
+    )

@@ -16,7 +16,11 @@ def test_normal_is_the_inverse_of_the_distribution_function():
 
 @pytest.mark.parametrize(
     ("init", "distribution"),
-    [("kaiming_uniform", stats.uniform(-1, 2)), ("kaiming_normal", stats.norm), ("uniform", stats.uniform(0, 1))],
+    [
+        ("kaiming_uniform", stats.uniform(-1, 2)),
+        ("kaiming_normal", stats.norm),
+        ("uniform", stats.uniform(0, 1)),
+    ],
 )
 def test_values_follow_their_distribution(init, distribution):
     assert stats.kstest(values(BITS, init), distribution.cdf).pvalue > 0.01

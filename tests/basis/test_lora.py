@@ -7,7 +7,9 @@ from veratune.errors import ShapeError
 
 def pairs(seed=0, rank=3):
     generator = torch.Generator().manual_seed(seed)
-    return {"a": (torch.randn(rank, 5, generator=generator), torch.randn(4, rank, generator=generator))}
+    return {
+        "a": (torch.randn(rank, 5, generator=generator), torch.randn(4, rank, generator=generator))
+    }
 
 
 def test_it_gives_the_matrices_back_and_knows_them_by_their_bits():

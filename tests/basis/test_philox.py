@@ -26,7 +26,13 @@ def test_known_answers(counter, key, answer):
     assert tuple(int(w[0]) for w in words) == answer
 
 
-@given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.integers(0, 1000), st.integers(1, 9), st.integers(1, 40))
+@given(
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 1000),
+    st.integers(1, 9),
+    st.integers(1, 40),
+)
 def test_any_block_is_a_cut_of_the_whole(seed, role, start, rows, columns):
     block = random_words(seed, role, range(start, start + rows), columns)
     whole = random_words(seed, role, range(start + rows), columns + 7)

@@ -27,7 +27,10 @@ def test_the_figures_in_the_readme_are_those_that_were_measured():
         f"| held-out exact match | {before:.1%} | {after:.1%} |",
         f"| trained values | | {line['trained']:,} |",
         f"| adapter file | | {line['bytes']:,} bytes |",
-        *(f"| {name} would write | | {size:,} bytes |" for name, size in line["peft_bytes"].items()),
+        *(
+            f"| {name} would write | | {size:,} bytes |"
+            for name, size in line["peft_bytes"].items()
+        ),
         f"| training | | {line['training_seconds']} s |",
         f"| peak memory | | {line['peak_memory'] / 2**30:.2f} GiB |",
     ):
@@ -39,13 +42,18 @@ def test_the_page_on_mrpc_is_made_of_its_lines():
     lines = [json.loads(line) for line in bench.LINES.read_text().splitlines()]
     assert bench.PAGE.read_text() == bench.page(lines)
     cells = dict(re.findall(r"\| (head alone|VeRA) \| 3 \| ([\d.]+ ± [\d.]+)", bench.page(lines)))
-    assert f"accuracy {cells['VeRA']} against {cells['head alone']}" in (ROOT / "README.md").read_text()
+    assert (
+        f"accuracy {cells['VeRA']} against {cells['head alone']}"
+        in (ROOT / "README.md").read_text()
+    )
 
 
 def test_the_page_of_benchmarks_is_made_of_its_lines():
     make = load(ROOT / "docs" / "make_benchmarks.py")
     layers, steps = make.read("layers"), make.read("steps")
-    assert make.PAGE.read_text() == make.page(layers, steps, *map(make.read, make.OTHERS)), "run make docs"
+    assert make.PAGE.read_text() == make.page(layers, steps, *map(make.read, make.OTHERS)), (
+        "run make docs"
+    )
     assert make.PICTURE.is_file()
     run = next(make.rows_of_models(steps))
     assert (run[0]["model"], run[0]["batch"]) == ("roberta-base", [16, 128])
@@ -62,7 +70,9 @@ def test_the_figures_of_serving_in_the_readme_are_those_that_were_measured():
     lines = [line for line in make.read("serving") if line["dtype"] == "float32"]
     by = {line.get("workload", line["what"]): line for line in lines}
     held, many, talk = by["adapters in memory"], by["32 tenants"], by["conversation"]
-    times = statistics.median(a / b for a, b in zip(many["turns"], by["one after the other"]["turns"], strict=True))
+    times = statistics.median(
+        a / b for a, b in zip(many["turns"], by["one after the other"]["turns"], strict=True)
+    )
     wanted = (
         f"32 tenants in one batch on two cores: {many['of_one_tenant']:.2f} of one tenant's speed, "
         f"{times:.1f} times one after the other; "
@@ -79,7 +89,10 @@ def test_the_pages_of_tables_are_made_of_their_lines():
         for name in names:
             assert (make.LINES / f"{name}.jsonl").is_file(), name
     assert (ROOT / "docs" / "recipes.md").read_text() == make.recipes(), "run make docs"
-    lines = {line["method"]: line for line in map(json.loads, (make.LINES / "ddpm.jsonl").read_text().splitlines())}
+    lines = {
+        line["method"]: line
+        for line in map(json.loads, (make.LINES / "ddpm.jsonl").read_text().splitlines())
+    }
     cells = [
         f"{name} {lines[method]['after']['loss']:.3f} ({lines[method]['trained']:,}{' values' if name == 'VeRA' else ''})"
         for name, method in (("VeRA", "VeRA, rank 64"), ("LoRA", "LoRA, rank 1"), ("full", "full"))
@@ -90,10 +103,14 @@ def test_the_pages_of_tables_are_made_of_their_lines():
 
 def test_the_means_in_the_readme_are_those_of_the_page():
     page = (ROOT / "docs" / "language.md").read_text()
-    measured = page[page.index("## table2") : page.index("Printed in the paper for", page.index("## table2"))]
+    measured = page[
+        page.index("## table2") : page.index("Printed in the paper for", page.index("## table2"))
+    ]
     means = {
         name: (values, mean)
-        for name, values, mean in re.findall(r"^\| ([^|]+) \| ([\d,]+) \|.*\| ([\d.]+) \|$", measured, re.M)
+        for name, values, mean in re.findall(
+            r"^\| ([^|]+) \| ([\d,]+) \|.*\| ([\d.]+) \|$", measured, re.M
+        )
     }
     wanted = "MiniLM, mean score: " + ", ".join(
         f"{said} {means[name][1]} ({means[name][0]} values)"

@@ -25,8 +25,13 @@ except OutputError as error:
 def test_no_space_leaves_the_old_content_and_nothing_else(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"old")
-    out = subprocess.run([sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == f"{path}: could not write 5,000 bytes: File too large; what was there before is untouched"
+    out = subprocess.run(
+        [sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, check=True
+    ).stdout
+    assert (
+        out.strip()
+        == f"{path}: could not write 5,000 bytes: File too large; what was there before is untouched"
+    )
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]
 
@@ -42,7 +47,10 @@ def test_a_file_where_a_folder_should_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="could not write"):
         write_atomic(tmp_path / "file" / "a", b"x")
-    with pytest.raises(OutputError, match="not a folder that can be written"), new_folder(tmp_path / "file"):
+    with (
+        pytest.raises(OutputError, match="not a folder that can be written"),
+        new_folder(tmp_path / "file"),
+    ):
         pass
 
 
@@ -70,7 +78,10 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
 def test_an_output_folder_must_be_empty(tmp_path):
     (tmp_path / "thing").write_text("")
     with (
-        pytest.raises(OutputError, match=r"the output folder is not empty \(it holds 'thing'\); choose another or empty it"),
+        pytest.raises(
+            OutputError,
+            match=r"the output folder is not empty \(it holds 'thing'\); choose another or empty it",
+        ),
         new_folder(tmp_path),
     ):
         pass

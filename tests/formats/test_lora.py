@@ -10,14 +10,23 @@ from torch import nn
 
 import veratune as vt
 from veratune.basis.lora import LoraBasis
-from veratune.errors import AdapterFileError, BaseModelError, BasisError, ConfigError, TargetError, UnsupportedError
+from veratune.errors import (
+    AdapterFileError,
+    BaseModelError,
+    BasisError,
+    ConfigError,
+    TargetError,
+    UnsupportedError,
+)
 
 
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv_in = nn.Conv2d(3, 8, 3, padding=1)
-        self.down = nn.ModuleDict({"conv": nn.Conv2d(8, 8, 3, stride=2, padding=1), "to_q": nn.Linear(8, 6)})
+        self.down = nn.ModuleDict(
+            {"conv": nn.Conv2d(8, 8, 3, stride=2, padding=1), "to_q": nn.Linear(8, 6)}
+        )
 
     def forward(self, x):
         return self.down["to_q"](self.down["conv"](self.conv_in(x)).mean((2, 3)))
@@ -36,7 +45,11 @@ LAYERS = {"conv_in": 3, "down.conv": 3, "down.to_q": 2}
 def trained(net, tmp_path):
     """(output of PEFT's model, its folder): a LoRA of mixed ranks with alpha 6."""
     config = peft.LoraConfig(
-        r=3, lora_alpha=6, target_modules=list(LAYERS), rank_pattern={"down.to_q": 2}, init_lora_weights=False
+        r=3,
+        lora_alpha=6,
+        target_modules=list(LAYERS),
+        rank_pattern={"down.to_q": 2},
+        init_lora_weights=False,
     )
     model = peft.get_peft_model(copy.deepcopy(net), config)
     x = torch.randn(2, 3, 6, 6)
@@ -71,7 +84,9 @@ FORMS = {
 @pytest.mark.parametrize("form", ["peft", *FORMS])
 def test_it_starts_exactly_at_the_lora(net, trained, tmp_path, form):
     x, wanted, folder = trained
-    path = folder if form == "peft" else other_names(folder, tmp_path / "x.safetensors", *FORMS[form])
+    path = (
+        folder if form == "peft" else other_names(folder, tmp_path / "x.safetensors", *FORMS[form])
+    )
     basis = vt.read_lora(path, net)
     assert basis.ranks() == LAYERS
     plain = net(x)
@@ -86,7 +101,9 @@ def test_it_starts_exactly_at_the_lora(net, trained, tmp_path, form):
 def test_a_pipeline_that_holds_the_network_is_understood(net, trained, tmp_path):
     _, _, folder = trained
     file = other_names(folder, tmp_path / "x.safetensors", *FORMS["kohya"])
-    assert vt.read_lora(file, nn.ModuleDict({"unet": net})).ranks() == {f"unet.{name}": rank for name, rank in LAYERS.items()}
+    assert vt.read_lora(file, nn.ModuleDict({"unet": net})).ranks() == {
+        f"unet.{name}": rank for name, rank in LAYERS.items()
+    }
 
 
 def test_many_pairs_of_vectors_over_one_lora_each_in_a_file(net, trained, tmp_path):
@@ -139,24 +156,35 @@ def test_a_lora_that_does_not_fit_is_refused_with_its_layer(net, trained, tmp_pa
     with pytest.raises(BaseModelError, match="layer 'down.to_q' is 8 -> 6 in it and 9 -> 6 in Net"):
         vt.attach(net, vt.VeraConfig(basis="lora"), basis=basis)
     small = LoraBasis({"down.conv": basis.pairs["down.conv"]})
-    with pytest.raises(TargetError, match="layer 'conv_in' is a target, but the LoRA has no matrices for it"):
+    with pytest.raises(
+        TargetError, match="layer 'conv_in' is a target, but the LoRA has no matrices for it"
+    ):
         vt.attach(net, vt.VeraConfig(basis="lora", targets=["conv_in"]), basis=small)
-    with pytest.raises(ConfigError, match="basis='lora' takes its matrices from a LoRA, so sharing='unique' has no meaning"):
+    with pytest.raises(
+        ConfigError,
+        match="basis='lora' takes its matrices from a LoRA, so sharing='unique' has no meaning",
+    ):
         vt.VeraConfig(basis="lora", sharing="unique")
 
 
 def test_damaged_files_are_refused(net, tmp_path):
     def written(**tensors):
-        safetensors.torch.save_file({k.replace("__", "."): v for k, v in tensors.items()}, tmp_path / "x.safetensors")
+        safetensors.torch.save_file(
+            {k.replace("__", "."): v for k, v in tensors.items()}, tmp_path / "x.safetensors"
+        )
         return tmp_path / "x.safetensors"
 
     A, B = torch.ones(2, 8), torch.ones(6, 2)
     with pytest.raises(AdapterFileError, match="layer 'down.to_q' has no B"):
         vt.read_lora(written(down__to_q__lora_A__weight=A), net)
     with pytest.raises(UnsupportedError, match="it has DoRA's magnitudes; only plain LoRA pairs"):
-        vt.read_lora(written(down__to_q__lora_A__weight=A, down__to_q__lora_magnitude_vector=B), net)
+        vt.read_lora(
+            written(down__to_q__lora_A__weight=A, down__to_q__lora_magnitude_vector=B), net
+        )
     with pytest.raises(AdapterFileError, match="holds NaN or infinity"):
-        vt.read_lora(written(down__to_q__lora_A__weight=A * float("nan"), down__to_q__lora_B__weight=B), net)
+        vt.read_lora(
+            written(down__to_q__lora_A__weight=A * float("nan"), down__to_q__lora_B__weight=B), net
+        )
     (tmp_path / "x.safetensors").write_bytes(b"nothing")
     with pytest.raises(AdapterFileError, match="not a whole safetensors file"):
         vt.read_lora(tmp_path / "x.safetensors", net)

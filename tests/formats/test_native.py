@@ -27,7 +27,9 @@ TOKENS = torch.arange(2, 26).view(3, 8)
 
 def same(one: Adapter, two: Adapter) -> bool:
     def equal(a, b):
-        return set(a) == set(b) and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+        return set(a) == set(b) and all(
+            torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a
+        )
 
     return (
         (one.config, dict(one.shapes), one.base_id, dict(one.task)) == (two.config, dict(two.shapes), two.base_id, dict(two.task))
@@ -47,7 +49,10 @@ def rebuilt(data: bytes, change) -> bytes:
 
 def test_golden_bytes():
     data = native.encode(small())
-    assert hashlib.sha256(data).hexdigest() == "0828996dd72317aae5ba0638cc652664de0c7da968c2cd345e2d83241fca9c68"
+    assert (
+        hashlib.sha256(data).hexdigest()
+        == "0828996dd72317aae5ba0638cc652664de0c7da968c2cd345e2d83241fca9c68"
+    )
     assert same(native.decode(data), small())
 
 
@@ -59,7 +64,14 @@ def test_golden_bytes():
 def test_what_is_written_is_read(rank, shapes, vectors, dtype, head):
     names = {f"block.{i}.q": shape for i, shape in enumerate(shapes)}
     kind = getattr(torch, dtype)
-    config = vt.VeraConfig(rank=rank, targets=["q"], vectors=vectors, dtype=dtype, head=["top"] if head else [], seed=2**64 - 1)
+    config = vt.VeraConfig(
+        rank=rank,
+        targets=["q"],
+        vectors=vectors,
+        dtype=dtype,
+        head=["top"] if head else [],
+        seed=2**64 - 1,
+    )
     adapter = Adapter(
         config, names,
         {k: torch.randn(rank).to(kind) for k in names} if vectors != "b" else {},
@@ -96,7 +108,9 @@ def test_saving_while_merged_saves_the_adapter(tmp_path):
     vt.save(model, tmp_path / "before.safetensors")
     vt.merge(model)
     vt.save(model, tmp_path / "after.safetensors")
-    assert (tmp_path / "before.safetensors").read_bytes() == (tmp_path / "after.safetensors").read_bytes()
+    assert (tmp_path / "before.safetensors").read_bytes() == (
+        tmp_path / "after.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -155,10 +169,18 @@ def tensor(name, value):
     ("change", "error", "message"),
     [
         (put("basis", "0" * 32), BasisError, "its fingerprint differs"),
-        (config(seed=1), BasisError, r"the basis drawn here \(seed 1, basis='random'\) is not the one"),
+        (
+            config(seed=1),
+            BasisError,
+            r"the basis drawn here \(seed 1, basis='random'\) is not the one",
+        ),
         (config(init="kaiming_normal"), BasisError, "its fingerprint differs"),
         (config(sharing="unique"), BasisError, "its fingerprint differs"),
-        (config(rank=3), AdapterFileError, r"layer 'x.q' \(4 -> 3\): the file has d of shape \(2,\), the config says rank 3"),
+        (
+            config(rank=3),
+            AdapterFileError,
+            r"layer 'x.q' \(4 -> 3\): the file has d of shape \(2,\), the config says rank 3",
+        ),
         (config(rank=10**12), AdapterFileError, "at rank 1000000000000, which no layer has"),
         (config(rank="2"), AdapterFileError, "rank is '2'; it must be an integer"),
         (config(rnak=2), AdapterFileError, "unknown setting 'rnak'"),
@@ -181,8 +203,16 @@ def tensor(name, value):
         (tensor("d/x.q", torch.ones(2, dtype=torch.float64)), AdapterFileError, "is of dtype F64"),
         (tensor("d/x.q", torch.ones(2, dtype=torch.int32)), AdapterFileError, "is of dtype I32"),
         (tensor("d/x.q", torch.ones(2, 1)), AdapterFileError, r"d of shape \(2, 1\)"),
-        (tensor("b/x.q", torch.full((3,), float("inf"))), AdapterFileError, "holds NaN or infinity"),
-        (tensor("head/top.weight", torch.ones(2)), AdapterFileError, "belongs to none of the config's heads"),
+        (
+            tensor("b/x.q", torch.full((3,), float("inf"))),
+            AdapterFileError,
+            "holds NaN or infinity",
+        ),
+        (
+            tensor("head/top.weight", torch.ones(2)),
+            AdapterFileError,
+            "belongs to none of the config's heads",
+        ),
     ],
 )
 def test_attacks_with_a_right_digest(change, error, message):
@@ -194,7 +224,11 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
     out = bytearray(data)
     for _ in range(rng.choice([1, 1, 2, 8])):
         kind = rng.randrange(5)
-        at = rng.randrange(len(out) or 1) if rng.random() < 0.5 else rng.randrange(min(len(out) or 1, 1800))
+        at = (
+            rng.randrange(len(out) or 1)
+            if rng.random() < 0.5
+            else rng.randrange(min(len(out) or 1, 1800))
+        )
         if kind == 0 and out:
             out[at] ^= 1 << rng.randrange(8)
         elif kind == 1 and out:
@@ -214,13 +248,18 @@ def refuse_or_same(data: bytes, original: Adapter) -> str:
     except VeratuneError as error:
         assert "\n" not in str(error)
         return "refused"
-    assert same(found, original), "a changed file was taken for a valid one that says something else"
+    assert same(found, original), (
+        "a changed file was taken for a valid one that says something else"
+    )
     return "same"
 
 
 @pytest.mark.parametrize("count", [400, pytest.param(5000, marks=pytest.mark.slow)])
 def test_mutated_files_are_refused_or_say_the_same(count):
-    rng, original = random.Random(count), vt.extract(scramble(vt.attach(fakes.llama(), vt.VeraConfig(rank=4), "a"), "a"))
+    rng, original = (
+        random.Random(count),
+        vt.extract(scramble(vt.attach(fakes.llama(), vt.VeraConfig(rank=4), "a"), "a")),
+    )
     data = native.encode(original)
     outcomes = [refuse_or_same(mutated(data, rng), original) for _ in range(count)]
     assert outcomes.count("refused") > 0.95 * count
@@ -262,5 +301,7 @@ def test_kill_in_the_middle_of_saving_leaves_the_old_file_or_the_new_one(count, 
 
 def test_the_suffix_says_what_it_is(tmp_path):
     model = vt.attach(fakes.llama(), vt.VeraConfig(rank=4), "a")
-    with pytest.raises(AdapterError, match=r"a.bin: an adapter's file is called something.safetensors"):
+    with pytest.raises(
+        AdapterError, match=r"a.bin: an adapter's file is called something.safetensors"
+    ):
         vt.save(model, tmp_path / "a.bin")

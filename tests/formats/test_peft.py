@@ -23,12 +23,16 @@ def logits(model):
 
 def trained_by_peft(base, folder, seed=0, **settings):
     """Train a PEFT VeRA adapter for real, save it, and return its model."""
-    config = peft.VeraConfig(**{"r": 8, "target_modules": ["q_proj", "v_proj"], "projection_prng_key": 5, **settings})
+    config = peft.VeraConfig(
+        **{"r": 8, "target_modules": ["q_proj", "v_proj"], "projection_prng_key": 5, **settings}
+    )
     model = peft.get_peft_model(base, config)
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(3):
-        labels = {"labels": TOKENS} if base.config.num_labels == 2 and hasattr(base, "lm_head") else {}
+        labels = (
+            {"labels": TOKENS} if base.config.num_labels == 2 and hasattr(base, "lm_head") else {}
+        )
         out = model(input_ids=TOKENS, **labels)
         loss = out.loss if out.loss is not None else out.logits.square().sum()
         optimizer.zero_grad()
@@ -48,7 +52,10 @@ def trained_by_peft(base, folder, seed=0, **settings):
         (fakes.llama, {"layers_to_transform": [1]}),
         (fakes.llama, {"save_projection": False, "vera_dropout": 0.1}),
         (fakes.gpt2, {"target_modules": ["c_attn"]}),
-        (lambda: fakes.bert(labels=3), {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
+        (
+            lambda: fakes.bert(labels=3),
+            {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"},
+        ),
     ],
 )
 def test_what_peft_trained_loads_here(make, settings, tmp_path):
@@ -88,7 +95,9 @@ def test_what_is_saved_here_loads_in_peft(make, settings, write, tmp_path):
 
 
 def test_there_and_back(tmp_path):
-    model = scramble(vt.attach(fakes.llama(), vt.VeraConfig(rank=8, basis="peft", seed=4), "a"), "a")
+    model = scramble(
+        vt.attach(fakes.llama(), vt.VeraConfig(rank=8, basis="peft", seed=4), "a"), "a"
+    )
     own.write_vera(vt.extract(model), tmp_path / "out")
     again = fakes.llama()
     vt.load(again, tmp_path / "out", "a")
@@ -99,8 +108,16 @@ def test_there_and_back(tmp_path):
     ("make", "settings", "message"),
     [
         (fakes.gpt2, {}, "adapts whole layers, and 'transformer.h.0.attn.c_attn:q' is part of one"),
-        (fakes.llama, {"rank_pattern": {"v_proj": 3}}, "PEFT's VeRA has one rank; this adapter has the ranks 3, 8"),
-        (fakes.llama, {"sharing": "unique"}, r"one pair \(A, B\) for all layers; this adapter has sharing='unique'"),
+        (
+            fakes.llama,
+            {"rank_pattern": {"v_proj": 3}},
+            "PEFT's VeRA has one rank; this adapter has the ranks 3, 8",
+        ),
+        (
+            fakes.llama,
+            {"sharing": "unique"},
+            r"one pair \(A, B\) for all layers; this adapter has sharing='unique'",
+        ),
     ],
 )
 def test_what_peft_cannot_express_is_refused(make, settings, message, tmp_path):
@@ -112,10 +129,14 @@ def test_what_peft_cannot_express_is_refused(make, settings, message, tmp_path):
 
 def test_a_second_adapter_of_a_peft_model_is_told_apart(tmp_path):
     """PEFT lets it share the first one's matrices, which its own seed and targets would not draw."""
-    model = peft.get_peft_model(fakes.llama(), peft.VeraConfig(r=8, target_modules=["q_proj", "down_proj"]), "first")
+    model = peft.get_peft_model(
+        fakes.llama(), peft.VeraConfig(r=8, target_modules=["q_proj", "down_proj"]), "first"
+    )
     model.add_adapter("second", peft.VeraConfig(r=8, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)
-    with pytest.raises(AdapterFileError, match="PEFT lets a second adapter share the first one's matrices"):
+    with pytest.raises(
+        AdapterFileError, match="PEFT lets a second adapter share the first one's matrices"
+    ):
         vt.load(fakes.llama(), tmp_path / "second")
 
 
@@ -128,7 +149,8 @@ def test_bad_checkpoints(tmp_path):
     folder = tmp_path / "peft"
     trained_by_peft(fakes.llama(), folder)
     with pytest.raises(
-        BaseModelError, match="it adapts 'model.layers.0.self_attn.[qv]_proj', which GPT2LMHeadModel does not have"
+        BaseModelError,
+        match="it adapts 'model.layers.0.self_attn.[qv]_proj', which GPT2LMHeadModel does not have",
     ):
         vt.load(fakes.gpt2(), folder)
     edit(folder, projection_prng_key=6)

@@ -23,7 +23,16 @@ def reference(model, base, q, k, v, **options):
     for name, delta in model[0].deltas("a").items():
         state[name] += delta.double()
     copy = (
-        type(base)(8, 2, batch_first=True, kdim=base.kdim, vdim=base.vdim, bias=base.in_proj_bias is not None).double().eval()
+        type(base)(
+            8,
+            2,
+            batch_first=True,
+            kdim=base.kdim,
+            vdim=base.vdim,
+            bias=base.in_proj_bias is not None,
+        )
+        .double()
+        .eval()
     )
     copy.load_state_dict(state)
     return copy(q.double(), k.double(), v.double(), **options)[0]
@@ -40,7 +49,11 @@ def test_equals_the_float64_reference_and_its_merged_form(dtype, kv, bias, targe
     base = model[0]
     vt.attach(model, vt.VeraConfig(rank=5, targets=targets), "a")
     scramble(model, "a")
-    q, k, v = torch.randn(2, 3, 8).to(dtype), torch.randn(2, 4, kdim).to(dtype), torch.randn(2, 4, vdim).to(dtype)
+    q, k, v = (
+        torch.randn(2, 3, 8).to(dtype),
+        torch.randn(2, 4, kdim).to(dtype),
+        torch.randn(2, 4, vdim).to(dtype),
+    )
     out = model[0](q, k, v)[0]
     wanted = reference(model, base, q, k, v)
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
@@ -60,7 +73,10 @@ def test_a_small_delta_survives_a_bf16_base():
     scramble(model, "a", size=3e-3)
     x = torch.randn(2, 3, 8).bfloat16()
     shift = model[0](x, x, x)[0].double() - model[0].base(x, x, x)[0].double()
-    wanted = reference(model, model[0].base, x, x, x) - model[0].base.double()(x.double(), x.double(), x.double())[0]
+    wanted = (
+        reference(model, model[0].base, x, x, x)
+        - model[0].base.double()(x.double(), x.double(), x.double())[0]
+    )
     assert torch.cosine_similarity(shift.flatten(), wanted.flatten(), dim=0) > 0.5
 
 
@@ -76,7 +92,10 @@ def test_rows_with_every_kind_of_mask():
     vt.attach(model, vt.VeraConfig(rank=5, targets="all-linear"), "a")
     vt.attach(model, vt.VeraConfig(rank=3, seed=4), "b")
     scramble(scramble(model, "a"), "b", seed=1)
-    n, length = 4, 4  # as many rows as tokens: a mask of (L, S) must not be taken for one of the rows
+    n, length = (
+        4,
+        4,
+    )  # as many rows as tokens: a mask of (L, S) must not be taken for one of the rows
     x = torch.randn(n, length, 8, dtype=torch.float64)
     causal = torch.triu(torch.ones(length, length, dtype=torch.bool), 1)
     padding = torch.zeros(n, length, dtype=torch.bool)
@@ -84,7 +103,12 @@ def test_rows_with_every_kind_of_mask():
     by_head = torch.rand(n * 2, length, length) > 0.7
     by_head[..., 0] = False
     names = ["b", None, "a", "b"]
-    for options in ({}, {"attn_mask": causal}, {"key_padding_mask": padding}, {"attn_mask": by_head}):
+    for options in (
+        {},
+        {"attn_mask": causal},
+        {"key_padding_mask": padding},
+        {"attn_mask": by_head},
+    ):
         alone = {}
         for name in ("a", "b", None):
             vt.use(model, name)
@@ -119,12 +143,18 @@ def test_the_fused_kernel_of_evaluation_does_not_pass_the_adapter_by(targets):
 
 def test_dropout_is_refused_before_anything_changes():
     model = encoder()
-    with pytest.raises(ConfigError, match=r"dropout is 0.1, but TransformerEncoder is adapted inside nn.MultiheadAttention"):
+    with pytest.raises(
+        ConfigError,
+        match=r"dropout is 0.1, but TransformerEncoder is adapted inside nn.MultiheadAttention",
+    ):
         vt.attach(model, vt.VeraConfig(dropout=0.1))
     assert not any(isinstance(m, VeraMultiheadAttention) for m in model.modules())
 
 
 def test_rows_want_the_batch_first():
     model = vt.attach(encoder(batch_first=False), vt.VeraConfig(rank=4), "a")
-    with pytest.raises(UnsupportedError, match="rows need the batch first, but 'layers.0.self_attn"), vt.rows(model, ["a"]):
+    with (
+        pytest.raises(UnsupportedError, match="rows need the batch first, but 'layers.0.self_attn"),
+        vt.rows(model, ["a"]),
+    ):
         pass

@@ -26,7 +26,9 @@ def fresh(monkeypatch):
 def model_with(*names, **settings):
     model = fakes.llama()
     for i, name in enumerate(names):
-        fakes.scramble(vt.attach(model, vt.VeraConfig(rank=8, seed=i, **settings), name), name, seed=i)
+        fakes.scramble(
+            vt.attach(model, vt.VeraConfig(rank=8, seed=i, **settings), name), name, seed=i
+        )
     return model.eval()
 
 

@@ -12,7 +12,7 @@ import veratune as vt
 from tests.fakes import scramble
 from veratune.attach import vectors_of
 from veratune.errors import BaseModelError, ConfigError, ShapeError, TargetError, UnsupportedError
-from veratune.functional import delta_weight, vera_conv
+from veratune.ops.functional import delta_weight, vera_conv
 
 KINDS = {
     (1, False): nn.Conv1d, (2, False): nn.Conv2d, (3, False): nn.Conv3d,
@@ -32,8 +32,14 @@ def by_hand(layer, m, n, delta):
     groups, kernel = layer.groups, layer.kernel_size
     for o in range(layer.out_channels):
         for i in range(layer.in_channels // groups):
-            for place in torch.cartesian_prod(*(torch.arange(k) for k in kernel)).view(-1, len(kernel)).tolist():
-                column = i * math.prod(kernel) + sum(p * math.prod(kernel[a + 1 :]) for a, p in enumerate(place))
+            for place in (
+                torch.cartesian_prod(*(torch.arange(k) for k in kernel))
+                .view(-1, len(kernel))
+                .tolist()
+            ):
+                column = i * math.prod(kernel) + sum(
+                    p * math.prod(kernel[a + 1 :]) for a, p in enumerate(place)
+                )
                 if layer.transposed:
                     group, own = divmod(o, layer.out_channels // groups)
                     out[(group * (layer.in_channels // groups) + i, own, *place)] = delta[o, column]
@@ -48,10 +54,20 @@ def convolutions(draw):
     dims, transposed = draw(st.integers(1, 3)), draw(st.booleans())
     groups = draw(st.sampled_from([1, 2, 3]))
     inside, outside = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 3))
-    kernel, stride, dilation = (tuple(draw(st.integers(1, 2 if dims == 3 else 3)) for _ in range(dims)) for _ in range(3))
-    options = {"stride": stride, "dilation": dilation, "groups": groups, "bias": draw(st.booleans())}
+    kernel, stride, dilation = (
+        tuple(draw(st.integers(1, 2 if dims == 3 else 3)) for _ in range(dims)) for _ in range(3)
+    )
+    options = {
+        "stride": stride,
+        "dilation": dilation,
+        "groups": groups,
+        "bias": draw(st.booleans()),
+    }
     if not transposed:
-        options |= {"padding": draw(st.integers(0, 2)), "padding_mode": draw(st.sampled_from(["zeros", "reflect", "circular"]))}
+        options |= {
+            "padding": draw(st.integers(0, 2)),
+            "padding_mode": draw(st.sampled_from(["zeros", "reflect", "circular"])),
+        }
     torch.manual_seed(0)
     layer = KINDS[dims, transposed](inside, outside, kernel, **options).double()
     x = torch.randn(2, inside, *(draw(st.integers(8, 9)) for _ in range(dims)), dtype=torch.float64)
@@ -59,8 +75,15 @@ def convolutions(draw):
 
 
 @settings(max_examples=60)
-@given(convolutions(), st.sampled_from(PLANS), st.sampled_from(["random", "monarch"]), st.sampled_from(["both", "d", "b"]))
-def test_equals_the_float64_reference_its_merged_form_and_the_base_at_the_start(case, plan, basis, vectors):
+@given(
+    convolutions(),
+    st.sampled_from(PLANS),
+    st.sampled_from(["random", "monarch"]),
+    st.sampled_from(["both", "d", "b"]),
+)
+def test_equals_the_float64_reference_its_merged_form_and_the_base_at_the_start(
+    case, plan, basis, vectors
+):
     layer, x = case
     weight = layer.weight.detach().clone()
     y0 = layer(x)
@@ -69,7 +92,10 @@ def test_equals_the_float64_reference_its_merged_form_and_the_base_at_the_start(
         torch.testing.assert_close(model(x), y0)
     (v,) = vectors_of(scramble(model, "a"), "a")
     m, n = v.part.out_features, v.part.in_features
-    assert (m, n) == (layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.kernel_size))
+    assert (m, n) == (
+        layer.out_channels,
+        layer.in_channels // layer.groups * math.prod(layer.kernel_size),
+    )
     delta = by_hand(layer, m, n, v.delta_weight(x.device, torch.float64).detach())
     layer.weight.data = weight + delta
     wanted = layer(x)
@@ -98,7 +124,10 @@ def test_plans_have_the_gradients_of_the_merged_one(case, plan):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(("inside", "outside", "kernel", "groups"), [(4, 6, 3, 1), (4, 6, 1, 1), (4, 8, 3, 2), (3, 3, 5, 1)])
+@pytest.mark.parametrize(
+    ("inside", "outside", "kernel", "groups"),
+    [(4, 6, 3, 1), (4, 6, 1, 1), (4, 8, 3, 2), (3, 3, 5, 1)],
+)
 def test_the_layout_of_loralib(inside, outside, kernel, groups):
     layer = nn.Conv2d(inside, outside, kernel, groups=groups, padding=1)
     model = scramble(build(layer, torch.float32, rank=2, conv_layout="loralib"), "a")
@@ -106,7 +135,9 @@ def test_the_layout_of_loralib(inside, outside, kernel, groups):
     assert (v.d.shape, v.b.shape) == ((2 * kernel,), (outside // groups * kernel,))
     x = torch.randn(2, inside, 7, 7)
     A, B = v.pair(x.device, torch.float32)
-    delta = delta_weight(A, B, v.d, v.b, v.scale).view(layer.weight.shape)  # as loralib: (B @ A).view(weight.shape)
+    delta = delta_weight(A, B, v.d, v.b, v.scale).view(
+        layer.weight.shape
+    )  # as loralib: (B @ A).view(weight.shape)
     wanted = nn.functional.conv2d(x, layer.weight + delta, layer.bias, padding=1, groups=groups)
     torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
@@ -118,7 +149,8 @@ def test_the_layout_of_loralib(inside, outside, kernel, groups):
 def test_loralib_has_no_matrix_for_other_convolutions():
     for layer in (nn.Conv1d(2, 2, 3), nn.Conv2d(2, 2, (1, 3)), nn.ConvTranspose2d(2, 2, 3)):
         with pytest.raises(
-            UnsupportedError, match="conv_layout='loralib' is made for Conv2d with square kernels, not for a Conv"
+            UnsupportedError,
+            match="conv_layout='loralib' is made for Conv2d with square kernels, not for a Conv",
         ):
             build(layer, conv_layout="loralib")
     model = build(nn.Conv2d(2, 2, 3), conv_layout="loralib", plan="factored", rank=1)
@@ -144,7 +176,9 @@ class Net(nn.Module):
 
 
 def net(name="a", **config):
-    model = vt.attach(Net().eval(), vt.VeraConfig(**{"rank": 4, "targets": ["all-conv"], **config}), name)
+    model = vt.attach(
+        Net().eval(), vt.VeraConfig(**{"rank": 4, "targets": ["all-conv"], **config}), name
+    )
     return scramble(model, name, seed=len(name))
 
 
@@ -156,13 +190,17 @@ def test_one_basis_for_a_net_of_many_shapes_and_words_for_targets():
     assert vectors_of(model, "a")[0].basis.bytes_held() == 4 * (4 * 27 + 12 * 4)
     assert len(vectors_of(net(targets=["all-conv", "all-linear"]), "a")) == 4
     assert len(vectors_of(net(targets=["fc", "pointwise"]), "a")) == 2
-    with pytest.raises(TargetError, match="target 'pointwize' matches no layer of Net; did you mean 'pointwise'"):
+    with pytest.raises(
+        TargetError, match="target 'pointwize' matches no layer of Net; did you mean 'pointwise'"
+    ):
         net(targets=["pointwize"])
 
 
 def test_mixed_rows_channels_last_and_training():
     model, x = net(), torch.randn(5, 3, 9, 9)
-    scramble(vt.attach(model, vt.VeraConfig(rank=2, targets=["stem", "fc"], seed=5), "bb"), "bb", seed=1)
+    scramble(
+        vt.attach(model, vt.VeraConfig(rank=2, targets=["stem", "fc"], seed=5), "bb"), "bb", seed=1
+    )
     names = ["a", "bb", None, "a", "bb"]
     with vt.rows(model, names):
         mixed = model(x)
@@ -173,7 +211,9 @@ def test_mixed_rows_channels_last_and_training():
     last = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
     torch.testing.assert_close(last, y, rtol=1e-4, atol=1e-5)
     vt.use(model, "a")
-    optimizer = torch.optim.AdamW([p for v in vectors_of(model, "a") for p in v.parameters()], lr=5e-2)
+    optimizer = torch.optim.AdamW(
+        [p for v in vectors_of(model, "a") for p in v.parameters()], lr=5e-2
+    )
     losses = []
     for _ in range(60):
         loss = nn.functional.cross_entropy(model.train()(x), torch.arange(5))
@@ -194,9 +234,12 @@ def test_into_a_file_and_back(layout, tmp_path):
     if layout == "loralib":
         return
     other = Net()
-    other.depthwise = nn.Conv2d(8, 8, (9, 1), padding=(4, 0), groups=8, bias=False)  # as many values in another form
+    other.depthwise = nn.Conv2d(
+        8, 8, (9, 1), padding=(4, 0), groups=8, bias=False
+    )  # as many values in another form
     with pytest.raises(
-        BaseModelError, match="layer 'depthwise' is a convolution with a kernel of 3 x 3 in the file and .* 9 x 1 in Net"
+        BaseModelError,
+        match="layer 'depthwise' is a convolution with a kernel of 3 x 3 in the file and .* 9 x 1 in Net",
     ):
         vt.load(other, tmp_path / "a.safetensors")
 
@@ -215,10 +258,13 @@ def test_hooks_dropout_autocast_and_forced_plans():
     dropping = net(dropout=0.5)
     torch.testing.assert_close(dropping(x), wanted, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(dropping.train()(x), dropping(x))
-    with pytest.raises(ConfigError, match="plan='projected' is for linear layers, but convolutions are adapted too"):
+    with pytest.raises(
+        ConfigError, match="plan='projected' is for linear layers, but convolutions are adapted too"
+    ):
         net(plan="projected")
     with pytest.raises(
-        UnsupportedError, match="plan='merged' puts ΔW into the weight of layer 'stem', but it is torch.bfloat16"
+        UnsupportedError,
+        match="plan='merged' puts ΔW into the weight of layer 'stem', but it is torch.bfloat16",
     ):
         net(plan="merged").bfloat16()(x.bfloat16())
 
@@ -226,8 +272,13 @@ def test_hooks_dropout_autocast_and_forced_plans():
 def test_bad_input_is_refused_with_the_sizes():
     A, B = torch.ones(2, 10), torch.ones(4, 2)
     with pytest.raises(ShapeError) as caught:
-        vera_conv(torch.ones(1, 1, 5, 5), A, B, None, None, convolve=nn.functional.conv2d, kernel=(3, 3))
-    assert str(caught.value) == "A (2, 10) does not fit; A is (r, in / groups * 9) for the kernel (3, 3)"
+        vera_conv(
+            torch.ones(1, 1, 5, 5), A, B, None, None, convolve=nn.functional.conv2d, kernel=(3, 3)
+        )
+    assert (
+        str(caught.value)
+        == "A (2, 10) does not fit; A is (r, in / groups * 9) for the kernel (3, 3)"
+    )
 
 
 class Same(nn.Conv2d):
@@ -246,7 +297,11 @@ def test_a_convolution_with_a_forward_of_its_own_is_called_with_the_merged_weigh
     assert torch.equal(model(x), plain)
     scramble(model, "default")
     wanted = model[1](
-        nn.functional.conv2d(nn.functional.pad(x, (1, 1, 1, 1)), 2 * model[0].weights_with("default")["weight"], model[0].bias)
+        nn.functional.conv2d(
+            nn.functional.pad(x, (1, 1, 1, 1)),
+            2 * model[0].weights_with("default")["weight"],
+            model[0].bias,
+        )
     )
     torch.testing.assert_close(model(x), wanted)
     with vt.rows(model, ["default", None]):
@@ -260,10 +315,15 @@ def test_a_convolution_with_a_forward_of_its_own_is_called_with_the_merged_weigh
 
 
 def test_what_a_convolution_with_a_forward_of_its_own_cannot_do_is_refused():
-    with pytest.raises(UnsupportedError, match="layer '0' is a Same, a convolution with a forward of its own.*plan='factored'"):
+    with pytest.raises(
+        UnsupportedError,
+        match="layer '0' is a Same, a convolution with a forward of its own.*plan='factored'",
+    ):
         build(Same(2, 3, 3), plan="factored")
     with pytest.raises(UnsupportedError, match="dropout=0.5 needs an input of the adapter alone"):
         build(Same(2, 3, 3), dropout=0.5)
     model = vt.attach(nn.Sequential(Same(2, 3, 3)).bfloat16(), vt.VeraConfig(rank=2, targets=["0"]))
-    with pytest.raises(UnsupportedError, match="a weight of torch.bfloat16, too coarse to take ΔW in"):
+    with pytest.raises(
+        UnsupportedError, match="a weight of torch.bfloat16, too coarse to take ΔW in"
+    ):
         model(torch.randn(1, 2, 5, 5).bfloat16())

@@ -10,8 +10,8 @@ from transformers.pytorch_utils import Conv1D
 import veratune as vt
 from tests.fakes import scramble
 from veratune.attach import vectors_of
-from veratune.basis.blocks import dense
 from veratune.errors import ShapeError, UnsupportedError
+from veratune.ops.matrix import dense
 
 sizes = st.integers(1, 20)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -75,7 +75,13 @@ def test_equals_its_own_merged_form(kind, m, n, r):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.sampled_from(["linear", "bare", "conv1d"]), sizes, sizes, sizes, st.sampled_from(["both", "d"]))
+@given(
+    st.sampled_from(["linear", "bare", "conv1d"]),
+    sizes,
+    sizes,
+    sizes,
+    st.sampled_from(["both", "d"]),
+)
 def test_is_the_identity_at_the_start(kind, m, n, r, vectors):
     model = build(kind, m, n, r, torch.float32, vectors=vectors)
     x = torch.randn(5, n)
@@ -94,7 +100,10 @@ def test_gradients_reach_the_vectors_and_the_input_only():
     model = scramble(build("linear", 4, 6, 2), "a")
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     model(x).sum().backward()
-    assert {n for n, p in model.named_parameters() if p.grad is not None} == {"0.vera.a.whole.d", "0.vera.a.whole.b"}
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {
+        "0.vera.a.whole.d",
+        "0.vera.a.whole.b",
+    }
     assert x.grad is not None
 
 
@@ -118,7 +127,11 @@ class Attention(nn.Module):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 9), st.sampled_from([["q"], ["qkv.k"], ["query", "value"], ["q", "k", "v"], ["qkv"]]))
+@given(
+    st.integers(1, 12),
+    st.integers(1, 9),
+    st.sampled_from([["q"], ["qkv.k"], ["query", "value"], ["q", "k", "v"], ["qkv"]]),
+)
 def test_parts_of_a_fused_projection(n, r, targets):
     torch.manual_seed(1)
     model = nn.Sequential(Attention(n)).double()
@@ -132,7 +145,9 @@ def test_parts_of_a_fused_projection(n, r, targets):
         delta = v.scale * torch.diag(v.b.double()) @ B @ torch.diag(v.d.double()) @ A
         wanted[..., v.part.start : v.part.stop] += x @ delta.T
     torch.testing.assert_close(y, wanted, rtol=1e-6, atol=1e-6)
-    assert len(vectors_of(model, "a")) == (3 if targets in (["q", "k", "v"], ["qkv"]) else len(targets))
+    assert len(vectors_of(model, "a")) == (
+        3 if targets in (["q", "k", "v"], ["qkv"]) else len(targets)
+    )
     vt.merge(model)
     torch.testing.assert_close(model(x), y, rtol=1e-6, atol=1e-6)
 
@@ -154,7 +169,9 @@ def test_a_base_that_offloads_or_hooks_keeps_doing_so():
     st.sampled_from(["linear", "bare", "conv1d"]), sizes, sizes, sizes, st.sampled_from(["auto", "factored", "projected", "merged", "dense"]),
     st.sampled_from(["random", "monarch", "peft"]),
 )  # fmt: skip
-def test_every_plan_and_basis_is_its_own_merged_form_and_the_identity_at_the_start(kind, m, n, r, plan, basis):
+def test_every_plan_and_basis_is_its_own_merged_form_and_the_identity_at_the_start(
+    kind, m, n, r, plan, basis
+):
     model = build(kind, m, n, r, plan=plan, basis=basis)
     x = torch.randn(2, 3, n, dtype=torch.float64)
     torch.testing.assert_close(model(x), model[0].base(x))
@@ -173,16 +190,24 @@ def test_every_plan_and_basis_is_its_own_merged_form_and_the_identity_at_the_sta
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda model: model[0].base.register_forward_hook(lambda *a: None), "something hooks into its forward"),
+        (
+            lambda model: model[0].base.register_forward_hook(lambda *a: None),
+            "something hooks into its forward",
+        ),
         (lambda model: model.bfloat16(), "torch.bfloat16 would round a small ΔW away"),
         (lambda model: model[0].base.weight.requires_grad_(), "it is trained itself"),
-        (lambda model: setattr(model[0], "base", Special(6, 4)), "it is a Special, whose product only it can take"),
+        (
+            lambda model: setattr(model[0], "base", Special(6, 4)),
+            "it is a Special, whose product only it can take",
+        ),
     ],
 )
 def test_a_plan_that_cannot_be_is_not_passed_over(plan, spoil, reason):
     model = build("linear", 4, 6, 2, torch.float32, plan=plan)
     spoil(model)
-    with pytest.raises(UnsupportedError, match=f"plan='{plan}' puts ΔW into the weight of layer '0', but {reason}"):
+    with pytest.raises(
+        UnsupportedError, match=f"plan='{plan}' puts ΔW into the weight of layer '0', but {reason}"
+    ):
         model(torch.ones(2, 6, dtype=model[0].base.weight.dtype))
 
 

@@ -20,7 +20,11 @@ def build(bits):
     for name, layer in dense.named_children():
         if isinstance(layer, nn.Linear):
             n, m = layer.in_features, layer.out_features
-            made = bnb.nn.Linear4bit(n, m, quant_type="nf4") if bits == 4 else bnb.nn.Linear8bitLt(n, m, has_fp16_weights=False)
+            made = (
+                bnb.nn.Linear4bit(n, m, quant_type="nf4")
+                if bits == 4
+                else bnb.nn.Linear8bitLt(n, m, has_fp16_weights=False)
+            )
             made.load_state_dict(layer.state_dict())
             setattr(quantized, name, made)
     return dense, quantized.to("cpu").requires_grad_(False)
@@ -35,7 +39,9 @@ def test_the_adapter_is_exact_over_the_quantized_base(bits):
     assert torch.equal(model(x), plain[1])
     scramble(model, "a")
     v = model[0].vectors("a")[0]
-    torch.testing.assert_close(model[0](x), plain[0] + x @ v.delta_weight(x.device, torch.float32).T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model[0](x), plain[0] + x @ v.delta_weight(x.device, torch.float32).T, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -59,7 +65,8 @@ def test_merging_is_refused_with_the_reason(bits):
     _, model = build(bits)
     vt.attach(model, vt.VeraConfig(rank=8, targets="all-linear"), "a")
     with pytest.raises(
-        UnsupportedError, match=r"layer '0' stores its weight as Params4bit|layer '0' stores its weight as Int8Params"
+        UnsupportedError,
+        match=r"layer '0' stores its weight as Params4bit|layer '0' stores its weight as Int8Params",
     ):
         vt.merge(model)
 

@@ -17,7 +17,9 @@ class Replies(http.server.BaseHTTPRequestHandler):
         self.server.asked.append(body)
         status, text = self.server.reply(body)
         content = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
-        content["choices"] = [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]
+        content["choices"] = [
+            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        ]
         out = json.dumps(content if status == 200 else {"error": {"message": text}}).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -55,8 +57,15 @@ def folder(tmp_path):
         "single-math-v1": "{question} {ref_answer_1} {answer}",
         "single-math-v1-multi-turn": "{question_1} {ref_answer_1} {question_2} {ref_answer_2} {answer_1} {answer_2}",
     }  # fmt: skip
-    prompts = [{"name": name, "system_prompt": "Judge.", "prompt_template": text} for name, text in names.items()]
-    for name, lines in (("mt_bench_questions", rows), ("mt_bench_reference_gpt4", references), ("judge_prompts", prompts)):
+    prompts = [
+        {"name": name, "system_prompt": "Judge.", "prompt_template": text}
+        for name, text in names.items()
+    ]
+    for name, lines in (
+        ("mt_bench_questions", rows),
+        ("mt_bench_reference_gpt4", references),
+        ("judge_prompts", prompts),
+    ):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "answers.jsonl").write_text(
         '{"question_id": 1, "turns": ["A", "B"]}\n{"question_id": 2, "turns": ["2", "4"]}\n'
@@ -66,7 +75,14 @@ def folder(tmp_path):
 
 def judge(server, folder, **changes):
     port = server.server_address[1]
-    return Judge(**{"url": f"http://127.0.0.1:{port}/v1", "model": "wise", "cache": folder / "cache.jsonl", **changes})
+    return Judge(
+        **{
+            "url": f"http://127.0.0.1:{port}/v1",
+            "model": "wise",
+            "cache": folder / "cache.jsonl",
+            **changes,
+        }
+    )
 
 
 def test_every_turn_is_rated_once_and_replayed_without_the_judge(server, folder, monkeypatch):
@@ -128,7 +144,9 @@ def test_the_command(server, folder, capsys):
         str(folder / "c.jsonl"),
         "--json",
     ]
-    assert main([*words, "--judge_url", f"http://127.0.0.1:{port}/v1", "--judge_model", "wise"]) == 0
+    assert (
+        main([*words, "--judge_url", f"http://127.0.0.1:{port}/v1", "--judge_model", "wise"]) == 0
+    )
     assert json.loads(capsys.readouterr().out) == {"score": 7.0, "judge": "wise", "questions": 2}
     assert main([*words, "--judge_model", "wise"]) == 0
     assert len(server.asked) == 4

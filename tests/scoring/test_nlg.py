@@ -8,10 +8,19 @@ from hypothesis import strategies as st
 from veratune.errors import DataError
 from veratune.scoring.nlg import nist, nlg_scores, read_texts
 
-OUTPUTS = ["The Vaults is a cheap pub near the river .", "Blue Spice is a coffee shop in the city centre."]
+OUTPUTS = [
+    "The Vaults is a cheap pub near the river .",
+    "Blue Spice is a coffee shop in the city centre.",
+]
 REFERENCES = [
-    ["The Vaults is an inexpensive pub by the river.", "Near the river there is a cheap pub called The Vaults."],
-    ["A coffee shop in the city centre area called Blue Spice.", "Blue Spice is a coffee shop in the city centre."],
+    [
+        "The Vaults is an inexpensive pub by the river.",
+        "Near the river there is a cheap pub called The Vaults.",
+    ],
+    [
+        "A coffee shop in the city centre area called Blue Spice.",
+        "Blue Spice is a coffee shop in the city centre.",
+    ],
 ]
 
 
@@ -29,7 +38,10 @@ def test_nist_by_hand():
 words = st.lists(st.sampled_from("abcd"), min_size=1, max_size=8)
 
 
-@given(st.lists(st.tuples(words, st.lists(words, min_size=1, max_size=3)), min_size=1, max_size=4), st.randoms())
+@given(
+    st.lists(st.tuples(words, st.lists(words, min_size=1, max_size=3)), min_size=1, max_size=4),
+    st.randoms(),
+)
 def test_nist_knows_no_order_of_references_and_is_not_negative(rows, rng):
     outputs, groups = zip(*rows, strict=True)
     score = nist(outputs, groups)
@@ -70,8 +82,14 @@ def test_one_reference_of_each_test_input_against_the_others(data):
         groups.setdefault(row["mr_id"], []).append(row["ref"])
     several = [group for group in groups.values() if len(group) > 1]
     found = nlg_scores([group[0] for group in several], [group[1:] for group in several])
-    assert (len(several), found.bleu, found.nist) == (616, pytest.approx(60.4561908), pytest.approx(8.89883137))
-    assert (found.meteor, found.rouge_l, found.cider) == tuple(map(pytest.approx, (45.6309311, 63.8112907, 1.85722407)))
+    assert (len(several), found.bleu, found.nist) == (
+        616,
+        pytest.approx(60.4561908),
+        pytest.approx(8.89883137),
+    )
+    assert (found.meteor, found.rouge_l, found.cider) == tuple(
+        map(pytest.approx, (45.6309311, 63.8112907, 1.85722407))
+    )
 
 
 def test_an_empty_output_is_scored(tmp_path):

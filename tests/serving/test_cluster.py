@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from tests import fakes
-from tests.serving.test_engine import small_llama
-from tests.serving.test_http import FILES
+from tests.serving.engine.test_engine import small_llama
+from tests.serving.http.test_app import FILES
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
@@ -40,7 +40,9 @@ def cluster(tmp_path_factory):
         "RAY_TMPDIR": "/tmp",
         "RAY_USAGE_STATS_ENABLED": "0",
     }  # Ray writes a token below HOME
-    server = subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    server = subprocess.Popen(
+        words, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         end = time.time() + 120
@@ -78,18 +80,36 @@ def test_a_replica_that_is_killed_loses_its_own_answers_alone(cluster):
     url, _ = cluster
     with httpx.Client(base_url=url, timeout=60) as http:
         for i, name in enumerate(NAMES):
-            assert http.put(f"/v1/adapters/{name}", content=FILES[("alice", "bob", "new")[i % 3]]).status_code == 201
+            assert (
+                http.put(
+                    f"/v1/adapters/{name}", content=FILES[("alice", "bob", "new")[i % 3]]
+                ).status_code
+                == 201
+            )
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
 
             def says(name):
-                return client.completions.create(model=name, prompt=[4, 5, 6], temperature=0, max_tokens=8).choices[0].text
+                return (
+                    client.completions.create(
+                        model=name, prompt=[4, 5, 6], temperature=0, max_tokens=8
+                    )
+                    .choices[0]
+                    .text
+                )
 
             wanted = {name: says(name) for name in NAMES}
             assert len(set(wanted.values())) == 3
             assert [m.id for m in client.models.list()] == ["tiny", *NAMES]
-            chunks = list(client.completions.create(model="a0", prompt=[4, 5, 6], temperature=0, max_tokens=8, stream=True))
+            chunks = list(
+                client.completions.create(
+                    model="a0", prompt=[4, 5, 6], temperature=0, max_tokens=8, stream=True
+                )
+            )
             assert "".join(c.choices[0].text for c in chunks) == wanted["a0"]
-            assert http.post("/v1/completions", json={"model": "nobody", "prompt": [4]}).status_code == 404
+            assert (
+                http.post("/v1/completions", json={"model": "nobody", "prompt": [4]}).status_code
+                == 404
+            )
 
             ends, stop = collections.Counter(), threading.Event()
 
@@ -122,7 +142,9 @@ def test_a_replica_that_is_killed_loses_its_own_answers_alone(cluster):
             assert ends["wrong"] == 0
             assert ends["right"] > before
             assert set(ends) <= {"right", "wrong", 503}, ends
-            assert ends[503] <= 12 * 3  # those that it was answering, and those that came before it was missed
+            assert (
+                ends[503] <= 12 * 3
+            )  # those that it was answering, and those that came before it was missed
             assert {name: says(name) for name in NAMES} == wanted
             if during.status_code == 201:
                 assert says("late") == wanted["a1"]

@@ -50,7 +50,9 @@ def test_a_folder_has_splits(tmp_path):
     assert has_split(str(tmp_path), "validation")
     assert not has_split(str(tmp_path), "test")
     assert not has_split(str(tmp_path / "train.jsonl"), "train")
-    with pytest.raises(DataError, match="no file for the split 'test'; it has dev.jsonl, train.jsonl"):
+    with pytest.raises(
+        DataError, match="no file for the split 'test'; it has dev.jsonl, train.jsonl"
+    ):
         load_rows(str(tmp_path), "test")
 
 
@@ -62,7 +64,11 @@ def test_a_folder_has_splits(tmp_path):
         ("x.csv", "text,label\n", "the data set is empty; at least one row is wanted"),
         ("x.jsonl", "{not json", "cannot be read as json"),
         ("x.parquet", "PAR1 not really", "cannot be read as parquet"),
-        ("x.docx", "?", r"unknown kind of file; .jsonl, .json, .csv, .tsv, .parquet, .txt can be read"),
+        (
+            "x.docx",
+            "?",
+            r"unknown kind of file; .jsonl, .json, .csv, .tsv, .parquet, .txt can be read",
+        ),
     ],
 )
 def test_bad_files(name, content, message, tmp_path):
@@ -75,7 +81,9 @@ def test_bad_files(name, content, message, tmp_path):
 def test_what_is_not_there(tmp_path):
     with pytest.raises(DataError, match="no such file or folder"):
         load_rows(str(tmp_path / "nothing.jsonl"))
-    with pytest.raises(DataError, match="is no local file or folder, and as a data set id it could not be fetched"):
+    with pytest.raises(
+        DataError, match="is no local file or folder, and as a data set id it could not be fetched"
+    ):
         load_rows("nobody/nothing")
     with pytest.raises(DataError, match="is a file; a configuration"):
         load_rows(str(write(tmp_path / "x.jsonl")), config="mrpc")
@@ -84,15 +92,27 @@ def test_what_is_not_there(tmp_path):
 def test_columns():
     rows = Dataset.from_list([{"sentence": "a", "gold": 1, "text": "b"}])
     roles = {"text": ("text", "sentence"), "pair": ("text_pair",), "label": ("label",)}
-    assert pick_columns(rows, roles, {"label": "gold"}, frozenset({"pair"})) == {"text": "text", "label": "gold"}
-    assert pick_columns(rows, roles, {"label": "gold", "text": "sentence"}, frozenset({"pair"}))["text"] == "sentence"
+    assert pick_columns(rows, roles, {"label": "gold"}, frozenset({"pair"})) == {
+        "text": "text",
+        "label": "gold",
+    }
+    assert (
+        pick_columns(rows, roles, {"label": "gold", "text": "sentence"}, frozenset({"pair"}))[
+            "text"
+        ]
+        == "sentence"
+    )
     with pytest.raises(
-        DataError, match=r"no column for label \(looked for label\); the data has sentence, gold, text: say which"
+        DataError,
+        match=r"no column for label \(looked for label\); the data has sentence, gold, text: say which",
     ):
         pick_columns(rows, roles, {}, frozenset({"pair"}))
-    with pytest.raises(DataError, match="no column 'glod' for label; the data has .*; did you mean 'gold'"):
+    with pytest.raises(
+        DataError, match="no column 'glod' for label; the data has .*; did you mean 'gold'"
+    ):
         pick_columns(rows, roles, {"label": "glod"}, frozenset({"pair"}))
     with pytest.raises(
-        DataError, match="columns names the role 'lable'; this task has text, pair, label; did you mean 'label'"
+        DataError,
+        match="columns names the role 'lable'; this task has text, pair, label; did you mean 'label'",
     ):
         pick_columns(rows, roles, {"lable": "gold"})

@@ -28,7 +28,9 @@ def test_the_average_is_the_formula_and_survives_a_checkpoint(tmp_path):
 
 def test_it_is_no_companion_of_the_best_step():
     run = {"model": "m", "task": "t", "data": "d", "out": "o"}
-    with pytest.raises(ConfigError, match="ema keeps an average of all steps, keep='best' one of them"):
+    with pytest.raises(
+        ConfigError, match="ema keeps an average of all steps, keep='best' one of them"
+    ):
         TrainSettings(**run, ema=0.9)
     with pytest.raises(ConfigError, match="ema is 1.0; it is a decay"):
         TrainSettings(**run, ema=1.0, keep="last")

@@ -7,7 +7,7 @@ from torch import nn
 import veratune as vt
 from tests import fakes
 from veratune.errors import AdapterFileError, ConfigError
-from veratune.training.inserted import INSERTED
+from veratune.training.baselines.inserted import INSERTED
 from veratune.training.methods import Plain, Vera, method_of, readable
 from veratune.training.run import _norms
 from veratune.training.settings import TrainSettings
@@ -24,12 +24,16 @@ def prepared(name, **peft):
 
 
 def sizes(model, method):
-    return tuple(sum(p.numel() for p in found) for found in (method.inside(model), method.head(model)))
+    return tuple(
+        sum(p.numel() for p in found) for found in (method.inside(model), method.head(model))
+    )
 
 
 def test_each_method_trains_its_own_parameters():
     whole = sum(p.numel() for p in fakes.bert(labels=2).parameters())
-    biases = sum(p.numel() for n, p in fakes.bert(labels=2).named_parameters() if n.endswith("bias"))
+    biases = sum(
+        p.numel() for n, p in fakes.bert(labels=2).named_parameters() if n.endswith("bias")
+    )
     head = 2 * 32 + 2
     assert sizes(*prepared("head")) == (0, head)
     assert sizes(*prepared("full")) == (whole - head, head)
@@ -112,7 +116,9 @@ def test_a_file_of_another_model_is_refused(tmp_path):
     model, method = prepared("peft:lora", r=3)
     method.write(model, tmp_path)
     other, again = prepared("peft:lora", r=2)
-    with pytest.raises(AdapterFileError, match="its tensors are not those that peft:lora trains on this model"):
+    with pytest.raises(
+        AdapterFileError, match="its tensors are not those that peft:lora trains on this model"
+    ):
         again.read(other, tmp_path)
 
 
@@ -123,11 +129,17 @@ def test_vera_stores_the_adapter_itself(tmp_path):
     vt.load(fakes.bert(labels=2), tmp_path / "adapter.safetensors")
 
 
-@pytest.mark.parametrize(("method", "at_head"), [("full", ()), ("vera", ("bn",)), ("head", ("bn",))])
+@pytest.mark.parametrize(
+    ("method", "at_head"), [("full", ()), ("vera", ("bn",)), ("head", ("bn",))]
+)
 def test_batch_normalisation_learns_with_the_head_but_in_full_fine_tuning(method, at_head):
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "bn": nn.BatchNorm1d(2), "c": nn.Linear(2, 2)})
-    settings = TrainSettings(model="m", task="t", data="d", out="o", method=method, batch_norm="train")
+    settings = TrainSettings(
+        model="m", task="t", data="d", out="o", method=method, batch_norm="train"
+    )
     heads, still = _norms(settings, model, ("c",))
     assert (heads, still) == (("c", *at_head), [])
-    frozen = TrainSettings(model="m", task="t", data="d", out="o", method=method, batch_norm="frozen")
+    frozen = TrainSettings(
+        model="m", task="t", data="d", out="o", method=method, batch_norm="frozen"
+    )
     assert _norms(frozen, model, ("c",)) == (("c",), [model["bn"]])

@@ -4,8 +4,8 @@ import pytest
 
 import veratune as vt
 from veratune.formats import native
+from veratune.inference.evaluate import evaluate, load_for
 from veratune.tasks.data import load_rows
-from veratune.training.evaluate import evaluate, load_for
 from veratune.training.run import train
 from veratune.training.settings import TrainSettings
 
@@ -25,7 +25,9 @@ def test_minilm_learns_on_mrpc(data, tmp_path):
     )  # fmt: skip
     result = train(settings, vt.VeraConfig(rank=64, targets=("all-linear",)))
     assert result.after["loss"] < result.before["loss"] - 0.02
-    assert result.trained == 6 * (4 * (64 + 384) + (64 + 1536) + (64 + 384)) + 64 + 384  # six blocks and the pooler
+    assert (
+        result.trained == 6 * (4 * (64 + 384) + (64 + 1536) + (64 + 384)) + 64 + 384
+    )  # six blocks and the pooler
     assert native.read(result.path).task["labels"] == ["0", "1"]
     again = evaluate(load_for(minilm, result.path, device="cpu"), str(data / "glue_mrpc"))
     assert again["accuracy"] == result.after["accuracy"]

@@ -17,7 +17,7 @@ import veratune as vt
 from tests import fakes
 from veratune.errors import ConfigError, DataError, OutputError
 from veratune.formats import native
-from veratune.training.evaluate import evaluate, evaluate_both, load_for
+from veratune.inference.evaluate import evaluate, evaluate_both, load_for
 from veratune.training.run import sweep, train
 from veratune.training.settings import TrainSettings
 
@@ -31,17 +31,29 @@ def place(tmp_path_factory):
     out = tmp_path_factory.mktemp("place")
     fakes.folder(fakes.bert(), out / "bert")
     fakes.folder(fakes.llama(), out / "llama")
-    fakes.folder(fakes.llama(hidden_size=64, intermediate_size=128, num_key_value_heads=4), out / "wide")
+    fakes.folder(
+        fakes.llama(hidden_size=64, intermediate_size=128, num_key_value_heads=4), out / "wide"
+    )
     rng = random.Random(0)
     good, bad = ["good", "great", "love"], ["bad", "awful", "hate"]
     for split, count in (("train", 48), ("validation", 16)):
         rows = []
         for i in range(count):
-            words = [rng.choice(["this", "film", "movie", "is", "a"]) for _ in range(4)] + [rng.choice(good if i % 2 else bad)]
+            words = [rng.choice(["this", "film", "movie", "is", "a"]) for _ in range(4)] + [
+                rng.choice(good if i % 2 else bad)
+            ]
             rng.shuffle(words)
-            rows.append({"text": " ".join(words), "label": "plus" if i % 2 else "minus", "score": float(i % 2)})
+            rows.append(
+                {
+                    "text": " ".join(words),
+                    "label": "plus" if i % 2 else "minus",
+                    "score": float(i % 2),
+                }
+            )
         (out / "sentiment").mkdir(exist_ok=True)
-        (out / "sentiment" / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        (out / "sentiment" / f"{split}.jsonl").write_text(
+            "".join(json.dumps(r) + "\n" for r in rows)
+        )
     rows = [{"prompt": f"light {x}", "completion": f"set {x}"} for x in ("on", "off")] * 12
     (out / "talk.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (out / "text.txt").write_text("turn the light on please\n" * 40)
@@ -76,11 +88,20 @@ def test_classification_learns_and_the_file_knows_its_task(place, tmp_path):
     assert json.loads((tmp_path / "run" / "results.json").read_text())["after"] == result.after
     checkpoints = list((tmp_path / "run" / "checkpoints").iterdir())
     assert 1 <= len(checkpoints) <= 2
-    assert not any(p.name in ("model.safetensors", "pytorch_model.bin") for c in checkpoints for p in c.iterdir())
+    assert not any(
+        p.name in ("model.safetensors", "pytorch_model.bin")
+        for c in checkpoints
+        for p in c.iterdir()
+    )
 
 
 def test_regression_and_language_tasks_learn(place, tmp_path):
-    result = train(settings(place, tmp_path / "a", task="text-regression", columns={"label": "score"}, epochs=8), VERA)
+    result = train(
+        settings(
+            place, tmp_path / "a", task="text-regression", columns={"label": "score"}, epochs=8
+        ),
+        VERA,
+    )
     assert result.after["mse"] < result.before["mse"]
     talk = {
         "model": str(place / "llama"),
@@ -89,7 +110,8 @@ def test_regression_and_language_tasks_learn(place, tmp_path):
         "eval_data": str(place / "talk.jsonl"),
     }
     result = train(
-        settings(place, tmp_path / "b", **talk, max_length=40, lr=0.1, epochs=40), dataclasses.replace(VERA, rank=64)
+        settings(place, tmp_path / "b", **talk, max_length=40, lr=0.1, epochs=40),
+        dataclasses.replace(VERA, rank=64),
     )
     assert result.after["loss"] < 0.3 * result.before["loss"]
     loaded = load_for(str(place / "llama"), result.path, device="cpu")
@@ -105,7 +127,9 @@ def test_regression_and_language_tasks_learn(place, tmp_path):
     assert result.after["loss"] < result.before["loss"]
 
 
-@pytest.mark.parametrize("base", [{"quantize": "4bit"}, {"quantize": "8bit"}, {"base_dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "base", [{"quantize": "4bit"}, {"quantize": "8bit"}, {"base_dtype": "bfloat16"}]
+)
 def test_a_base_of_few_bits_is_trained_through(place, tmp_path, base):
     changes = {
         "model": str(place / "wide"),
@@ -113,13 +137,20 @@ def test_a_base_of_few_bits_is_trained_through(place, tmp_path, base):
         "data": str(place / "talk.jsonl"),
         "eval_data": str(place / "talk.jsonl"),
     }
-    result = train(settings(place, tmp_path / "q", **changes, max_length=40, epochs=8, **base), VERA)
+    result = train(
+        settings(place, tmp_path / "q", **changes, max_length=40, epochs=8, **base), VERA
+    )
     assert result.after["loss"] < result.before["loss"]
     assert {v.dtype for v in native.read(result.path).d.values()} == {torch.float32}
 
 
 def test_equal_runs_give_equal_bytes_and_seeds_differ(place, tmp_path):
-    for name, changes in (("a", {}), ("b", {}), ("c", {"seed": 1}), ("d", {"gradient_checkpointing": True})):
+    for name, changes in (
+        ("a", {}),
+        ("b", {}),
+        ("c", {"seed": 1}),
+        ("d", {"gradient_checkpointing": True}),
+    ):
         train(settings(place, tmp_path / name, epochs=1, **changes), VERA)
     assert same_bits(tmp_path / "a", tmp_path / "b")
     assert same_bits(tmp_path / "a", tmp_path / "d")
@@ -157,7 +188,10 @@ def finish(process: subprocess.Popen) -> None:
 @pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_resume_after_kill_ends_with_the_bits_of_an_unbroken_run(place, tmp_path, kills):
     changes = {"epochs": 6, "checkpoints": 2}
-    whole, broken = settings(place, tmp_path / "whole", **changes), settings(place, tmp_path / "broken", **changes)
+    whole, broken = (
+        settings(place, tmp_path / "whole", **changes),
+        settings(place, tmp_path / "broken", **changes),
+    )
     finish(start(whole))
     for kill in range(kills):
         process = start(dataclasses.replace(broken, resume=kill > 0))
@@ -171,7 +205,9 @@ def test_resume_after_kill_ends_with_the_bits_of_an_unbroken_run(place, tmp_path
         process.communicate()
     finish(start(dataclasses.replace(broken, resume=True)))
     assert same_bits(tmp_path / "whole", tmp_path / "broken")
-    whole_result, result = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("whole", "broken"))
+    whole_result, result = (
+        json.loads((tmp_path / n / "results.json").read_text()) for n in ("whole", "broken")
+    )
     assert (result["before"], result["after"]) == (whole_result["before"], whole_result["after"])
 
 
@@ -179,7 +215,9 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(place, tmp_path):
     one = settings(place, tmp_path / "run", epochs=2, checkpoints=3)
     train(one, VERA)
     first = (tmp_path / "run" / "adapter.safetensors").read_bytes()
-    last = max((tmp_path / "run" / "checkpoints").iterdir(), key=lambda p: int(p.name.split("-")[1]))
+    last = max(
+        (tmp_path / "run" / "checkpoints").iterdir(), key=lambda p: int(p.name.split("-")[1])
+    )
     (last / "trainer_state.json").write_text("{")
     train(dataclasses.replace(one, resume=True), VERA)
     assert (tmp_path / "run" / "adapter.safetensors").read_bytes() == first
@@ -198,7 +236,11 @@ def test_two_processes_give_the_result_of_one(place, tmp_path):
     for task in ("text-classification", "instruction"):
         changes = {"epochs": 3.0, "keep": "last"}
         if task == "instruction":
-            changes |= {"model": str(place / "llama"), "data": str(place / "talk.jsonl"), "max_length": 40}
+            changes |= {
+                "model": str(place / "llama"),
+                "data": str(place / "talk.jsonl"),
+                "max_length": 40,
+            }
         one = settings(place, tmp_path / f"{task}1", task=task, batch_size=8, **changes)
         two = settings(place, tmp_path / f"{task}2", task=task, batch_size=4, **changes)
         finish(start(one, vera=vera))
@@ -220,14 +262,20 @@ def test_sweep_ranks_and_resumes(place, tmp_path):
     assert best == Path(ranked[0][1].path).read_bytes()
     again = sweep(one, VERA, {"lr": [1e-6, 3e-2], "rank": [8]})
     assert [r for _, r in again] == [r for _, r in ranked]
-    with pytest.raises(ConfigError, match="sweep names 'lrr', which is no setting; did you mean 'lr'"):
+    with pytest.raises(
+        ConfigError, match="sweep names 'lrr', which is no setting; did you mean 'lr'"
+    ):
         sweep(one, VERA, {"lrr": [1]})
 
 
 def test_early_stopping_and_the_last_adapter(place, tmp_path):
-    stopped = train(settings(place, tmp_path / "a", lr=1e-12, head_lr=0.0, epochs=8, patience=2), VERA)
+    stopped = train(
+        settings(place, tmp_path / "a", lr=1e-12, head_lr=0.0, epochs=8, patience=2), VERA
+    )
     assert stopped.steps == 18  # three evaluations: one to set the score, two without a better one
-    last = train(settings(place, tmp_path / "b", epochs=1, keep="last", report_to=["tensorboard"]), VERA)
+    last = train(
+        settings(place, tmp_path / "b", epochs=1, keep="last", report_to=["tensorboard"]), VERA
+    )
     assert last.steps == 6
     assert list((tmp_path / "b").rglob("events.out.*"))
 
@@ -242,25 +290,40 @@ def test_early_stopping_and_the_last_adapter(place, tmp_path):
         ),
         ({"columns": {"label": "nope"}}, DataError, "no column 'nope' for label"),
         ({"model": "/nowhere"}, DataError, "base model '/nowhere' cannot be loaded"),
-        ({"patience": 2, "eval_split": "test"}, ConfigError, "patience stops on an evaluation score"),
+        (
+            {"patience": 2, "eval_split": "test"},
+            ConfigError,
+            "patience stops on an evaluation score",
+        ),
         (
             {"model": "LLAMA", "task": "causal-lm", "data": "TEXT", "method": "head"},
             ConfigError,
             "method is 'head', but the task has no output of its own to train; use another method",
         ),
-        ({"system": "x"}, ConfigError, "system is set, but task 'text-classification' does not take it"),
+        (
+            {"system": "x"},
+            ConfigError,
+            "system is set, but task 'text-classification' does not take it",
+        ),
         (
             {"task": "text-regression", "columns": {"label": "score"}, "label_smoothing": 0.1},
             ConfigError,
             "of task 'text-regression' is no cross entropy",
         ),
-        ({"method": "lora"}, ConfigError, "unknown method 'lora'; there are vera, head, bitfit, full, houlsby.* and peft:NAME"),
+        (
+            {"method": "lora"},
+            ConfigError,
+            "unknown method 'lora'; there are vera, head, bitfit, full, houlsby.* and peft:NAME",
+        ),
         ({"resume": True}, OutputError, r"there is no run to resume \(no run.yaml\)"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(place, tmp_path, changes, error, message):
     named = {"LLAMA": str(place / "llama"), "TEXT": str(place / "text.txt")}
-    changes = {key: named.get(value, value) if isinstance(value, str) else value for key, value in changes.items()}
+    changes = {
+        key: named.get(value, value) if isinstance(value, str) else value
+        for key, value in changes.items()
+    }
     with pytest.raises(error, match=message):
         train(settings(place, tmp_path / "run", **changes), VERA)
     assert not (tmp_path / "run").exists()
@@ -270,12 +333,15 @@ def test_an_output_folder_in_use_and_a_changed_run(place, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").write_text("precious")
     with pytest.raises(
-        OutputError, match="the output folder is not empty .*; choose another, empty it, or go on with --resume true"
+        OutputError,
+        match="the output folder is not empty .*; choose another, empty it, or go on with --resume true",
     ):
         train(settings(place, tmp_path / "run"), VERA)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine"]
     train(settings(place, tmp_path / "b", epochs=1), VERA)
-    with pytest.raises(ConfigError, match="the run was started with lr = 0.03, not 0.5; resume it unchanged"):
+    with pytest.raises(
+        ConfigError, match="the run was started with lr = 0.03, not 0.5; resume it unchanged"
+    ):
         train(settings(place, tmp_path / "b", epochs=1, lr=0.5, resume=True), VERA)
 
 
@@ -284,12 +350,18 @@ def test_an_output_folder_in_use_and_a_changed_run(place, tmp_path):
     [
         ({"lr": float("nan")}, "lr is nan; it must be a finite number of at least 0"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
-        ({"warmup": 1.5}, r"warmup is 1.5; it is a share of all steps, in \[0, 1\), or a whole number of them"),
+        (
+            {"warmup": 1.5},
+            r"warmup is 1.5; it is a share of all steps, in \[0, 1\), or a whole number of them",
+        ),
         ({"label_smoothing": 1.0}, r"label_smoothing is 1.0; it is a weight, in \[0, 1\)"),
         ({"b_lr": 0.1, "method": "full"}, "b_lr is set, but method 'full' has no vectors b"),
         ({"b_lr": -1.0}, "b_lr is -1.0; it must be a finite number of at least 0"),
         ({"epochs": 0}, "epochs and max_steps are both 0"),
-        ({"lr": 0.0}, "lr is 0, with which method 'vera' trains nothing beside the head; for the head alone take method head"),
+        (
+            {"lr": 0.0},
+            "lr is 0, with which method 'vera' trains nothing beside the head; for the head alone take method head",
+        ),
         ({"options": {"r": 8}}, "options is set to {'r': 8}, but method 'vera' takes none"),
     ],
 )
@@ -300,12 +372,24 @@ def test_bad_settings(place, tmp_path, changes, message):
 
 def test_adalora_prunes_to_its_budget_within_the_run(place, tmp_path):
     options = {"init_r": 4, "target_r": 2, "deltaT": 1}
-    run = settings(place, tmp_path / "run", method="peft:adalora", options=options, epochs=6, lr=5e-2, keep="last")
+    run = settings(
+        place,
+        tmp_path / "run",
+        method="peft:adalora",
+        options=options,
+        epochs=6,
+        lr=5e-2,
+        keep="last",
+    )
     vera = vt.VeraConfig(targets=("query", "value"))
     train(run, vera)
     from safetensors.torch import load_file
 
-    kept = [(t != 0).sum().item() for n, t in load_file(tmp_path / "run" / "trained.safetensors").items() if "lora_E" in n]
+    kept = [
+        (t != 0).sum().item()
+        for n, t in load_file(tmp_path / "run" / "trained.safetensors").items()
+        if "lora_E" in n
+    ]
     assert len(kept) == 4  # query and value of two blocks
     assert sum(kept) == 4 * 2  # of 4 * 4 at the start
 
@@ -314,7 +398,12 @@ def test_every_method_trains_on_the_same_loop(place, tmp_path):
     vera = vt.VeraConfig(rank=8, targets=("query", "value"))
     for method in ("houlsby", "dylora", "lora-fa", "peft:vera"):
         options = {"r": 4} if method in ("lora-fa", "peft:vera") else {}
-        result = train(settings(place, tmp_path / method.replace(":", "-"), method=method, options=options, epochs=1), vera)
+        result = train(
+            settings(
+                place, tmp_path / method.replace(":", "-"), method=method, options=options, epochs=1
+            ),
+            vera,
+        )
         assert result.trained > 0
         assert Path(result.path).name == "trained.safetensors"
 
@@ -324,11 +413,18 @@ def test_mixed_precision_and_smoothed_targets(place, tmp_path):
     mixed = train(settings(place, tmp_path / "b", epochs=2, mixed_precision="bf16"), VERA)
     assert mixed.after["loss"] == pytest.approx(plain.after["loss"], rel=0.05)
     assert not same_bits(tmp_path / "a", tmp_path / "b")
-    smooth = train(settings(place, tmp_path / "c", epochs=2, label_smoothing=0.3, group_by_length=True), VERA)
+    smooth = train(
+        settings(place, tmp_path / "c", epochs=2, label_smoothing=0.3, group_by_length=True), VERA
+    )
     loaded = load_for(str(place / "bert"), smooth.path, device="cpu")
-    rows = loaded.task.encode(loaded.task.load_rows(str(place / "sentiment"), "validation"), loaded.processor)
+    rows = loaded.task.encode(
+        loaded.task.load_rows(str(place / "sentiment"), "validation"), loaded.processor
+    )
     log = torch.log_softmax(
-        loaded.model(**loaded.processor.pad(rows.remove_columns("labels")[:], return_tensors="pt")).logits, -1
+        loaded.model(
+            **loaded.processor.pad(rows.remove_columns("labels")[:], return_tensors="pt")
+        ).logits,
+        -1,
     )
     hard = -log.gather(1, torch.tensor(rows["labels"])[:, None]).mean()
     assert smooth.after["loss"] == pytest.approx((0.7 * hard - 0.3 * log.mean()).item(), rel=1e-3)
@@ -337,18 +433,36 @@ def test_mixed_precision_and_smoothed_targets(place, tmp_path):
 
 def test_the_vectors_b_may_have_a_learning_rate_of_their_own(place, tmp_path):
     """Adam's first step is the learning rate itself, so one step shows it."""
-    train(settings(place, tmp_path / "run", max_steps=1, lr=1e-2, b_lr=4e-2, warmup=0, schedule="constant_with_warmup"), VERA)
+    train(
+        settings(
+            place,
+            tmp_path / "run",
+            max_steps=1,
+            lr=1e-2,
+            b_lr=4e-2,
+            warmup=0,
+            schedule="constant_with_warmup",
+        ),
+        VERA,
+    )
     adapter = native.read(tmp_path / "run" / "adapter.safetensors")
     moved_d = max((d - adapter.config.start_d).abs().max().item() for d in adapter.d.values())
     moved_b = max(b.abs().max().item() for b in adapter.b.values())
     assert moved_b == pytest.approx(4e-2, rel=1e-3)
-    assert moved_d == 0 or moved_d == pytest.approx(1e-2, rel=1e-3)  # d has no gradient while b is 0
+    assert moved_d == 0 or moved_d == pytest.approx(
+        1e-2, rel=1e-3
+    )  # d has no gradient while b is 0
     trained = {p.name for p in (tmp_path / "run").iterdir()}
     assert "results.json" in trained
 
 
 def test_warmup_in_steps(place, tmp_path):
-    train(settings(place, tmp_path / "run", max_steps=12, warmup=12, schedule="constant_with_warmup"), VERA)
-    state = json.loads(next((tmp_path / "run" / "checkpoints").rglob("trainer_state.json")).read_text())
+    train(
+        settings(place, tmp_path / "run", max_steps=12, warmup=12, schedule="constant_with_warmup"),
+        VERA,
+    )
+    state = json.loads(
+        next((tmp_path / "run" / "checkpoints").rglob("trainer_state.json")).read_text()
+    )
     rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
     assert rates[0] == pytest.approx(3e-2 * 9 / 12, rel=0.15)

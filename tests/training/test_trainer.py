@@ -24,11 +24,21 @@ class Reader(nn.Module):
 def trainer(model, folder):
     rows = Dataset.from_dict({"x": torch.randn(4, 4).tolist(), "labels": [0.0, 1.0, 0.0, 1.0]})
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=1, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
+        output_dir=str(folder),
+        max_steps=1,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
     )
     method = Vera(vt.VeraConfig())
     return VeraTrainer(
-        model=model, args=arguments, train_dataset=rows, method=method, rates=Rates(0.1, 0.1), loss_per_token=False
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        method=method,
+        rates=Rates(0.1, 0.1),
+        loss_per_token=False,
     )
 
 
@@ -36,7 +46,9 @@ def trainer(model, folder):
 def test_a_layer_that_is_passed_by_is_named(tmp_path):
     torch.manual_seed(0)
     model = vt.attach(Reader(), vt.VeraConfig(rank=2, targets=["called", "read"]))
-    with pytest.warns(UserWarning, match="1 adapted layers, the first 'read', took no part in the first step"):
+    with pytest.warns(
+        UserWarning, match="1 adapted layers, the first 'read', took no part in the first step"
+    ):
         trainer(model, tmp_path).train()
     model = vt.attach(Reader(), vt.VeraConfig(rank=2, targets=["called"]))
     before = vt.extract(model).b["called"].clone()

@@ -85,7 +85,11 @@ def count(
             basis_bytes = basis.bytes_held()
     elif method == "bitfit":
         inside = {id(p) for module in heads for p in module.parameters()}
-        trainable = sum(p.numel() for n, p in empty.named_parameters() if n.endswith("bias") and id(p) not in inside)
+        trainable = sum(
+            p.numel()
+            for n, p in empty.named_parameters()
+            if n.endswith("bias") and id(p) not in inside
+        )
     elif method == "head":
         trainable = head
     elif method == "full":
@@ -96,7 +100,9 @@ def count(
     base_bytes = base * getattr(torch, dtype).itemsize
     state_bytes = trained * 16
     activation_bytes = _activations(empty.config, batch, length, getattr(torch, dtype).itemsize)
-    backward = 4 if method == "full" else 2  # a frozen weight has no gradient: half of the backward pass
+    backward = (
+        4 if method == "full" else 2
+    )  # a frozen weight has no gradient: half of the backward pass
     return Count(
         model=model,
         method=method,

@@ -67,9 +67,15 @@ def plot(adapter: Adapter, path: str | Path) -> None:
     figure, axes = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
     for axis, name, title in zip(axes, ("d_norm", "b_norm"), ("|d|", "|b|"), strict=True):
         for kind, entries in series.items():
-            points = [(block, getattr(entry, name)) for block, entry in entries if getattr(entry, name) is not None]
+            points = [
+                (block, getattr(entry, name))
+                for block, entry in entries
+                if getattr(entry, name) is not None
+            ]
             if points:
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.5, label=kind)
+                axis.plot(
+                    *zip(*points, strict=True), marker="o", markersize=4, linewidth=1.5, label=kind
+                )
         axis.set_ylabel(f"{title} (L2 norm)")
         axis.grid(alpha=0.3)
         axis.set_ylim(bottom=0)

@@ -23,14 +23,24 @@ def draw_confusion(counts: np.ndarray, labels: Sequence[str], path: Path) -> Pat
     side = max(4.0, 0.55 * len(labels)) if few else 9.0
     figure, axes = plt.subplots(figsize=(side + 1.2, side))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="guess", ylabel="class", title=f"accuracy {np.trace(counts) / max(counts.sum(), 1):.1%}")
+    axes.set(
+        xlabel="guess",
+        ylabel="class",
+        title=f"accuracy {np.trace(counts) / max(counts.sum(), 1):.1%}",
+    )
     if few:
         axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
         axes.set_yticks(range(len(labels)), labels)
         for (i, j), count in np.ndenumerate(counts):
             if count:
                 axes.text(
-                    j, i, str(count), ha="center", va="center", fontsize=8, color="white" if shares[i, j] > 0.5 else "black"
+                    j,
+                    i,
+                    str(count),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if shares[i, j] > 0.5 else "black",
                 )
     return _save(figure, path)
 
@@ -38,7 +48,9 @@ def draw_confusion(counts: np.ndarray, labels: Sequence[str], path: Path) -> Pat
 def draw_grid(rows: Mapping[str, Sequence[Image.Image]], path: Path, zoom: int = 1) -> Path:
     """Images in rows, each with its name on the left. zoom: pixels drawn for each pixel. Returns the path."""
     lists = {
-        name: [im.resize((im.width * zoom, im.height * zoom), Image.Resampling.NEAREST) for im in ims]
+        name: [
+            im.resize((im.width * zoom, im.height * zoom), Image.Resampling.NEAREST) for im in ims
+        ]
         for name, ims in rows.items()
     }
     font = ImageFont.load_default(13)
@@ -78,7 +90,11 @@ def with_boxes(
 
 
 def draw_against(
-    points: Mapping[str, Sequence[tuple[float, float, str]]], path: Path, xlabel: str, ylabel: str, title: str = ""
+    points: Mapping[str, Sequence[tuple[float, float, str]]],
+    path: Path,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
 ) -> Path:
     """One mark for each (x, y, group), x on a logarithmic scale: a colour for each method, a shape for each group. Returns the path."""
     figure, axes = plt.subplots(figsize=(6.4, 4.0))
@@ -92,7 +108,9 @@ def draw_against(
         axes.plot([], [], "os^Dv"[i % 5], label=group, color="none", markeredgecolor="black")
     axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
     places = [x for marks in points.values() for x, _, _ in marks]
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if max(places) < 300 * max(min(places), 1) else (1,)))
+    axes.xaxis.set_major_locator(
+        ticker.LogLocator(subs=(1, 2, 5) if max(places) < 300 * max(min(places), 1) else (1,))
+    )
     axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.grid(alpha=0.3)
@@ -112,7 +130,11 @@ def draw_lines(
     figure, axes = plt.subplots(figsize=(6.4, 4.0))
     for i, (name, points) in enumerate(series.items()):
         axes.plot(
-            *zip(*points, strict=True), marker="os^Dv"[i % 5], markersize=5, label=name, color=_COLOURS[i % len(_COLOURS)]
+            *zip(*points, strict=True),
+            marker="os^Dv"[i % 5],
+            markersize=5,
+            label=name,
+            color=_COLOURS[i % len(_COLOURS)],
         )
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if log:

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from veratune.basis.blocks import ColumnBlocks, Matrix, RowBlocks, grid_rows
 from veratune.basis.distributions import gain, values
 from veratune.basis.philox import random_words
 from veratune.config import Init, Sharing, VeraConfig
+from veratune.ops.matrix import ColumnBlocks, Matrix, RowBlocks, grid_rows
 
 _CHUNK = 2**14  # Philox counters at a time: what stays in a core's cache
 
@@ -55,12 +55,20 @@ class Basis(abc.ABC):
     def fingerprint(self) -> str:
         """A hash of a fixed sample of values: equal fingerprints, equal matrices."""
 
-    def sizes(self, out_features: int, in_features: int, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    def sizes(
+        self, out_features: int, in_features: int, rank: int
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
         """(rows, columns) of the values that a layer's A and its B are made of."""
         return (rank, in_features), (out_features, rank)
 
     def pair(
-        self, layer: str, out_features: int, in_features: int, rank: int, device: torch.device, dtype: torch.dtype
+        self,
+        layer: str,
+        out_features: int,
+        in_features: int,
+        rank: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> tuple[Matrix, Matrix]:
         """(A, B) of a layer, of shape (rank, in_features) and (out_features, rank): views, or blocks.
 
@@ -68,30 +76,40 @@ class Basis(abc.ABC):
         """
         roles = self.roles(layer, out_features, in_features)
         first, second = self.sizes(out_features, in_features, rank)
-        return self.matrix(roles[0], *first, device, dtype), self.matrix(roles[1], *second, device, dtype)
+        return self.matrix(roles[0], *first, device, dtype), self.matrix(
+            roles[1], *second, device, dtype
+        )
 
-    def matrix(self, role: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def matrix(
+        self, role: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
         """The first `rows` and `columns` of a matrix: a view of the one copy, made or enlarged when needed."""
         held = self._held.get((role, device, dtype))
         if held is None or held.shape[0] < rows or held.shape[1] < columns:
             held = self._grow(role, rows, columns, device, dtype)
         return held[:rows, :columns]
 
-    def reserve(self, layers: Iterable[tuple[str, int, int, int]], device: torch.device, dtype: torch.dtype) -> None:
+    def reserve(
+        self, layers: Iterable[tuple[str, int, int, int]], device: torch.device, dtype: torch.dtype
+    ) -> None:
         """Make what these layers will ask for, (name, out_features, in_features, rank) each, once and at full size."""
         for role, (rows, columns) in self._wanted(layers).items():
             self.matrix(role, rows, columns, device, dtype)
 
     def bytes_of(self, layers: Iterable[tuple[str, int, int, int]], dtype: torch.dtype) -> int:
         """Bytes of the matrices that `reserve` would make."""
-        return sum(rows * columns * dtype.itemsize for rows, columns in self._wanted(layers).values())
+        return sum(
+            rows * columns * dtype.itemsize for rows, columns in self._wanted(layers).values()
+        )
 
     def _wanted(self, layers: Iterable[tuple[str, int, int, int]]) -> dict[str, tuple[int, int]]:
         """(rows, columns) of each matrix that some layers share, by its role."""
         sizes: dict[str, tuple[int, int]] = {}
         for layer, out_features, in_features, rank in layers:
             for role, size in zip(
-                self.roles(layer, out_features, in_features), self.sizes(out_features, in_features, rank), strict=True
+                self.roles(layer, out_features, in_features),
+                self.sizes(out_features, in_features, rank),
+                strict=True,
             ):
                 held = sizes.get(role, (0, 0))
                 sizes[role] = (max(held[0], size[0]), max(held[1], size[1]))
@@ -105,7 +123,9 @@ class Basis(abc.ABC):
         """All matrices in memory."""
         return list(self._held.values())
 
-    def _grow(self, role: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def _grow(
+        self, role: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
         with self._lock, torch.no_grad():
             key = (role, device, dtype)
             held = self._held.get(key)
@@ -140,7 +160,11 @@ class RandomBasis(Basis):
         self._fingerprints: dict[str, str] = {}  # asked for whenever a file is read
 
     def roles(self, layer: str, out_features: int, in_features: int) -> tuple[str, str]:
-        suffix = {"shared": "", "per_shape": f"/{out_features}x{in_features}", "unique": f"/{layer}"}[self.sharing]
+        suffix = {
+            "shared": "",
+            "per_shape": f"/{out_features}x{in_features}",
+            "unique": f"/{layer}",
+        }[self.sharing]
         return f"A{suffix}", f"B{suffix}"
 
     def scale(self, rank: int, in_features: int) -> float:
@@ -163,7 +187,9 @@ class RandomBasis(Basis):
             digest = hashlib.sha256(kind.encode())
             for role in roles:
                 for row in _SAMPLE_ROWS:
-                    bits = random_words(self.seed, _role_number(role), range(row, row + 1), _SAMPLE_COLUMNS)
+                    bits = random_words(
+                        self.seed, _role_number(role), range(row, row + 1), _SAMPLE_COLUMNS
+                    )
                     digest.update(values(bits, self.init).astype("<f4").tobytes())
             self._fingerprints[kind] = digest.hexdigest()[:32]
         return self._fingerprints[kind]
@@ -180,13 +206,21 @@ class MonarchBasis(RandomBasis):
         a, b = super().roles(layer, out_features, in_features)
         return f"blocks/{a}", f"blocks/{b}"
 
-    def sizes(self, out_features: int, in_features: int, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    def sizes(
+        self, out_features: int, in_features: int, rank: int
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
         q = grid_rows(rank, in_features)
         k = math.ceil(rank / q)
         return (q * k, math.ceil(in_features / q)), (math.ceil(out_features / k), q)
 
     def pair(
-        self, layer: str, out_features: int, in_features: int, rank: int, device: torch.device, dtype: torch.dtype
+        self,
+        layer: str,
+        out_features: int,
+        in_features: int,
+        rank: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> tuple[Matrix, Matrix]:
         roles = self.roles(layer, out_features, in_features)
         first, second = self.sizes(out_features, in_features, rank)
@@ -238,7 +272,9 @@ class PeftBasis(Basis):
         for shape in ((self.rank, self.max_in), (self.max_out, self.rank)):
             # PEFT's own expression, term by term: another order would round to another bound.
             bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
-            drawn.append(torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
+            drawn.append(
+                torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+            )
         return drawn[0], drawn[1]
 
 

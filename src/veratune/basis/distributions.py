@@ -77,7 +77,9 @@ def _normal(bits: Bits) -> Values:
     return out.astype(np.float32)
 
 
-def _rational(coefficients: tuple[tuple[float, ...], tuple[float, ...]], x: NDArray[np.float64]) -> NDArray[np.float64]:
+def _rational(
+    coefficients: tuple[tuple[float, ...], tuple[float, ...]], x: NDArray[np.float64]
+) -> NDArray[np.float64]:
     top, bottom = (_horner(c, x) for c in coefficients)
     return top / bottom
 

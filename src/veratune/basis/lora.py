@@ -24,7 +24,9 @@ class LoraBasis(Basis):
                 raise ShapeError(
                     f"layer '{layer}': A {tuple(A.shape)} and B {tuple(B.shape)} are no (r, n) and (m, r) of one rank"
                 )
-        self.pairs = {layer: (A.detach().cpu(), B.detach().cpu()) for layer, (A, B) in pairs.items()}
+        self.pairs = {
+            layer: (A.detach().cpu(), B.detach().cpu()) for layer, (A, B) in pairs.items()
+        }
 
     def ranks(self) -> dict[str, int]:
         """r of each layer."""

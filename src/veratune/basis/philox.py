@@ -17,7 +17,9 @@ _HALF = np.uint64(32)
 _ROUNDS = 10
 
 
-def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, Words, Words, Words]:
+def philox4x32(
+    counter: tuple[Words, Words, Words, Words], key: tuple[int, int]
+) -> tuple[Words, Words, Words, Words]:
     """Ten rounds of Philox on 32-bit words held in uint64 arrays that broadcast together.
 
     counter: four arrays of words; key: two words. Returns four arrays of words.

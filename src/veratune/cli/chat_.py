@@ -15,12 +15,24 @@ HELP = "/base switches the adapter off and on, /new starts over, /quit ends"
 def parser() -> Parser:
     out = new_parser("chat", f"Talk to a base model with an adapter. In the conversation: {HELP}.")
     add_loading(out)
-    out.add_argument("--prompt", type=str | None, default=None, help="answer this one message and end")
     out.add_argument(
-        "--system", type=str | None, default=None, help="system message, if not the one that the adapter remembers"
+        "--prompt", type=str | None, default=None, help="answer this one message and end"
     )
-    out.add_argument("--max_new_tokens", type=PositiveInt, default=512, help="longest answer, in tokens")
-    out.add_argument("--temperature", type=NonNegativeFloat, default=0.0, help="randomness of the answers; 0 is greedy")
+    out.add_argument(
+        "--system",
+        type=str | None,
+        default=None,
+        help="system message, if not the one that the adapter remembers",
+    )
+    out.add_argument(
+        "--max_new_tokens", type=PositiveInt, default=512, help="longest answer, in tokens"
+    )
+    out.add_argument(
+        "--temperature",
+        type=NonNegativeFloat,
+        default=0.0,
+        help="randomness of the answers; 0 is greedy",
+    )
     return out
 
 
@@ -29,9 +41,9 @@ def run(argv: Sequence[str]) -> int:
     if flags.temperature < 0:
         raise ConfigError(f"temperature is {flags.temperature}; it must be at least 0")
     from veratune.attach import active, use
-    from veratune.tasks.language import Instruction
-    from veratune.training.generate import stream_answer
-    from veratune.training.methods import NAME
+    from veratune.inference.evaluate import NAME
+    from veratune.inference.generate import stream_answer
+    from veratune.tasks.text.language import Instruction
 
     loaded = load(flags)
     if not isinstance(loaded.task, Instruction):
@@ -68,7 +80,10 @@ def run(argv: Sequence[str]) -> int:
                 print("there is no adapter: this is the base model", file=sys.stderr)
                 continue
             use(loaded.model, None if active(loaded.model) else NAME)
-            print("adapter on" if active(loaded.model) else "adapter off: the bare base model", file=sys.stderr)
+            print(
+                "adapter on" if active(loaded.model) else "adapter off: the bare base model",
+                file=sys.stderr,
+            )
         elif text.startswith("/"):
             print(f"unknown command {text!r}: {HELP}", file=sys.stderr)
         elif text:

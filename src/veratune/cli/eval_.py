@@ -11,21 +11,49 @@ from rich.table import Table
 from veratune.cli.parsing import Parser, new_parser, parse, print_json
 
 if TYPE_CHECKING:
-    from veratune.training.evaluate import Loaded
+    from veratune.inference.evaluate import Loaded
 
 
 def parser() -> Parser:
-    out = new_parser("eval", "Score an adapter, and the bare base model beside it, on rows of data.")
+    out = new_parser(
+        "eval", "Score an adapter, and the bare base model beside it, on rows of data."
+    )
     add_loading(out)
-    out.add_argument("--data", type=str, required=True, help="rows: a file, a folder of splits, or a data set id")
-    out.add_argument("--split", type=str, default="validation", help="split of a folder or data set id")
-    out.add_argument("--data_config", type=str | None, default=None, help="configuration of the data set id")
-    out.add_argument("--columns", type=dict[str, str], default={}, help="the data's column for each role of the task")
-    out.add_argument("--batch_size", type=PositiveInt, default=16, help="examples in one forward pass")
-    out.add_argument("--generate", type=bool, default=False, help="also answer every row greedily and count exact matches")
-    out.add_argument("--max_new_tokens", type=PositiveInt, default=128, help="longest generated answer, in tokens")
     out.add_argument(
-        "--base", type=bool, default=True, help="score the bare base model too (classifiers: with an untrained head)"
+        "--data", type=str, required=True, help="rows: a file, a folder of splits, or a data set id"
+    )
+    out.add_argument(
+        "--split", type=str, default="validation", help="split of a folder or data set id"
+    )
+    out.add_argument(
+        "--data_config", type=str | None, default=None, help="configuration of the data set id"
+    )
+    out.add_argument(
+        "--columns",
+        type=dict[str, str],
+        default={},
+        help="the data's column for each role of the task",
+    )
+    out.add_argument(
+        "--batch_size", type=PositiveInt, default=16, help="examples in one forward pass"
+    )
+    out.add_argument(
+        "--generate",
+        type=bool,
+        default=False,
+        help="also answer every row greedily and count exact matches",
+    )
+    out.add_argument(
+        "--max_new_tokens",
+        type=PositiveInt,
+        default=128,
+        help="longest generated answer, in tokens",
+    )
+    out.add_argument(
+        "--base",
+        type=bool,
+        default=True,
+        help="score the bare base model too (classifiers: with an untrained head)",
     )
     out.add_argument("--json", type=bool, default=False, help="print the scores as one JSON object")
     return out
@@ -34,20 +62,50 @@ def parser() -> Parser:
 def add_loading(out: Parser) -> None:
     """The flags that say which base model and adapter to load, and how."""
     out.add_argument("--config", type=str, help="YAML file of these settings; flags overrule it")
-    out.add_argument("--model", type=str, required=True, help="base model: a folder, a .gguf file, or a hub id")
-    out.add_argument("--adapter", type=str | None, default=None, help="adapter file, or the folder of a PEFT VeRA checkpoint")
-    out.add_argument("--task", type=str | None, default=None, help="task, if not the one that the adapter's file remembers")
     out.add_argument(
-        "--base_dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of the base weights"
+        "--model", type=str, required=True, help="base model: a folder, a .gguf file, or a hub id"
     )
-    out.add_argument("--quantize", type=Literal["4bit", "8bit"] | None, default=None, help="load the base in 4 or 8 bits")
-    out.add_argument("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU if there is one")
-    out.add_argument("--check_base", type=bool, default=True, help="refuse an adapter of a base model with other weights")
+    out.add_argument(
+        "--adapter",
+        type=str | None,
+        default=None,
+        help="adapter file, or the folder of a PEFT VeRA checkpoint",
+    )
+    out.add_argument(
+        "--task",
+        type=str | None,
+        default=None,
+        help="task, if not the one that the adapter's file remembers",
+    )
+    out.add_argument(
+        "--base_dtype",
+        type=Literal["float32", "bfloat16", "float16"],
+        default="float32",
+        help="of the base weights",
+    )
+    out.add_argument(
+        "--quantize",
+        type=Literal["4bit", "8bit"] | None,
+        default=None,
+        help="load the base in 4 or 8 bits",
+    )
+    out.add_argument(
+        "--device",
+        type=Literal["auto", "cpu"],
+        default="auto",
+        help="auto takes a GPU if there is one",
+    )
+    out.add_argument(
+        "--check_base",
+        type=bool,
+        default=True,
+        help="refuse an adapter of a base model with other weights",
+    )
 
 
 def load(flags: Namespace, **more: Any) -> "Loaded":
     """What the flags of `add_loading` ask for."""
-    from veratune.training.evaluate import load_for
+    from veratune.inference.evaluate import load_for
 
     return load_for(
         flags.model, flags.adapter, task=flags.task, dtype=flags.base_dtype, quantize=flags.quantize,
@@ -57,14 +115,19 @@ def load(flags: Namespace, **more: Any) -> "Loaded":
 
 def run(argv: Sequence[str]) -> int:
     flags = parse(parser(), argv)
-    from veratune.training.evaluate import evaluate, evaluate_both
+    from veratune.inference.evaluate import evaluate, evaluate_both
 
     loaded = load(flags, columns=flags.columns)
-    options = {name: getattr(flags, name) for name in ("split", "data_config", "batch_size", "generate", "max_new_tokens")}
+    options = {
+        name: getattr(flags, name)
+        for name in ("split", "data_config", "batch_size", "generate", "max_new_tokens")
+    }
     if flags.adapter is None:
         scores = {"base": evaluate(loaded, flags.data, **options)}
     elif flags.base:
-        scores = dict(zip(("base", "adapter"), evaluate_both(loaded, flags.data, **options), strict=True))
+        scores = dict(
+            zip(("base", "adapter"), evaluate_both(loaded, flags.data, **options), strict=True)
+        )
     else:
         scores = {"adapter": evaluate(loaded, flags.data, **options)}
     if flags.json:

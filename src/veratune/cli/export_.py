@@ -15,9 +15,17 @@ def parser() -> Parser:
         required=True,
         help="peft: a PEFT VeRA folder; peft-lora: a PEFT LoRA folder; safetensors: veratune's own file, in another dtype",
     )
-    out.add_argument("--out", type=str, required=True, help="an empty folder (peft, peft-lora) or a file (safetensors)")
     out.add_argument(
-        "--dtype", type=Literal["float32", "bfloat16", "float16"] | None, default=None, help="of the vectors (safetensors)"
+        "--out",
+        type=str,
+        required=True,
+        help="an empty folder (peft, peft-lora) or a file (safetensors)",
+    )
+    out.add_argument(
+        "--dtype",
+        type=Literal["float32", "bfloat16", "float16"] | None,
+        default=None,
+        help="of the vectors (safetensors)",
     )
     return out
 
@@ -33,7 +41,9 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError(f"--dtype is for --to safetensors; {flags.to} is written in float32")
     adapter = native.read(flags.file)
     if flags.to == "safetensors":
-        native.write(adapter if flags.dtype is None else adapter.to(getattr(torch, flags.dtype)), flags.out)
+        native.write(
+            adapter if flags.dtype is None else adapter.to(getattr(torch, flags.dtype)), flags.out
+        )
     elif flags.to == "peft":
         peft.write_vera(adapter, flags.out)
     else:

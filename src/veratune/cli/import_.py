@@ -9,8 +9,14 @@ from veratune.errors import AdapterFileError
 
 
 def parser() -> Parser:
-    out = new_parser("import", "Read a PEFT VeRA checkpoint, or an adapter file, into veratune's own file.")
-    out.add_argument("source", type=str, help="folder of the PEFT checkpoint, or an adapter file (which is checked and copied)")
+    out = new_parser(
+        "import", "Read a PEFT VeRA checkpoint, or an adapter file, into veratune's own file."
+    )
+    out.add_argument(
+        "source",
+        type=str,
+        help="folder of the PEFT checkpoint, or an adapter file (which is checked and copied)",
+    )
     out.add_argument("--model", type=str | None, default=None, help="the base model's config.json or folder: a checkpoint does not "
                      "say its layers' sizes. Default: what the checkpoint names")  # fmt: skip
     out.add_argument("--out", type=str, required=True, help="adapter file to write")
@@ -28,15 +34,21 @@ def run(argv: Sequence[str]) -> int:
     else:
         adapter = native.read(source)
     size = native.write(adapter, flags.out)
-    print(f"{flags.out}: {len(adapter.shapes)} layers, {adapter.trained_values:,} values, {size:,} bytes")
+    print(
+        f"{flags.out}: {len(adapter.shapes)} layers, {adapter.trained_values:,} values, {size:,} bytes"
+    )
     return 0
 
 
 def _named(folder: Path) -> str:
     try:
-        named = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        named = json.loads((folder / "adapter_config.json").read_text()).get(
+            "base_model_name_or_path"
+        )
     except (OSError, ValueError, AttributeError) as error:
         raise AdapterFileError(f"{folder}: no PEFT checkpoint: {error}") from None
     if not named:
-        raise AdapterFileError(f"{folder}: the checkpoint does not name its base model; give --model")
+        raise AdapterFileError(
+            f"{folder}: the checkpoint does not name its base model; give --model"
+        )
     return str(named)

@@ -12,9 +12,14 @@ def parser() -> Parser:
     out = new_parser("inspect", "Check an adapter's file and show what is in it.")
     out.add_argument("file", type=str, help="adapter file")
     out.add_argument(
-        "--plot", type=str | None, default=None, help="draw |d| and |b| by block into this image file (png, svg, pdf)"
+        "--plot",
+        type=str | None,
+        default=None,
+        help="draw |d| and |b| by block into this image file (png, svg, pdf)",
     )
-    out.add_argument("--json", type=bool, default=False, help="print the figures as one JSON object")
+    out.add_argument(
+        "--json", type=bool, default=False, help="print the figures as one JSON object"
+    )
     return out
 
 
@@ -32,13 +37,26 @@ def run(argv: Sequence[str]) -> int:
         return 0
     console = Console(highlight=False)
     table = Table(title=flags.file, title_justify="left")
-    for name, side in (("layer", "left"), ("size", "right"), ("rank", "right"), ("|d|", "right"), ("|b|", "right")):
+    for name, side in (
+        ("layer", "left"),
+        ("size", "right"),
+        ("rank", "right"),
+        ("|d|", "right"),
+        ("|b|", "right"),
+    ):
         table.add_column(name, justify=side)  # type: ignore[arg-type]
     for entry in found["layers"]:
         norms = (f"{v:.4f}" if v is not None else "-" for v in (entry["d_norm"], entry["b_norm"]))
-        table.add_row(entry["layer"], f"{entry['in_features']} -> {entry['out_features']}", str(entry["rank"]), *norms)
+        table.add_row(
+            entry["layer"],
+            f"{entry['in_features']} -> {entry['out_features']}",
+            str(entry["rank"]),
+            *norms,
+        )
     console.print(table)
-    console.print(f"{found['trainable']:,} values in d and b, {found['head']:,} in the head; base model {found['base']!r}")
+    console.print(
+        f"{found['trainable']:,} values in d and b, {found['head']:,} in the head; base model {found['base']!r}"
+    )
     shown = {k: v for k, v in found["config"].items() if v not in (None, [], {})}
     console.print(", ".join(f"{k} {v}" for k, v in shown.items()))
     if found["task"]:

@@ -12,7 +12,12 @@ def parser() -> Parser:
         "Make a key for the server, which is printed once; the file keeps its hash. Without --tenants and --revoke: the keys that there are. "
         "A server that runs sees the change at the next request.",
     )
-    out.add_argument("--key_file", type=str, default="out/keys.json", help="the file of keys, made if it is not there")
+    out.add_argument(
+        "--key_file",
+        type=str,
+        default="out/keys.json",
+        help="the file of keys, made if it is not there",
+    )
     out.add_argument(
         "--tenants",
         type=list[str],
@@ -20,7 +25,10 @@ def parser() -> Parser:
         help="whose adapters the new key may use and change; the first is the one where none is said",
     )
     out.add_argument(
-        "--revoke", type=str | None, default=None, help="strike out a key: itself, or 8 and more digits of its hash"
+        "--revoke",
+        type=str | None,
+        default=None,
+        help="strike out a key: itself, or 8 and more digits of its hash",
     )
     return out
 
@@ -31,7 +39,9 @@ def run(argv: Sequence[str]) -> int:
     from veratune.serving.keys import Keys
 
     if flags.tenants and flags.revoke is not None:
-        raise ConfigError("--tenants makes a key and --revoke strikes one out; one of them at a time is wanted")
+        raise ConfigError(
+            "--tenants makes a key and --revoke strikes one out; one of them at a time is wanted"
+        )
     keys = Keys(flags.key_file)
     if flags.tenants:
         print(keys.add(tuple(flags.tenants)))

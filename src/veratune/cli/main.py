@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jsonargparse import ArgumentError
 
@@ -23,12 +23,10 @@ COMMANDS = {
     "merge": "write the merged model",
     "export": "write an adapter for other tools",
     "import": "read an adapter of other tools",
-    "reproduce": "a table or figure of the papers, beside what is measured here",
     "score": "BLEU, NIST, METEOR, ROUGE-L and CIDEr of texts against references",
     "judge": "what a judge behind an OpenAI-compatible URL gives to answers",
     "serve": "many adapters behind an OpenAI-compatible API",
     "key": "a key for the server",
-    "bench": "time, arithmetic and memory beside PEFT",
 }
 
 
@@ -43,11 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
-        return _fail(f"unknown command {name!r}{near(name, COMMANDS) or '; see veratune --help'}", 2)
+        return _fail(
+            f"unknown command {name!r}{near(name, COMMANDS) or '; see veratune --help'}", 2
+        )
+    return run_command(
+        name, lambda words: importlib.import_module(f"veratune.cli.{name}_").run(words), rest
+    )
+
+
+def run_command(name: str, run: Callable[[Sequence[str]], int | None], rest: Sequence[str]) -> int:
+    """Call run(rest). Every VeratuneError becomes one line on stderr and an exit status."""
     quiet()
     try:
-        module = importlib.import_module(f"veratune.cli.{name}_")
-        return module.run(rest) or 0
+        return run(rest) or 0
     except (Usage, ArgumentError) as error:
         return _fail(f"{error} (see veratune {name} --help)", 2)
     except ConfigError as error:

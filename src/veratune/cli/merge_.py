@@ -8,10 +8,13 @@ from veratune.cli.parsing import Parser, new_parser, parse
 
 def parser() -> Parser:
     out = new_parser(
-        "merge", "Write the base model with an adapter inside its weights: a plain model, at the base's own speed."
+        "merge",
+        "Write the base model with an adapter inside its weights: a plain model, at the base's own speed.",
     )
     add_loading(out)
-    out.add_argument("--out", type=str, required=True, help="folder for the merged model; it must be empty")
+    out.add_argument(
+        "--out", type=str, required=True, help="folder for the merged model; it must be empty"
+    )
     return out
 
 
@@ -32,5 +35,7 @@ def run(argv: Sequence[str]) -> int:
         report = merge(loaded.model)
         detach(loaded.model, keep_merged=True)
         loaded.task.save(loaded.model, loaded.processor, place)
-    print(f"{folder}: {len(report)} weights merged in {flags.base_dtype}; rounding changed {lost_in_all(report):.2%} of ΔW")
+    print(
+        f"{folder}: {len(report)} weights merged in {flags.base_dtype}; rounding changed {lost_in_all(report):.2%} of ΔW"
+    )
     return 0

@@ -49,7 +49,9 @@ class Parser(ArgumentParser):
 
     def flags(self) -> set[str]:
         """The names of all flags, without their dashes."""
-        return {o[2:] for action in self._actions for o in action.option_strings if o.startswith("--")}
+        return {
+            o[2:] for action in self._actions for o in action.option_strings if o.startswith("--")
+        }
 
     def booleans(self) -> set[str]:
         return {a.dest for a in self._actions if getattr(a, "_typehint", None) is bool}
@@ -57,7 +59,12 @@ class Parser(ArgumentParser):
 
 def new_parser(name: str, description: str) -> Parser:
     """An empty parser of one command, with --config if it takes a file."""
-    return Parser(prog=f"veratune {name}", description=description, formatter_class=DefaultHelpFormatter, default_env=False)
+    return Parser(
+        prog=f"veratune {name}",
+        description=description,
+        formatter_class=DefaultHelpFormatter,
+        default_env=False,
+    )
 
 
 def add_judge(parser: Parser) -> None:
@@ -70,7 +77,10 @@ def add_judge(parser: Parser) -> None:
     )
     parser.add_argument("--judge_model", type=str, default="gpt-4", help="the judge's name there")
     parser.add_argument(
-        "--judge_key", type=str, default="OPENAI_API_KEY", help="the environment variable that holds the judge's key"
+        "--judge_key",
+        type=str,
+        default="OPENAI_API_KEY",
+        help="the environment variable that holds the judge's key",
     )
 
 
@@ -123,7 +133,11 @@ def _normal(parser: Parser, argv: Sequence[str]) -> list[str]:
     pending = [w for word in argv for w in _parts(word)]
     for i, word in enumerate(pending):
         words.append(word)
-        if word[:2] == "--" and word[2:] in booleans and (i + 1 == len(pending) or pending[i + 1].startswith("--")):
+        if (
+            word[:2] == "--"
+            and word[2:] in booleans
+            and (i + 1 == len(pending) or pending[i + 1].startswith("--"))
+        ):
             words.append("true")
         elif i and pending[i - 1][2:] in LISTS and pending[i - 1].startswith("--"):
             words[-1] = _list(word)
@@ -136,7 +150,10 @@ def _parts(word: str) -> list[str]:
         return [word]
     name, equals, value = word.partition("=")
     head, dot, tail = name.partition(".")
-    return [head.replace("-", "_").replace("__", "--", 1) + dot + tail, *([value] if equals else [])]
+    return [
+        head.replace("-", "_").replace("__", "--", 1) + dot + tail,
+        *([value] if equals else []),
+    ]
 
 
 def _list(text: str) -> str:
@@ -145,7 +162,9 @@ def _list(text: str) -> str:
         return text
     if text in ("null", "None"):
         return "null"
-    entries: list[Any] = [text] if text.startswith("re:") else [part for part in text.split(",") if part]
+    entries: list[Any] = (
+        [text] if text.startswith("re:") else [part for part in text.split(",") if part]
+    )
     return json.dumps([int(e) if isinstance(e, str) and e.isdigit() else e for e in entries])
 
 

@@ -12,11 +12,15 @@ from veratune.errors import ConfigError
 
 def parser() -> Parser:
     out = new_parser(
-        "sample", "Draw images with a diffusion pipeline and an adapter, and with the bare pipeline from the same noise."
+        "sample",
+        "Draw images with a diffusion pipeline and an adapter, and with the bare pipeline from the same noise.",
     )
     add_loading(out)
     out.add_argument(
-        "--prompts", type=list[str], default=[], help="what to draw; default the prompts that the adapter's file remembers"
+        "--prompts",
+        type=list[str],
+        default=[],
+        help="what to draw; default the prompts that the adapter's file remembers",
     )
     out.add_argument("--count", type=PositiveInt, default=4, help="images for each prompt")
     out.add_argument("--steps", type=PositiveInt, default=25, help="denoising steps")
@@ -29,11 +33,13 @@ def parser() -> Parser:
 def run(argv: Sequence[str]) -> int:
     flags = parse(parser(), argv)
     if flags.count < 1 or flags.steps < 1:
-        raise ConfigError(f"count is {flags.count} and steps {flags.steps}; both must be at least 1")
+        raise ConfigError(
+            f"count is {flags.count} and steps {flags.steps}; both must be at least 1"
+        )
     from veratune.analysis.pictures import draw_grid
     from veratune.attach import use
-    from veratune.tasks.diffusion import Diffusion, ImageGeneration
-    from veratune.training.methods import NAME
+    from veratune.inference.evaluate import NAME
+    from veratune.tasks.diffusion.diffusion import Diffusion, ImageGeneration
 
     loaded = load(flags)
     if not isinstance(loaded.task, ImageGeneration) or not isinstance(loaded.model, Diffusion):
@@ -44,10 +50,14 @@ def run(argv: Sequence[str]) -> int:
     if loaded.task.name == "text-to-image" and not prompts:
         raise ConfigError("no prompt; say what to draw with --prompts")
     rows = {}
-    for who in (["base"] if flags.base or flags.adapter is None else []) + (["adapter"] if flags.adapter else []):
+    for who in (["base"] if flags.base or flags.adapter is None else []) + (
+        ["adapter"] if flags.adapter else []
+    ):
         if flags.adapter:
             use(loaded.model, NAME if who == "adapter" else None)
-        lists = loaded.model.draw(flags.count, prompts, flags.seed, flags.steps, loaded.processor.side)
+        lists = loaded.model.draw(
+            flags.count, prompts, flags.seed, flags.steps, loaded.processor.side
+        )
         for prompt, images in zip(prompts or [""], lists, strict=True):
             rows[f"{who}: {prompt}".removesuffix(": ")] = images
     path = draw_grid(rows, Path(flags.out), zoom=max(1, 64 // loaded.processor.side))

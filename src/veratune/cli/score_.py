@@ -12,11 +12,15 @@ from veratune.cli.parsing import Parser, new_parser, parse, print_json
 
 def parser() -> Parser:
     out = new_parser(
-        "score", "BLEU, NIST, METEOR, ROUGE-L and CIDEr of texts against references, as the E2E challenge scores them."
+        "score",
+        "BLEU, NIST, METEOR, ROUGE-L and CIDEr of texts against references, as the E2E challenge scores them.",
     )
     out.add_argument("--outputs", type=str, required=True, help="a text a line")
     out.add_argument(
-        "--references", type=str, required=True, help="a text a line, an empty line between the groups of two outputs"
+        "--references",
+        type=str,
+        required=True,
+        help="a text a line, an empty line between the groups of two outputs",
     )
     out.add_argument("--json", type=bool, default=False, help="print one JSON object")
     return out

@@ -19,9 +19,9 @@ from veratune.cli.parsing import Parser, new_parser, parse
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from veratune.serving.encoder import Encoder
-    from veratune.serving.engine import Engine
-    from veratune.serving.jobs import Base
+    from veratune.serving.engine.encoder import Encoder
+    from veratune.serving.engine.engine import Engine
+    from veratune.serving.jobs.jobs import Base
     from veratune.serving.service import Service
 
 Port = restricted_number_type("Port", int, [(">=", 0), ("<", 65536)])
@@ -30,13 +30,31 @@ GiB = restricted_number_type("GiB", float, [(">=", 0), ("<", 2**20)])
 
 
 def parser() -> Parser:
-    out = new_parser("serve", "Serve a base model with the adapters of many tenants behind an OpenAI-compatible API.")
-    out.add_argument("--model", type=str | None, default=None, help="causal base model: folder, .gguf file or Hugging Face id")
-    out.add_argument("--name", type=str, default="", help="what clients call it; default its id or folder's name")
-    out.add_argument(
-        "--encoder", type=str | None, default=None, help="base model for embeddings and classes: folder or Hugging Face id"
+    out = new_parser(
+        "serve",
+        "Serve a base model with the adapters of many tenants behind an OpenAI-compatible API.",
     )
-    out.add_argument("--encoder_name", type=str, default="", help="what clients call it; default its id or folder's name")
+    out.add_argument(
+        "--model",
+        type=str | None,
+        default=None,
+        help="causal base model: folder, .gguf file or Hugging Face id",
+    )
+    out.add_argument(
+        "--name", type=str, default="", help="what clients call it; default its id or folder's name"
+    )
+    out.add_argument(
+        "--encoder",
+        type=str | None,
+        default=None,
+        help="base model for embeddings and classes: folder or Hugging Face id",
+    )
+    out.add_argument(
+        "--encoder_name",
+        type=str,
+        default="",
+        help="what clients call it; default its id or folder's name",
+    )
     out.add_argument(
         "--store",
         type=str,
@@ -44,7 +62,10 @@ def parser() -> Parser:
         help="a SQLite file, or the URL of a bucket: s3://, gs://, az://, file://",
     )
     out.add_argument(
-        "--cache", type=str, default="out/adapter-cache.db", help="a bucket's adapters on this machine: a SQLite file"
+        "--cache",
+        type=str,
+        default="out/adapter-cache.db",
+        help="a bucket's adapters on this machine: a SQLite file",
     )
     out.add_argument(
         "--fresh",
@@ -53,24 +74,67 @@ def parser() -> Parser:
         help="seconds until a bucket is asked again which version of an adapter is the newest",
     )
     out.add_argument(
-        "--adapters", type=list[str], default=[], help="NAME=FILE of adapters to put into the store first, for tenant default"
+        "--adapters",
+        type=list[str],
+        default=[],
+        help="NAME=FILE of adapters to put into the store first, for tenant default",
     )
     out.add_argument(
-        "--key_file", type=str | None, default=None, help="file of keys (veratune key); without it only this machine may ask"
+        "--key_file",
+        type=str | None,
+        default=None,
+        help="file of keys (veratune key); without it only this machine may ask",
     )
     out.add_argument(
-        "--host", type=str, default="127.0.0.1", help="address to listen on; another than this machine's wants keys"
+        "--host",
+        type=str,
+        default="127.0.0.1",
+        help="address to listen on; another than this machine's wants keys",
     )
-    out.add_argument("--port", type=Port, default=8000, help="port to listen on; 0 takes a free one")
-    out.add_argument("--slots", type=PositiveInt, default=256, help="adapters in memory, of each kind")
-    out.add_argument("--slots_dtype", type=Literal["float32", "bfloat16"], default="float32", help="of the adapters in memory")
-    out.add_argument("--memory", type=GiB, default=4.0, help="GiB of adapters in memory, with the frozen matrices of all kinds")
-    out.add_argument("--max_rank", type=PositiveInt, default=4096, help="the largest rank of an adapter that is taken")
+    out.add_argument(
+        "--port", type=Port, default=8000, help="port to listen on; 0 takes a free one"
+    )
+    out.add_argument(
+        "--slots", type=PositiveInt, default=256, help="adapters in memory, of each kind"
+    )
+    out.add_argument(
+        "--slots_dtype",
+        type=Literal["float32", "bfloat16"],
+        default="float32",
+        help="of the adapters in memory",
+    )
+    out.add_argument(
+        "--memory",
+        type=GiB,
+        default=4.0,
+        help="GiB of adapters in memory, with the frozen matrices of all kinds",
+    )
+    out.add_argument(
+        "--max_rank",
+        type=PositiveInt,
+        default=4096,
+        help="the largest rank of an adapter that is taken",
+    )
     out.add_argument("--rows", type=PositiveInt, default=32, help="conversations at once")
     out.add_argument("--waiting", type=PositiveInt, default=512, help="requests that may wait")
-    out.add_argument("--waiting_tenant", type=PositiveInt, default=64, help="requests of one tenant that may wait")
-    out.add_argument("--length", type=PositiveInt, default=2048, help="tokens of a prompt and its answer together, at most")
-    out.add_argument("--chunk", type=PositiveInt, default=256, help="tokens of a prompt that are read in one step")
+    out.add_argument(
+        "--waiting_tenant",
+        type=PositiveInt,
+        default=64,
+        help="requests of one tenant that may wait",
+    )
+    out.add_argument(
+        "--length",
+        type=PositiveInt,
+        default=2048,
+        help="tokens of a prompt and its answer together, at most",
+    )
+    out.add_argument(
+        "--chunk",
+        type=PositiveInt,
+        default=256,
+        help="tokens of a prompt that are read in one step",
+    )
     out.add_argument(
         "--prefix_memory",
         type=GiB,
@@ -78,11 +142,22 @@ def parser() -> Parser:
         help="GiB of keys and values that are kept for a tenant's next request that begins alike; 0 for none",
     )
     out.add_argument(
-        "--base_dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of the base model"
+        "--base_dtype",
+        type=Literal["float32", "bfloat16", "float16"],
+        default="float32",
+        help="of the base model",
     )
-    out.add_argument("--quantize", type=Literal["4bit", "8bit"] | None, default=None, help="load the base with bitsandbytes")
     out.add_argument(
-        "--jobs", type=str | None, default=None, help="folder of fine-tuning jobs; without it the server does not fine-tune"
+        "--quantize",
+        type=Literal["4bit", "8bit"] | None,
+        default=None,
+        help="load the base with bitsandbytes",
+    )
+    out.add_argument(
+        "--jobs",
+        type=str | None,
+        default=None,
+        help="folder of fine-tuning jobs; without it the server does not fine-tune",
     )
     out.add_argument(
         "--replicas",
@@ -90,9 +165,16 @@ def parser() -> Parser:
         default=1,
         help="over 1: so many servers behind one address, by Ray Serve; they share the store",
     )
-    out.add_argument("--drain", type=Seconds, default=30.0, help="seconds that answers have to end after SIGTERM")
+    out.add_argument(
+        "--drain", type=Seconds, default=30.0, help="seconds that answers have to end after SIGTERM"
+    )
     out.add_argument("--threads", type=PositiveInt | None, default=None, help="threads for torch")
-    out.add_argument("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU if there is one")
+    out.add_argument(
+        "--device",
+        type=Literal["auto", "cpu"],
+        default="auto",
+        help="auto takes a GPU if there is one",
+    )
     return out
 
 
@@ -101,19 +183,23 @@ def run(argv: Sequence[str]) -> int:
     import uvicorn
 
     from veratune.errors import ConfigError
-    from veratune.serving.http import build, check_address
-    from veratune.serving.jobs import Jobs
+    from veratune.serving.engine.loop import apart
+    from veratune.serving.http.app import build, check_address
+    from veratune.serving.jobs.jobs import Jobs
     from veratune.serving.keys import Keys
-    from veratune.serving.loop import apart
 
     keys = Keys(flags.key_file)
     check_address(flags.host, keys)
     for name, sign, file in _given(flags):
         if not sign or not Path(file).is_file():
-            raise ConfigError(f"--adapters {name}{sign}{file}: NAME=FILE of an adapter's file is wanted")
+            raise ConfigError(
+                f"--adapters {name}{sign}{file}: NAME=FILE of an adapter's file is wanted"
+            )
     if flags.model is None and flags.encoder is None:
         raise ConfigError("there is nothing to serve: give --model, --encoder, or both")
-    taken = _bind(flags.host, flags.port)  # before models are loaded: who has the address wrong learns it at once
+    taken = _bind(
+        flags.host, flags.port
+    )  # before models are loaded: who has the address wrong learns it at once
     flags.port = taken.getsockname()[1]
     if flags.replicas > 1:
         taken.close()
@@ -164,10 +250,10 @@ def start(flags: Namespace, notes: Console) -> "Service":
     """The service that flags describe: its store, with the adapters that were given, and its engines, which do not run yet."""
     import torch
 
-    from veratune.serving.http import log_to_stderr
+    from veratune.serving.http.app import log_to_stderr
     from veratune.serving.keys import OPEN
     from veratune.serving.service import Service
-    from veratune.serving.store import CachedStore, ObjectStore, SqliteStore
+    from veratune.serving.store.store import CachedStore, ObjectStore, SqliteStore
 
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
@@ -175,7 +261,9 @@ def start(flags: Namespace, notes: Console) -> "Service":
     log_to_stderr()
     store: SqliteStore | CachedStore
     if "://" in flags.store:
-        store = CachedStore(ObjectStore.from_url(flags.store), SqliteStore(flags.cache), fresh=flags.fresh)
+        store = CachedStore(
+            ObjectStore.from_url(flags.store), SqliteStore(flags.cache), fresh=flags.fresh
+        )
     else:
         store = SqliteStore(flags.store)
     engine, encoder = load(flags, notes)
@@ -194,7 +282,9 @@ def _replicas(flags: Namespace) -> int:
             "--jobs: replicas keep nothing, so they do not fine-tune; start one server with --jobs on the same store"
         )
     if "RAY_ADDRESS" in os.environ and "://" not in flags.store:
-        raise ConfigError(f"--store {flags.store}: replicas on several machines share a bucket, such as s3://, gs:// or az://")
+        raise ConfigError(
+            f"--store {flags.store}: replicas on several machines share a bucket, such as s3://, gs:// or az://"
+        )
     notes = Console(stderr=True, highlight=False)
     notes.print(f"starting {flags.replicas} replicas ...")
     cluster.start(
@@ -209,7 +299,7 @@ def _replicas(flags: Namespace) -> int:
 def _replica(flags: Namespace) -> "tuple[Service, FastAPI]":
     """One of several servers, in a process of its own."""
     from veratune.cli.main import quiet
-    from veratune.serving.http import build
+    from veratune.serving.http.app import build
     from veratune.serving.keys import Keys
 
     quiet()
@@ -232,12 +322,12 @@ def load(flags: Namespace, notes: Console) -> "tuple[Engine | None, Encoder | No
     """The engines that flags name, with their models."""
     import torch
 
-    from veratune.serving.bank import Bank
-    from veratune.serving.encoder import Encoder
-    from veratune.serving.engine import Engine
-    from veratune.serving.scheduler import Limits
-    from veratune.tasks.language import Instruction
-    from veratune.tasks.text_classification import TextClassification
+    from veratune.serving.engine.encoder import Encoder
+    from veratune.serving.engine.engine import Engine
+    from veratune.serving.engine.scheduler import Limits
+    from veratune.serving.pool.pool import Bank
+    from veratune.tasks.text.classification import TextClassification
+    from veratune.tasks.text.language import Instruction
 
     limits = Limits(rows=flags.rows, waiting=flags.waiting, waiting_tenant=flags.waiting_tenant)
     loops: dict[str, Any] = {}
@@ -248,7 +338,11 @@ def load(flags: Namespace, notes: Console) -> "tuple[Engine | None, Encoder | No
             continue
         notes.print(f"loading {folder} ...")
         tokenizer = task.load_processor(folder)
-        model = task.load_model(folder, tokenizer, dtype=flags.base_dtype, quantize=flags.quantize).requires_grad_(False).eval()
+        model = (
+            task.load_model(folder, tokenizer, dtype=flags.base_dtype, quantize=flags.quantize)
+            .requires_grad_(False)
+            .eval()
+        )
         if flags.device == "auto" and torch.cuda.is_available() and flags.quantize is None:
             model.cuda()
         bank = Bank(
@@ -272,12 +366,14 @@ def load(flags: Namespace, notes: Console) -> "tuple[Engine | None, Encoder | No
 
 def _bases(flags: Namespace, service: "Service") -> "dict[str, Base]":
     """What can be fine-tuned: the base models that are served."""
-    from veratune.serving.jobs import Base
+    from veratune.serving.jobs.jobs import Base
 
     found = {}
     for name, loop in service.loops.items():
         if loop is service.engine:
-            found[name] = Base(flags.model, "instruction", (("messages",), ("prompt", "completion")))
+            found[name] = Base(
+                flags.model, "instruction", (("messages",), ("prompt", "completion"))
+            )
         else:
             found[name] = Base(flags.encoder, "text-classification", (("text", "label"),))
     return found

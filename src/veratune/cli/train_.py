@@ -20,7 +20,9 @@ SKIPPED = {"seed", "dtype"}  # the run has flags of its own for these
 
 
 def parser() -> Parser:
-    out = new_parser("train", "Fine-tune a model with VeRA and write the adapter, a file of kilobytes.")
+    out = new_parser(
+        "train", "Fine-tune a model with VeRA and write the adapter, a file of kilobytes."
+    )
     out.add_argument("--config", type=str, help="YAML file of these settings; flags overrule it")
     out.add_argument(
         "--recipe",
@@ -29,7 +31,10 @@ def parser() -> Parser:
         help=f"settings by name: {', '.join(RECIPES)}; --config and flags overrule them",
     )
     out.add_argument(
-        "--sweep", type=str, default="", help="train for every value, as lr=1e-3,4e-3;rank=64,256, and rank the runs"
+        "--sweep",
+        type=str,
+        default="",
+        help="train for every value, as lr=1e-3,4e-3;rank=64,256, and rank the runs",
     )
     out.add_argument("--json", type=bool, default=False, help="print the result as one JSON object")
     out.add_class_arguments(TrainSettings)
@@ -46,7 +51,9 @@ def run(argv: Sequence[str]) -> int:
     if flags.sweep:
         results = sweep(settings, vera, _grid(flags.sweep), show_on(console))
         if flags.json:
-            print_json([{"settings": chosen, **dataclasses.asdict(result)} for chosen, result in results])
+            print_json(
+                [{"settings": chosen, **dataclasses.asdict(result)} for chosen, result in results]
+            )
         console.print(_ranking(results))
         console.print(f"The best adapter: {settings.out}/adapter.safetensors")
         return 0
@@ -54,7 +61,10 @@ def run(argv: Sequence[str]) -> int:
     if flags.json and os.environ.get("RANK", "0") == "0":
         print_json(dataclasses.asdict(result))
     console.print(report(result))
-    console.print(f"Try it:  veratune eval --model {settings.model} --adapter {result.path} --data ...", soft_wrap=True)
+    console.print(
+        f"Try it:  veratune eval --model {settings.model} --adapter {result.path} --data ...",
+        soft_wrap=True,
+    )
     return 0
 
 
@@ -92,7 +102,9 @@ def _grid(text: str) -> dict[str, list[Any]]:
     for entry in filter(None, text.split(";")):
         name, equals, values = entry.partition("=")
         if not equals or not values:
-            raise ConfigError(f"--sweep has {entry!r}; name=value,value is wanted, several apart by ';'")
+            raise ConfigError(
+                f"--sweep has {entry!r}; name=value,value is wanted, several apart by ';'"
+            )
         grid[name.strip().replace("-", "_")] = [_value(value) for value in values.split(",")]
     return grid
 
@@ -108,7 +120,11 @@ def show_on(console: Console) -> Any:
     """What prints a training example, the part that the loss is on in green."""
 
     def show(pieces: list[tuple[str, bool]]) -> None:
-        text = Text("One training example; the loss is on what is ", style="dim").append("green", "green").append(":\n")
+        text = (
+            Text("One training example; the loss is on what is ", style="dim")
+            .append("green", "green")
+            .append(":\n")
+        )
         for piece, on in pieces:
             text.append(piece, "green" if on else "default")
         console.print(text)

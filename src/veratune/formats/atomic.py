@@ -19,7 +19,9 @@ def write_atomic(path: Path, data: bytes) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(
+            prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
+        )
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
@@ -61,7 +63,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     except OSError as error:
         if isinstance(error, OutputError):
             raise
-        raise OutputError(f"{path}: could not be written: {error.strerror or error}; nothing was left there") from error
+        raise OutputError(
+            f"{path}: could not be written: {error.strerror or error}; nothing was left there"
+        ) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -72,9 +76,13 @@ def refuse_used(path: Path, hint: str = "choose another or empty it") -> None:
     try:
         found = next(path.iterdir(), None) if path.exists() else None
     except OSError as error:
-        raise OutputError(f"{path}: not a folder that can be written: {error.strerror or error}") from error
+        raise OutputError(
+            f"{path}: not a folder that can be written: {error.strerror or error}"
+        ) from error
     if found is not None:
-        raise OutputError(f"{path}: the output folder is not empty (it holds '{found.name}'); {hint}")
+        raise OutputError(
+            f"{path}: the output folder is not empty (it holds '{found.name}'); {hint}"
+        )
 
 
 def _umask() -> int:

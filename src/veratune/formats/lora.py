@@ -24,8 +24,17 @@ from veratune.targets import layers_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_KEY = re.compile(r"(?P<layer>.+?)\.(?:lora_(?P<one>[AB])(?:\.\w+)?|lora[._](?P<two>down|up))\.weight")
-_PREFIXES = ("base_model.model.", "lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_")
+_KEY = re.compile(
+    r"(?P<layer>.+?)\.(?:lora_(?P<one>[AB])(?:\.\w+)?|lora[._](?P<two>down|up))\.weight"
+)
+_PREFIXES = (
+    "base_model.model.",
+    "lora_unet_",
+    "lora_te_",
+    "lora_te1_",
+    "lora_te2_",
+    "lora_transformer_",
+)
 
 
 def read_lora(path: str | Path, model: nn.Module) -> LoraBasis:
@@ -58,7 +67,11 @@ def read_lora(path: str | Path, model: nn.Module) -> LoraBasis:
             continue
         found = _KEY.fullmatch(key)
         if found is None:
-            what = "DoRA's magnitudes" if "magnitude" in key or "dora_scale" in key else f"the tensor {key!r}"
+            what = (
+                "DoRA's magnitudes"
+                if "magnitude" in key or "dora_scale" in key
+                else f"the tensor {key!r}"
+            )
             raise UnsupportedError(f"{path}: it has {what}; only plain LoRA pairs can be a basis")
         side = found["one"] or {"down": "A", "up": "B"}[found["two"]]
         if not torch.isfinite(tensor).all():
@@ -73,10 +86,15 @@ def read_lora(path: str | Path, model: nn.Module) -> LoraBasis:
         layer = _layer(stored, known, flat)
         if layer is None:
             layer = stored.removeprefix(_PREFIXES[0])
-            raise BaseModelError(f"{path}: the LoRA has layer '{layer}', {type(model).__name__} has not{near(layer, known)}")
+            raise BaseModelError(
+                f"{path}: the LoRA has layer '{layer}', {type(model).__name__} has not{near(layer, known)}"
+            )
         A, B = held["A"].flatten(1).float(), held["B"].flatten(1).float()
         alpha = float(held["alpha"]) if "alpha" in held else _alpha(config, layer, A.shape[0])
-        out[layer] = (A, B * (alpha / (math.sqrt(A.shape[0]) if config.get("use_rslora") else A.shape[0])))
+        out[layer] = (
+            A,
+            B * (alpha / (math.sqrt(A.shape[0]) if config.get("use_rslora") else A.shape[0])),
+        )
     if not out:
         raise AdapterFileError(f"{path}: no LoRA pair in it")
     return LoraBasis(out)
@@ -85,9 +103,15 @@ def read_lora(path: str | Path, model: nn.Module) -> LoraBasis:
 def _layer(stored: str, known: dict[str, str], flat: dict[str, str]) -> str | None:
     """The model's own name of a layer: as it stands, without the prefixes of tools, or inside or outside a wrapper."""
     forms = [stored, *(stored.removeprefix(p) for p in _PREFIXES if stored.startswith(p))]
-    forms += [form.partition(".")[2] for form in forms if form.startswith(("unet.", "transformer.", "text_encoder."))]
+    forms += [
+        form.partition(".")[2]
+        for form in forms
+        if form.startswith(("unet.", "transformer.", "text_encoder."))
+    ]
     forms += [f"unet.{form}" for form in forms] + [f"text_encoder.{form}" for form in forms]
-    forms += [f"unet_{form}" for form in forms] + [f"text_encoder_{form}" for form in forms if not form.startswith("unet")]
+    forms += [f"unet_{form}" for form in forms] + [
+        f"text_encoder_{form}" for form in forms if not form.startswith("unet")
+    ]
     return next((table[form] for form in forms for table in (known, flat) if form in table), None)
 
 

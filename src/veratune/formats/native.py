@@ -44,7 +44,9 @@ VERSION = 1
 SUFFIX = ".safetensors"
 _ENTRY = "veratune"
 _LARGEST = 2**34  # bytes; an adapter with a trained head may be large, one beyond this is a mistake
-_LARGEST_BASIS = 2**31  # values; what a file may make this machine draw before its layers were compared with a model's
+_LARGEST_BASIS = (
+    2**31
+)  # values; what a file may make this machine draw before its layers were compared with a model's
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES = _FLOATS | {
     "F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -64,7 +66,9 @@ def read(path: str | Path) -> Adapter:
     path = Path(path)
     try:
         if path.stat().st_size > _LARGEST:
-            raise AdapterFileError(f"it has {path.stat().st_size:,} bytes; an adapter has at most {_LARGEST:,}")
+            raise AdapterFileError(
+                f"it has {path.stat().st_size:,} bytes; an adapter has at most {_LARGEST:,}"
+            )
         return decode(path.read_bytes())
     except OSError as error:
         raise AdapterFileError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -74,7 +78,9 @@ def read(path: str | Path) -> Adapter:
 
 def encode(adapter: Adapter) -> bytes:
     """An adapter as the bytes of its file."""
-    tensors = {f"d/{k}": v for k, v in adapter.d.items()} | {f"b/{k}": v for k, v in adapter.b.items()}
+    tensors = {f"d/{k}": v for k, v in adapter.d.items()} | {
+        f"b/{k}": v for k, v in adapter.b.items()
+    }
     tensors |= {f"head/{k}": v for k, v in adapter.head.items()}
     tensors = {name: tensors[name].contiguous() for name in sorted(tensors)}
     about = {
@@ -106,7 +112,9 @@ def decode(data: bytes) -> Adapter:
         digest = str(layout.about.get("digest"))
     body = memoryview(data)[start:]
     if layout.digest_of(body) != digest:
-        raise AdapterFileError("its content does not match its digest: it was damaged or tampered with")
+        raise AdapterFileError(
+            "its content does not match its digest: it was damaged or tampered with"
+        )
     adapter = layout.meaning.adapter(layout, body)
     if header and len(header) <= _LARGEST_LAYOUT:
         with _LOCK:
@@ -132,11 +140,15 @@ class _Meaning:
         """The adapter with the tensors of one file."""
         found: dict[str, dict[str, Tensor]] = {"d": {}, "b": {}, "head": {}}
         memory = bytearray(body)  # that the tensors may be written to
-        for (kind, layer), (dtype, shape, first, last) in zip(layout.names, layout.tensors.values(), strict=True):
+        for (kind, layer), (dtype, shape, first, last) in zip(
+            layout.names, layout.tensors.values(), strict=True
+        ):
             if last == first:
                 found[kind][layer] = torch.empty(shape, dtype=dtype)
                 continue
-            flat = torch.frombuffer(memory, dtype=dtype, offset=first, count=(last - first) // dtype.itemsize)
+            flat = torch.frombuffer(
+                memory, dtype=dtype, offset=first, count=(last - first) // dtype.itemsize
+            )
             found[kind][layer] = flat if len(shape) == 1 else flat.view(shape)
         return Adapter(
             self.config, dict(self.shapes), found["d"], found["b"], found["head"], self.base_id, self.probe, copy.deepcopy(self.task),
@@ -149,22 +161,36 @@ class _Layout:
 
     def __init__(self, header: dict[str, Any], size: int) -> None:
         self.about, self.size = _about(header), size
-        self.dtypes = {name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+        self.dtypes = {
+            name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"
+        }
         unknown = sorted(set(self.dtypes.values()) - set(_DTYPES))
         if unknown:
-            raise AdapterFileError(f"it has tensors of dtype {', '.join(unknown)}; {', '.join(_DTYPES)} are known")
+            raise AdapterFileError(
+                f"it has tensors of dtype {', '.join(unknown)}; {', '.join(_DTYPES)} are known"
+            )
         self.tensors = {
             name: (_DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
             for name, entry in sorted(header.items())
             if name != "__metadata__"
         }
-        self.names = [(kind, layer) for kind, _, layer in (name.partition("/") for name in self.tensors)]
-        self._start = hashlib.sha256(_text_of({k: v for k, v in self.about.items() if k != "digest"}))
-        self._labels = [_label(name, dtype, shape) for name, (dtype, shape, _, _) in self.tensors.items()]
+        self.names = [
+            (kind, layer) for kind, _, layer in (name.partition("/") for name in self.tensors)
+        ]
+        self._start = hashlib.sha256(
+            _text_of({k: v for k, v in self.about.items() if k != "digest"})
+        )
+        self._labels = [
+            _label(name, dtype, shape) for name, (dtype, shape, _, _) in self.tensors.items()
+        ]
 
     def digest_of(self, body: memoryview) -> str:
         """The digest of a file with this header."""
-        return _digest(self._start, self._labels, [body[first:last] for _, _, first, last in self.tensors.values()])
+        return _digest(
+            self._start,
+            self._labels,
+            [body[first:last] for _, _, first, last in self.tensors.values()],
+        )
 
     @functools.cached_property
     def meaning(self) -> _Meaning:
@@ -174,15 +200,23 @@ class _Layout:
             shapes = [(int(m), int(n)) for m, n in about["shapes"]]
             base_id, probe = str(about["base"]["id"]), _from_text(about["base"]["probe"])
             fingerprint, task = str(about["basis"]), dict(about["task"])
-            kernels = {layer: tuple(map(int, kernel)) for layer, kernel in about.get("kernels", {}).items()}
+            kernels = {
+                layer: tuple(map(int, kernel)) for layer, kernel in about.get("kernels", {}).items()
+            }
         except VeratuneError as error:
             raise AdapterFileError(f"its configuration is not valid: {error}") from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise AdapterFileError(f"its metadata lacks or garbles an entry ({type(error).__name__}: {error})") from None
+            raise AdapterFileError(
+                f"its metadata lacks or garbles an entry ({type(error).__name__}: {error})"
+            ) from None
         layers: set[str] = set()
-        for (name, (dtype, *_)), (kind, layer) in zip(self.tensors.items(), self.names, strict=True):
+        for (name, (dtype, *_)), (kind, layer) in zip(
+            self.tensors.items(), self.names, strict=True
+        ):
             if kind not in ("d", "b", "head") or not layer:
-                raise AdapterFileError(f"tensor {name!r} is neither d/<layer>, b/<layer> nor head/<name>")
+                raise AdapterFileError(
+                    f"tensor {name!r} is neither d/<layer>, b/<layer> nor head/<name>"
+                )
             if kind != "head" and dtype not in _FLOATS.values():
                 raise AdapterFileError(
                     f"tensor {name!r} is of dtype {self.dtypes[name]}; one of {', '.join(_FLOATS)} is wanted"
@@ -190,17 +224,23 @@ class _Layout:
             if kind != "head":
                 layers.add(layer)
         if len(layers) != len(shapes):
-            raise AdapterFileError(f"it has vectors for {len(layers)} layers and shapes for {len(shapes)}")
+            raise AdapterFileError(
+                f"it has vectors for {len(layers)} layers and shapes for {len(shapes)}"
+            )
         by_layer = dict(zip(sorted(layers), shapes, strict=True))
         for layer, (m, n) in by_layer.items():
             if m < 1 or n < 1 or max(m, n) * config.rank > _LARGEST_BASIS:
-                raise AdapterFileError(f"layer '{layer}' claims the size {n} -> {m} at rank {config.rank}, which no layer has")
+                raise AdapterFileError(
+                    f"layer '{layer}' claims the size {n} -> {m} at rank {config.rank}, which no layer has"
+                )
         for layer, kernel in kernels.items():
             if layer not in by_layer or not 1 <= len(kernel) <= 3 or min(kernel) < 1:
                 raise AdapterFileError(
                     f"it says that layer '{layer}' has a kernel of {list(kernel)}, which no convolution of its layers has"
                 )
-        over = fingerprint if config.basis == "lora" else ""  # compared with the LoRA when the adapter goes into a model
+        over = (
+            fingerprint if config.basis == "lora" else ""
+        )  # compared with the LoRA when the adapter goes into a model
         if not over and basis_of(config, by_layer).fingerprint() != fingerprint:
             raise BasisError(
                 f"the basis drawn here (seed {config.seed}, basis={config.basis!r}) is not the one the adapter was trained "
@@ -217,7 +257,11 @@ _LOCK = threading.Lock()  # held by who changes _LAYOUTS
 def _without_digest(header: bytes) -> tuple[bytes, str]:
     """A header with its digest cut out, and the digest; nothing and "" where it is not found as `encode` writes it."""
     found = _DIGEST.search(header)
-    return (header[: found.start(1)] + header[found.end(1) :], found[1].decode()) if found else (b"", "")
+    return (
+        (header[: found.start(1)] + header[found.end(1) :], found[1].decode())
+        if found
+        else (b"", "")
+    )
 
 
 def _layout(data: bytes) -> _Layout:
@@ -226,7 +270,13 @@ def _layout(data: bytes) -> _Layout:
         safetensors.deserialize(data)
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
-    except (safetensors.SafetensorError, ValueError, KeyError, RecursionError, OverflowError) as error:
+    except (
+        safetensors.SafetensorError,
+        ValueError,
+        KeyError,
+        RecursionError,
+        OverflowError,
+    ) as error:
         raise AdapterFileError(f"not a whole safetensors file ({error}); was it cut off?") from None
     return _Layout(header, len(data) - 8 - size)
 
@@ -234,14 +284,18 @@ def _layout(data: bytes) -> _Layout:
 def _about(header: Any) -> dict[str, Any]:
     text = header.get("__metadata__", {}).get(_ENTRY) if isinstance(header, dict) else None
     if not isinstance(text, str):
-        raise AdapterFileError("a safetensors file, but not a veratune adapter: it has no 'veratune' metadata")
+        raise AdapterFileError(
+            "a safetensors file, but not a veratune adapter: it has no 'veratune' metadata"
+        )
     try:
         about = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"its metadata is not JSON ({error})") from None
     if not isinstance(about, dict) or about.get("version") != VERSION:
         version = about.get("version") if isinstance(about, dict) else None
-        raise AdapterFileError(f"its format version is {version!r}; this veratune reads version {VERSION}")
+        raise AdapterFileError(
+            f"its format version is {version!r}; this veratune reads version {VERSION}"
+        )
     return about
 
 
@@ -275,7 +329,11 @@ def _label(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
 
 
 def _to_text(probe: Tensor | None) -> str:
-    return "" if probe is None else base64.b64encode(probe.view(torch.int16).numpy().astype("<i2").tobytes()).decode()
+    return (
+        ""
+        if probe is None
+        else base64.b64encode(probe.view(torch.int16).numpy().astype("<i2").tobytes()).decode()
+    )
 
 
 def _from_text(text: str) -> Tensor | None:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from veratune.adapter import Adapter, base_id
-from veratune.basis.blocks import dense
 from veratune.config import VeraConfig
 from veratune.errors import AdapterFileError, BaseModelError, UnsupportedError, VeratuneError, near
 from veratune.formats.atomic import new_folder
+from veratune.ops.matrix import dense
 from veratune.targets import PART, layers_of, linear_shape
 
 CONFIG = "adapter_config.json"
@@ -55,18 +55,27 @@ def write_vera(adapter: Adapter, folder: str | Path) -> None:
             "Export it as a LoRA instead"
         )
     if config.sharing != "shared":
-        raise UnsupportedError(f"PEFT's VeRA has one pair (A, B) for all layers; this adapter has sharing={config.sharing!r}")
+        raise UnsupportedError(
+            f"PEFT's VeRA has one pair (A, B) for all layers; this adapter has sharing={config.sharing!r}"
+        )
     ranks = sorted(set(adapter.ranks.values()))
     if len(ranks) > 1:
-        raise UnsupportedError(f"PEFT's VeRA has one rank; this adapter has the ranks {', '.join(map(str, ranks))}")
+        raise UnsupportedError(
+            f"PEFT's VeRA has one rank; this adapter has the ranks {', '.join(map(str, ranks))}"
+        )
     rank = ranks[0]
     max_out, max_in = (max(sizes) for sizes in zip(*adapter.shapes.values(), strict=True))
-    A, B = (dense(matrix) for matrix in adapter.basis.pair("", max_out, max_in, rank, _CPU, torch.float32))
+    A, B = (
+        dense(matrix)
+        for matrix in adapter.basis.pair("", max_out, max_in, rank, _CPU, torch.float32)
+    )
     tensors = {"base_model.vera_A": A, "base_model.vera_B": B}
     for layer, (m, n) in adapter.shapes.items():
         d = adapter.d[layer].float() if layer in adapter.d else torch.ones(rank)
         tensors[f"{_PREFIX}{layer}.vera_lambda_d"] = d * adapter.basis.scale(rank, n)
-        tensors[f"{_PREFIX}{layer}.vera_lambda_b"] = adapter.b[layer].float() if layer in adapter.b else torch.ones(m)
+        tensors[f"{_PREFIX}{layer}.vera_lambda_b"] = (
+            adapter.b[layer].float() if layer in adapter.b else torch.ones(m)
+        )
     settings = {
         "peft_type": "VERA",
         "r": rank,
@@ -91,7 +100,9 @@ def write_lora(adapter: Adapter, folder: str | Path) -> None:
     tensors = {}
     for layer, (m, n) in adapter.shapes.items():
         rank = adapter.ranks[layer]
-        A, B = (dense(matrix) for matrix in adapter.basis.pair(layer, m, n, rank, _CPU, torch.float32))
+        A, B = (
+            dense(matrix) for matrix in adapter.basis.pair(layer, m, n, rank, _CPU, torch.float32)
+        )
         d = adapter.d[layer].float() if layer in adapter.d else torch.ones(rank)
         b = adapter.b[layer].float() if layer in adapter.b else torch.ones(m)
         tensors[f"{_PREFIX}{layer}.lora_A.weight"] = (d * adapter.basis.scale(rank, n))[:, None] * A
@@ -110,7 +121,9 @@ def write_lora(adapter: Adapter, folder: str | Path) -> None:
     _write(adapter, folder, settings, tensors)
 
 
-def _write(adapter: Adapter, folder: str | Path, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _write(
+    adapter: Adapter, folder: str | Path, settings: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
     for name, tensor in adapter.head.items():
         tensors[f"{_PREFIX}{name}"] = tensor
     settings |= {
@@ -121,7 +134,9 @@ def _write(adapter: Adapter, folder: str | Path, settings: dict[str, Any], tenso
         "inference_mode": True,
         "task_type": None,
     }
-    data = safetensors.torch.save({k: v.contiguous().clone() for k, v in tensors.items()}, {"format": "pt"})
+    data = safetensors.torch.save(
+        {k: v.contiguous().clone() for k, v in tensors.items()}, {"format": "pt"}
+    )
     with new_folder(Path(folder)) as path:
         (path / WEIGHTS).write_bytes(data)
         (path / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True))
@@ -134,7 +149,9 @@ def _refuse_parts(adapter: Adapter, what: str) -> None:
                 f"{what} adapts whole layers, and '{layer}' is part of one; train with fused='whole' to export the adapter"
             )
         if layer in adapter.kernels:
-            raise UnsupportedError(f"'{layer}' is a convolution, which is not exported to {what}; merge the adapter instead")
+            raise UnsupportedError(
+                f"'{layer}' is a convolution, which is not exported to {what}; merge the adapter instead"
+            )
 
 
 def _read(folder: Path, model: nn.Module) -> Adapter:
@@ -143,7 +160,9 @@ def _read(folder: Path, model: nn.Module) -> Adapter:
     if kind != "VERA":
         raise AdapterFileError(f"it is a PEFT {kind} checkpoint; only VERA can be read")
     if settings.get("bias", "none") != "none":
-        raise UnsupportedError(f"it was trained with bias={settings['bias']!r}; only the vectors and heads can be taken over")
+        raise UnsupportedError(
+            f"it was trained with bias={settings['bias']!r}; only the vectors and heads can be taken over"
+        )
     A, B = tensors.pop("base_model.vera_A", None), tensors.pop("base_model.vera_B", None)
     d, b, head = {}, {}, {}
     for key in sorted(tensors):  # safetensors hands them out in another order each time
@@ -156,7 +175,11 @@ def _read(folder: Path, model: nn.Module) -> Adapter:
             head[name] = tensor
     if not d:
         raise AdapterFileError(f"{WEIGHTS} holds no vera_lambda_d")
-    heads = tuple(h for h in settings.get("modules_to_save") or () if any(f".{h}." in f".{name}" for name in head))
+    heads = tuple(
+        h
+        for h in settings.get("modules_to_save") or ()
+        if any(f".{h}." in f".{name}" for name in head)
+    )
     try:
         config = VeraConfig(
             rank=settings["r"],
@@ -174,7 +197,14 @@ def _read(folder: Path, model: nn.Module) -> Adapter:
         raise AdapterFileError(f"{CONFIG} has no entry {error}") from None
     except VeratuneError as error:
         raise AdapterFileError(f"{CONFIG}: {error}") from None
-    adapter = Adapter(config, _shapes(d, model), d, b, head, settings.get("base_model_name_or_path") or base_id(model))
+    adapter = Adapter(
+        config,
+        _shapes(d, model),
+        d,
+        b,
+        head,
+        settings.get("base_model_name_or_path") or base_id(model),
+    )
     _check_basis(adapter, A, B)
     return adapter
 
@@ -206,7 +236,11 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 def _targets(settings: dict[str, Any], d: dict[str, Tensor]) -> tuple[str, ...]:
     """PEFT's list of name endings means the same here; its regular expressions do not: those layers are named in full."""
     targets = settings.get("target_modules")
-    if isinstance(targets, list) and not settings.get("exclude_modules") and not settings.get("layers_pattern"):
+    if (
+        isinstance(targets, list)
+        and not settings.get("exclude_modules")
+        and not settings.get("layers_pattern")
+    ):
         return tuple(sorted(targets))
     return tuple(d)
 
@@ -215,7 +249,9 @@ def _shapes(d: dict[str, Tensor], model: nn.Module) -> dict[str, tuple[int, int]
     layers = dict(layers_of(model))
     for layer in d:
         if layer not in layers or isinstance(layers[layer], nn.MultiheadAttention):
-            raise BaseModelError(f"it adapts '{layer}', which {type(model).__name__} does not have{near(layer, layers)}")
+            raise BaseModelError(
+                f"it adapts '{layer}', which {type(model).__name__} does not have{near(layer, layers)}"
+            )
     return {layer: linear_shape(layers[layer]) for layer in d}
 
 
@@ -230,7 +266,10 @@ def _check_basis(adapter: Adapter, A: Tensor | None, B: Tensor | None) -> None:
             f"its vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} do not fit the layers, which want {(rank, max_in)} and "
             f"{(max_out, rank)}. PEFT lets a second adapter share the first one's matrices; train it alone to move it"
         )
-    drawn = [dense(matrix) for matrix in adapter.basis.pair("", max_out, max_in, rank, _CPU, torch.float32)]
+    drawn = [
+        dense(matrix)
+        for matrix in adapter.basis.pair("", max_out, max_in, rank, _CPU, torch.float32)
+    ]
     if not (torch.equal(A, drawn[0].to(A.dtype)) and torch.equal(B, drawn[1].to(B.dtype))):
         raise AdapterFileError(
             f"its vera_A and vera_B are not what seed {adapter.config.seed} draws, so they came from elsewhere (another "

@@ -34,9 +34,15 @@ class VeraMultiheadAttention(VeraWeightLayer):
             narrow = self.weight_of("out_proj.weight").dtype
             wide = torch.promote_types(narrow, torch.float32)
             changed = self.cached_weights(adapter) or self.weights_with(adapter)
-            weights = {name: changed[name] if name in changed else p.to(wide) for name, p in self.base.named_parameters()}
+            weights = {
+                name: changed[name] if name in changed else p.to(wide)
+                for name, p in self.base.named_parameters()
+            }
             out = torch.func.functional_call(
-                self.base, weights, tuple(_cast(a, wide) for a in args), {k: _cast(v, wide) for k, v in kwargs.items()}
+                self.base,
+                weights,
+                tuple(_cast(a, wide) for a in args),
+                {k: _cast(v, wide) for k, v in kwargs.items()},
             )
             return tuple(_cast(t, narrow) for t in out)
 
@@ -47,7 +53,11 @@ class VeraMultiheadAttention(VeraWeightLayer):
 
         A mask of (L, S) holds for every row; one of (N * heads, L, S) is split with the rows.
         """
-        named = inspect.signature(nn.MultiheadAttention.forward).bind(self.base, *args, **kwargs).arguments
+        named = (
+            inspect.signature(nn.MultiheadAttention.forward)
+            .bind(self.base, *args, **kwargs)
+            .arguments
+        )
         named.pop("self")
         mask = named.pop("attn_mask", None)
         by_row = isinstance(mask, Tensor) and mask.dim() == 3

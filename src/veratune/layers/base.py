@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veratune.basis.basis import Basis
-from veratune.basis.blocks import Matrix
 from veratune.config import VeraConfig
 from veratune.errors import AdapterError, ShapeError, UnsupportedError
-from veratune.functional import carries, delta_weight, vera_linear
 from veratune.layers.cached import WEIGHTS
 from veratune.layers.quantized import is_dense
+from veratune.ops.functional import carries, delta_weight, vera_linear
+from veratune.ops.matrix import Matrix
 
 _BASE = "base."
 _OWN = ("base.", "vera.")
@@ -113,12 +113,27 @@ class VeraVectors(nn.Module):
     d: nn.Parameter | None
     b: nn.Parameter | None
 
-    def __init__(self, layer: str, part: Part, rank: int, basis: Basis, config: VeraConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        layer: str,
+        part: Part,
+        rank: int,
+        basis: Basis,
+        config: VeraConfig,
+        device: torch.device,
+    ) -> None:
         super().__init__()
         self.layer, self.part, self.rank, self.basis, self.config = layer, part, rank, basis, config
         dtype = getattr(torch, config.dtype)
-        for name, size, value, absent in (("d", rank, config.start_d, "b"), ("b", part.out_features, config.start_b, "d")):
-            vector = None if config.vectors == absent else nn.Parameter(torch.full((size,), value, dtype=dtype, device=device))
+        for name, size, value, absent in (
+            ("d", rank, config.start_d, "b"),
+            ("b", part.out_features, config.start_b, "d"),
+        ):
+            vector = (
+                None
+                if config.vectors == absent
+                else nn.Parameter(torch.full((size,), value, dtype=dtype, device=device))
+            )
             self.register_parameter(name, vector)
 
     @property
@@ -128,17 +143,30 @@ class VeraVectors(nn.Module):
     def pair(self, device: torch.device, dtype: torch.dtype) -> tuple[Matrix, Matrix]:
         """(A, B) at this layer's size."""
         part = self.part
-        return self.basis.pair(self.layer, part.out_features, part.in_features, self.rank, device, dtype)
+        return self.basis.pair(
+            self.layer, part.out_features, part.in_features, self.rank, device, dtype
+        )
 
     def drop(self, x: Tensor) -> Tensor:
         """x with this adapter's dropout."""
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
 
-    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
         """The adapter's share of the output, scale * b * (B (d * (A x))); with W x + bias where a weight is given."""
         A, B = self.pair(x.device, product_dtype(x))
         return vera_linear(
-            self.drop(x), A, B, self.d, self.b, self.scale, weight=weight, bias=bias, plan=self.config.plan, reader=id(self)
+            self.drop(x),
+            A,
+            B,
+            self.d,
+            self.b,
+            self.scale,
+            weight=weight,
+            bias=bias,
+            plan=self.config.plan,
+            reader=id(self),
         )
 
     def delta_weight(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -245,7 +273,9 @@ class VeraWeightLayer(VeraLayer):
         out: dict[str, Tensor] = {}
         for vectors in self.vectors(adapter):
             weight = self.weight_of(vectors.part.parameter)
-            delta = vectors.delta_weight(weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
+            delta = vectors.delta_weight(
+                weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32
+            )
             if vectors.part.name:
                 rows = self.rows_of(weight)
                 delta = F.pad(delta, (0, 0, vectors.part.start, rows - vectors.part.stop))
@@ -257,7 +287,8 @@ class VeraWeightLayer(VeraLayer):
     def weights_with(self, adapter: str) -> dict[str, Tensor]:
         """W + ΔW for each weight that the adapter changes, in the layout of the weight and at least fp32."""
         return {
-            parameter: self.weight_of(parameter).to(delta.dtype) + delta for parameter, delta in self.deltas(adapter).items()
+            parameter: self.weight_of(parameter).to(delta.dtype) + delta
+            for parameter, delta in self.deltas(adapter).items()
         }
 
     def cached_weights(self, adapter: str) -> dict[str, Tensor] | None:
@@ -270,9 +301,16 @@ class VeraWeightLayer(VeraLayer):
             return None
         for vectors in self.vectors(adapter):
             weight = self.weight_of(vectors.part.parameter)
-            if vectors.config.plan != "auto" or not is_dense(weight) or not carries(weight.dtype) or weight.is_inference():
+            if (
+                vectors.config.plan != "auto"
+                or not is_dense(weight)
+                or not carries(weight.dtype)
+                or weight.is_inference()
+            ):
                 return None
-            if torch.is_grad_enabled() and (weight.requires_grad or any(p.requires_grad for p in vectors.parameters())):
+            if torch.is_grad_enabled() and (
+                weight.requires_grad or any(p.requires_grad for p in vectors.parameters())
+            ):
                 return None
         return WEIGHTS.get(self, adapter)
 
@@ -304,7 +342,13 @@ class VeraWeightLayer(VeraLayer):
             weight.data.copy_(before.to(delta.dtype) + delta)
             lost = (weight.data.to(delta.dtype) - before.to(delta.dtype) - delta).norm()
             norm = delta.norm()
-            report.append(Rounding(f"{self.name}.{parameter}", norm.item(), (lost / norm).item() if norm > 0 else 0.0))
+            report.append(
+                Rounding(
+                    f"{self.name}.{parameter}",
+                    norm.item(),
+                    (lost / norm).item() if norm > 0 else 0.0,
+                )
+            )
         self.merged = adapter
         return report
 
@@ -334,7 +378,9 @@ class VeraHead(VeraLayer):
         return self.vera[adapter] if adapter is not None and adapter in self.vera else self.base
 
 
-def by_adapter(layer: VeraLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], module_of: Any) -> Any:
+def by_adapter(
+    layer: VeraLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], module_of: Any
+) -> Any:
     """Run a mixed batch in one call for each adapter and put the rows back in their order.
 
     args, kwargs: of the layer; tensors whose dimension 0 is the batch are split, all else is passed on.
@@ -343,7 +389,9 @@ def by_adapter(layer: VeraLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any
     assert layer.rows is not None
     first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
     if first is None:
-        raise AdapterError(f"layer '{layer.name}' was called without a tensor; rows() cannot tell its batch")
+        raise AdapterError(
+            f"layer '{layer.name}' was called without a tensor; rows() cannot tell its batch"
+        )
     batch = first.shape[0]
     positions: dict[str | None, list[int]] = {}
     positions.update(layer.rows.positions(batch, layer.name))
@@ -374,7 +422,9 @@ def by_adapter(layer: VeraLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 def is_plain(base: nn.Module) -> bool:
     """Whether nothing hooks into a layer's forward, so that its weight may be read in place of a call."""
-    return "forward" not in base.__dict__ and not any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks))
+    return "forward" not in base.__dict__ and not any(
+        (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks)
+    )
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -29,7 +29,9 @@ class _Entry:
         return sum(w.numel() * w.element_size() for w in self.weights.values())
 
     def is_of(self, vectors: list[Tensor], bases: tuple[Any, ...]) -> bool:
-        return self.bases == bases and all(torch.equal(a, b) for a, b in zip(self.vectors, vectors, strict=True))
+        return self.bases == bases and all(
+            torch.equal(a, b) for a, b in zip(self.vectors, vectors, strict=True)
+        )
 
 
 class CachedWeights:
@@ -49,8 +51,13 @@ class CachedWeights:
         """The weights of a VeraWeightLayer with the adapter in them, by parameter; None where there is no room."""
         key = (id(layer), adapter)
         vectors = [p for own in layer.vectors(adapter) for p in own.parameters()]
-        parameters = {own.part.parameter: layer.weight_of(own.part.parameter) for own in layer.vectors(adapter)}
-        bases = tuple((w.data_ptr(), w._version, w.dtype, w.device, w.shape) for w in parameters.values())
+        parameters = {
+            own.part.parameter: layer.weight_of(own.part.parameter)
+            for own in layer.vectors(adapter)
+        }
+        bases = tuple(
+            (w.data_ptr(), w._version, w.dtype, w.device, w.shape) for w in parameters.values()
+        )
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None and entry.is_of(vectors, bases):

@@ -12,13 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veratune.basis.blocks import dense
 from veratune.config import VeraConfig
 from veratune.errors import UnsupportedError
-from veratune.functional import carries, plan_of, vera_conv
-from veratune.layers.base import Part, VeraVectors, VeraWeightLayer, by_adapter, is_plain, product_dtype
+from veratune.layers.base import (
+    Part,
+    VeraVectors,
+    VeraWeightLayer,
+    by_adapter,
+    is_plain,
+    product_dtype,
+)
+from veratune.ops.functional import carries, plan_of, vera_conv
+from veratune.ops.matrix import dense
 
-_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_KINDS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 _FORWARDS = tuple(kind.forward for kind in _KINDS)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
@@ -40,7 +54,14 @@ def conv_part(module: Any, layout: str) -> Part:
             f"{' x '.join(map(str, kernel))}; use conv_layout='matrix' or exclude it"
         )
     side = kernel[0]
-    return Part("", "weight", 0, module.out_channels // module.groups * side, module.in_channels * side, kernel)
+    return Part(
+        "",
+        "weight",
+        0,
+        module.out_channels // module.groups * side,
+        module.in_channels * side,
+        kernel,
+    )
 
 
 def check_conv(module: nn.Module, path: str, config: VeraConfig) -> None:
@@ -52,7 +73,9 @@ def check_conv(module: nn.Module, path: str, config: VeraConfig) -> None:
         return
     what = f"layer '{path}' is a {type(module).__name__}, a convolution with a forward of its own, which is called with W + ΔW"
     if config.plan not in ("auto", "merged"):
-        raise UnsupportedError(f"{what}; plan={config.plan!r} computes beside it: use plan='auto' or exclude the layer")
+        raise UnsupportedError(
+            f"{what}; plan={config.plan!r} computes beside it: use plan='auto' or exclude the layer"
+        )
     if config.dropout:
         raise UnsupportedError(
             f"{what}; dropout={config.dropout} needs an input of the adapter alone: set it to 0 or exclude the layer"
@@ -76,7 +99,9 @@ class VeraConv(VeraWeightLayer):
         if not base.transposed:
             return delta.view(weight.shape)
         groups = base.groups
-        grid = delta.view(groups, base.out_channels // groups, base.in_channels // groups, *base.kernel_size)
+        grid = delta.view(
+            groups, base.out_channels // groups, base.in_channels // groups, *base.kernel_size
+        )
         return grid.transpose(1, 2).reshape(weight.shape)
 
     def _with(self, adapter: str | None) -> Any:
@@ -97,17 +122,25 @@ class VeraConv(VeraWeightLayer):
 
         def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             weight = base.weight
-            whole = is_plain(base) and weight.dtype == x.dtype == product_dtype(x) and carries(weight.dtype)
+            whole = (
+                is_plain(base)
+                and weight.dtype == x.dtype == product_dtype(x)
+                and carries(weight.dtype)
+            )
             kept = self.cached_weights(adapter) if whole else None
             if kept is not None:
                 return self._convolve(x, kept["weight"], base.bias, *args, **kwargs)
             plan = self._plan(x, vectors, whole and not (vectors.config.dropout and self.training))
             if plan == "merged":
-                return self._convolve(x, self.weights_with(adapter)["weight"], base.bias, *args, **kwargs)
+                return self._convolve(
+                    x, self.weights_with(adapter)["weight"], base.bias, *args, **kwargs
+                )
             y = base(x, *args, **kwargs)
             dropped = vectors.drop(x).to(product_dtype(x))
             if plan == "dense":
-                return y + self._convolve(dropped, self.deltas(adapter)["weight"].to(dropped.dtype), None, *args, **kwargs)
+                return y + self._convolve(
+                    dropped, self.deltas(adapter)["weight"].to(dropped.dtype), None, *args, **kwargs
+                )
             return y + self._factored(dropped, vectors, *args, **kwargs)
 
         return call_with_weight if _own_forward(base) else call
@@ -133,17 +166,31 @@ class VeraConv(VeraWeightLayer):
             return beside
         places = x.numel() // base.in_channels // (1 if base.transposed else math.prod(base.stride))
         pair = vectors.pair(x.device, product_dtype(x))
-        chosen = plan_of(x, *pair, (vectors.d, vectors.b), "auto", in_weight=in_weight, own_weight=False, T=max(1, places))
+        chosen = plan_of(
+            x,
+            *pair,
+            (vectors.d, vectors.b),
+            "auto",
+            in_weight=in_weight,
+            own_weight=False,
+            T=max(1, places),
+        )
         return "factored" if chosen.plan == "factored" else beside
 
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
+    def _convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None
+    ) -> Tensor:
         """The base layer's convolution with another weight and bias, without the hooks of a call."""
         base: Any = self.base
         if not base.transposed:
             return base._conv_forward(x, weight, bias)
         kernel = base.kernel_size
-        over = base._output_padding(x, output_size, base.stride, base.padding, kernel, len(kernel), base.dilation)
-        return _TRANSPOSED[len(kernel) - 1](x, weight, bias, base.stride, base.padding, over, base.groups, base.dilation)
+        over = base._output_padding(
+            x, output_size, base.stride, base.padding, kernel, len(kernel), base.dilation
+        )
+        return _TRANSPOSED[len(kernel) - 1](
+            x, weight, bias, base.stride, base.padding, over, base.groups, base.dilation
+        )
 
     def _factored(self, x: Tensor, vectors: VeraVectors, *args: Any, **kwargs: Any) -> Tensor:
         base: Any = self.base

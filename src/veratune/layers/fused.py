@@ -22,7 +22,9 @@ FUSED: dict[str, tuple[str, ...]] = {
 }
 
 
-def fused_parts(name: str, parent: nn.Module | None, rows: int, columns: int) -> tuple[Part, ...] | None:
+def fused_parts(
+    name: str, parent: nn.Module | None, rows: int, columns: int
+) -> tuple[Part, ...] | None:
     """The parts of a linear layer, or None if it is not a fused projection that is known here.
 
     name: the layer's path; parent: the module that holds it, asked for its head counts where k and v are
@@ -38,17 +40,24 @@ def fused_parts(name: str, parent: nn.Module | None, rows: int, columns: int) ->
     if sizes is None:
         return None
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return tuple(Part(n, "weight", start, start + size, columns) for n, start, size in zip(names, starts, sizes, strict=True))
+    return tuple(
+        Part(n, "weight", start, start + size, columns)
+        for n, start, size in zip(names, starts, sizes, strict=True)
+    )
 
 
 def attention_parts(module: nn.MultiheadAttention) -> tuple[Part, ...]:
     """The projections of torch's attention block: q, k, v, in one weight or in three, and out_proj."""
     width = module.embed_dim
     if module.in_proj_weight is not None:
-        parts = [Part(n, "in_proj_weight", i * width, (i + 1) * width, width) for i, n in enumerate(QKV)]
+        parts = [
+            Part(n, "in_proj_weight", i * width, (i + 1) * width, width) for i, n in enumerate(QKV)
+        ]
     else:
         sizes = (width, module.kdim, module.vdim)
-        parts = [Part(n, f"{n}_proj_weight", 0, width, size) for n, size in zip(QKV, sizes, strict=True)]
+        parts = [
+            Part(n, f"{n}_proj_weight", 0, width, size) for n, size in zip(QKV, sizes, strict=True)
+        ]
     return (*parts, Part("out_proj", "out_proj.weight", 0, width, width))
 
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veratune.errors import UnsupportedError
-from veratune.functional import carries, vera_rows
 from veratune.layers.base import Part, Rows, VeraVectors, VeraWeightLayer, is_plain, product_dtype
 from veratune.layers.quantized import is_dense
+from veratune.ops.functional import carries, vera_rows
 
 
 class VeraLinear(VeraWeightLayer):
@@ -67,7 +67,11 @@ class VeraLinear(VeraWeightLayer):
             return f"it is {weight.dtype} and the product {product_dtype(x)}"
         if vectors.config.plan in ("projected", "merged") and not carries(weight.dtype):
             return f"{weight.dtype} would round a small ΔW away"
-        return "the adapter's input is dropped out" if vectors.config.dropout and self.training else None
+        return (
+            "the adapter's input is dropped out"
+            if vectors.config.dropout and self.training
+            else None
+        )
 
     def _together(self, x: Tensor, adapter: str, vectors: Sequence[VeraVectors]) -> Tensor:
         """W x and the adapter's share in one go."""
@@ -103,7 +107,14 @@ class VeraLinear(VeraWeightLayer):
         for name, found in rows.positions(x.shape[0], self.name).items():
             for vectors in self.vectors(name):
                 config = vectors.config
-                alike = (vectors.part, id(vectors.basis), vectors.rank, config.dropout, config.vectors, config.dtype)
+                alike = (
+                    vectors.part,
+                    id(vectors.basis),
+                    vectors.rank,
+                    config.dropout,
+                    config.vectors,
+                    config.dtype,
+                )
                 groups.setdefault(alike, []).append((vectors, found))
         for group in groups.values():
             index = torch.tensor([i for _, found in group for i in found], device=x.device)
@@ -118,7 +129,9 @@ def _group(x: Tensor, group: list[tuple[VeraVectors, list[int]]]) -> Tensor:
     first = group[0][0]
     index = torch.tensor([k for k, (_, found) in enumerate(group) for _ in found], device=x.device)
     d, b = (
-        None if getattr(first, name) is None else torch.stack([getattr(vectors, name) for vectors, _ in group])
+        None
+        if getattr(first, name) is None
+        else torch.stack([getattr(vectors, name) for vectors, _ in group])
         for name in ("d", "b")
     )
     A, B = first.pair(x.device, product_dtype(x))

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 def is_dense(weight: Tensor) -> bool:
     """Whether a stored weight is the plain matrix W itself: floating point, not packed, not sharded."""
-    return weight.is_floating_point() and type(weight.data) is Tensor and type(weight) in (nn.Parameter, Tensor)
+    return (
+        weight.is_floating_point()
+        and type(weight.data) is Tensor
+        and type(weight) in (nn.Parameter, Tensor)
+    )
 
 
 def dense_weight(module: nn.Module, parameter: str = "weight") -> Tensor | None:
@@ -25,6 +29,10 @@ def dense_weight(module: nn.Module, parameter: str = "weight") -> Tensor | None:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(weight.data, weight.quant_state)
-    if kind == "Linear8bitLt" and weight.dtype == torch.int8 and getattr(weight, "SCB", None) is not None:
+    if (
+        kind == "Linear8bitLt"
+        and weight.dtype == torch.int8
+        and getattr(weight, "SCB", None) is not None
+    ):
         return weight.data.float() * (weight.SCB.float()[:, None] / 127)
     return None

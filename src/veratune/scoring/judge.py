@@ -37,7 +37,12 @@ class Judge:
         A reply without one is asked for again. Raises JudgeError when none of three has one, when the judge cannot be
         reached, or when there is no URL and the reply is not in the cache.
         """
-        body = {"model": self.model, "messages": list(messages), "temperature": 0.0, "max_tokens": 2048}
+        body = {
+            "model": self.model,
+            "messages": list(messages),
+            "temperature": 0.0,
+            "max_tokens": 2048,
+        }
         name = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         known = self._known().get(name)
         if known is not None:
@@ -49,7 +54,9 @@ class Judge:
             if found and 1 <= float(found[-1]) <= 10:
                 self.cache.parent.mkdir(parents=True, exist_ok=True)
                 with self.cache.open("a") as file:
-                    file.write(json.dumps({"request": name, "model": self.model, "reply": reply}) + "\n")
+                    file.write(
+                        json.dumps({"request": name, "model": self.model, "reply": reply}) + "\n"
+                    )
                 return float(found[-1])
         shown = " ".join(reply.split())[:120]
         raise JudgeError(
@@ -66,12 +73,16 @@ class Judge:
                 line = json.loads(text)
                 known[line["request"]] = line["reply"]
             except (ValueError, KeyError, TypeError):
-                raise DataError(f"{self.cache}: line {number + 1} is no reply of a judge; remove it") from None
+                raise DataError(
+                    f"{self.cache}: line {number + 1} is no reply of a judge; remove it"
+                ) from None
         return known
 
     def _ask(self, body: Mapping[str, Any]) -> str:
         if self.url is None:
-            raise JudgeError(f"a rating is not in {self.cache}, and no judge to ask was given; give --judge_url")
+            raise JudgeError(
+                f"a rating is not in {self.cache}, and no judge to ask was given; give --judge_url"
+            )
         if self.key not in os.environ:
             raise ConfigError(
                 f"no key for the judge: set the environment variable {self.key}, or name another with --judge_key"
@@ -79,11 +90,15 @@ class Judge:
         import openai
 
         try:
-            with openai.OpenAI(base_url=self.url, api_key=os.environ[self.key], timeout=120, max_retries=4) as client:
+            with openai.OpenAI(
+                base_url=self.url, api_key=os.environ[self.key], timeout=120, max_retries=4
+            ) as client:
                 reply = client.chat.completions.create(**body)
             return reply.choices[0].message.content or ""
         except openai.OpenAIError as error:
-            raise JudgeError(f"{self.url}: the judge could not be asked: {' '.join(str(error).split())[:200]}") from error
+            raise JudgeError(
+                f"{self.url}: the judge could not be asked: {' '.join(str(error).split())[:200]}"
+            ) from error
         except (AttributeError, IndexError, TypeError) as error:
             raise JudgeError(f"{self.url}: the reply is no chat completion: {error}") from error
 
@@ -107,14 +122,19 @@ def read_questions(folder: Path, name: str) -> Questions:
     def lines(file: str) -> list[dict[str, Any]]:
         path = folder / file
         if not path.is_file():
-            raise DataError(f"{path}: no such file; FastChat's data of {name} are wanted (docs/data.md)")
+            raise DataError(
+                f"{path}: no such file; FastChat's data of {name} are wanted (docs/data.md)"
+            )
         return [json.loads(text) for text in path.read_text("utf-8").splitlines() if text]
 
     rows = lines(f"{name}_questions.jsonl")
     return Questions(
         {row["question_id"]: row["turns"] for row in rows},
         {row["question_id"]: row["category"] for row in rows},
-        {row["question_id"]: row["choices"][0]["turns"] for row in lines(f"{name}_reference_gpt4.jsonl")},
+        {
+            row["question_id"]: row["choices"][0]["turns"]
+            for row in lines(f"{name}_reference_gpt4.jsonl")
+        },
         {row["name"]: row for row in lines("judge_prompts.jsonl")},
     )
 
@@ -129,7 +149,9 @@ def read_answers(path: Path) -> dict[int, list[str]]:
             line = json.loads(text)
             found[int(line["question_id"])] = [str(turn) for turn in line["turns"]]
         except (ValueError, KeyError, TypeError):
-            raise DataError(f'{path}: line {number + 1} is not {{"question_id": 81, "turns": ["...", "..."]}}') from None
+            raise DataError(
+                f'{path}: line {number + 1} is not {{"question_id": 81, "turns": ["...", "..."]}}'
+            ) from None
     return found
 
 
@@ -146,12 +168,18 @@ def mean_rating(
 
     Source: Zheng et al., "Judging LLM-as-a-judge with MT-bench and chatbot arena", 2023, single answer grading.
     """
-    missing = [str(number) for number, turns in questions.turns.items() if len(answers.get(number, ())) < len(turns)]
+    missing = [
+        str(number)
+        for number, turns in questions.turns.items()
+        if len(answers.get(number, ())) < len(turns)
+    ]
     if missing:
         raise DataError(
             f"no answer to question {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; every turn wants one"
         )
-    asked = [(number, turn) for number, turns in questions.turns.items() for turn in range(len(turns))]
+    asked = [
+        (number, turn) for number, turns in questions.turns.items() for turn in range(len(turns))
+    ]
     ratings = []
     for done, (number, turn) in enumerate(asked):
         ratings.append(judge.rate(prompt(questions, number, answers[number], turn)))
@@ -159,16 +187,27 @@ def mean_rating(
     return statistics.mean(ratings)
 
 
-def prompt(questions: Questions, number: int, answers: Sequence[str], turn: int) -> list[dict[str, str]]:
+def prompt(
+    questions: Questions, number: int, answers: Sequence[str], turn: int
+) -> list[dict[str, str]]:
     """What the judge is asked about one turn of one question: of the second turn, the whole conversation is shown."""
     compared = questions.categories[number] in WITH_REFERENCE and number in questions.references
-    form = questions.prompts[f"single-{'math-' if compared else ''}v1{'-multi-turn' if turn else ''}"]
+    form = questions.prompts[
+        f"single-{'math-' if compared else ''}v1{'-multi-turn' if turn else ''}"
+    ]
     asked = questions.turns[number]
     values = {"question": asked[0], "answer": answers[0]}
     if turn:
-        values = {"question_1": asked[0], "question_2": asked[1], "answer_1": answers[0], "answer_2": answers[1]}
+        values = {
+            "question_1": asked[0],
+            "question_2": asked[1],
+            "answer_1": answers[0],
+            "answer_2": answers[1],
+        }
     if compared:
-        values |= {f"ref_answer_{i + 1}": text for i, text in enumerate(questions.references[number])}
+        values |= {
+            f"ref_answer_{i + 1}": text for i, text in enumerate(questions.references[number])
+        }
     return [
         {"role": "system", "content": form["system_prompt"]},
         {"role": "user", "content": form["prompt_template"].format(**values)},

@@ -43,13 +43,16 @@ def nlg_scores(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> N
         )
     for number, group in enumerate(references):
         if not any(text.strip() for text in group):
-            raise DataError(f"group {number} of the references is empty; at least one text is wanted")
+            raise DataError(
+                f"group {number} of the references is empty; at least one text is wanted"
+            )
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
     most = max(map(len, references))
     streams = [[group[i] if i < len(group) else None for group in references] for i in range(most)]
-    bleu = BLEU(lowercase=True, tokenize="13a", smooth_method="none").corpus_score(list(outputs), streams).score  # type: ignore[arg-type]
+    metric = BLEU(lowercase=True, tokenize="13a", smooth_method="none")
+    bleu = metric.corpus_score(list(outputs), streams).score  # type: ignore[arg-type]
     cut = Tokenizer13a()
     tokens = [cut(text.lower()).split() for text in outputs]
     score = nist(tokens, [[cut(text.lower()).split() for text in group] for group in references])
@@ -58,7 +61,9 @@ def nlg_scores(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> N
     return NlgScores(bleu, score, *_coco(outputs, references))
 
 
-def nist(outputs: Sequence[Tokens], references: Sequence[Sequence[Tokens]], order: int = 5) -> float:
+def nist(
+    outputs: Sequence[Tokens], references: Sequence[Sequence[Tokens]], order: int = 5
+) -> float:
     """penalty * sum over n of (sum of info(w1 ... wn) over matches / n-grams in the outputs).
 
     info(w1 ... wn) = log2(count(w1 ... wn-1) / count(w1 ... wn)), counted in all references; an n-gram matches at most as often as in
@@ -110,7 +115,9 @@ def _grams(text: Tokens, n: int) -> Iterator[tuple[str, ...]]:
     return (tuple(text[i : i + n]) for i in range(len(text) - n + 1))
 
 
-def _coco(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, float, float]:
+def _coco(
+    outputs: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[float, float, float]:
     """METEOR and ROUGE-L in %, and CIDEr."""
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
@@ -120,7 +127,10 @@ def _coco(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[
     def captions(groups: Sequence[Sequence[str]]) -> dict[int, list[str]]:
         # A line that is empty would move all lines behind it.
         return PTBTokenizer().tokenize(
-            {i: [{"caption": text.strip() or "."} for text in group] for i, group in enumerate(groups)}
+            {
+                i: [{"caption": text.strip() or "."} for text in group]
+                for i, group in enumerate(groups)
+            }
         )
 
     with _quiet_java():

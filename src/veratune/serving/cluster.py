@@ -20,14 +20,25 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError
 
-from veratune.serving.http import BodyLimits
+from veratune.serving.engine.loop import apart
+from veratune.serving.http.app import BodyLimits
+from veratune.serving.http.routes.base import ApiError
 from veratune.serving.keys import Keys
-from veratune.serving.loop import apart
-from veratune.serving.routes.base import ApiError
 from veratune.serving.service import Service
 
 log = logging.getLogger(__name__)
-_SCOPE = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "client", "server")
+_SCOPE = (
+    "type",
+    "http_version",
+    "method",
+    "scheme",
+    "path",
+    "raw_path",
+    "query_string",
+    "headers",
+    "client",
+    "server",
+)
 Message = dict[str, Any]
 
 
@@ -114,18 +125,33 @@ class Front:
                 begun = True
                 await send(message)
         except BackPressureError:
-            busy = ApiError(429, "too many requests are waiting; try again later", "rate_limit_error", "rate_limit_exceeded")
+            busy = ApiError(
+                429,
+                "too many requests are waiting; try again later",
+                "rate_limit_error",
+                "rate_limit_exceeded",
+            )
             await busy.response()(scope, receive, send)
         except (RayError, asyncio.CancelledError) as error:
             if left.done():
                 return  # nobody waits for it
             log.error("a replica failed: %s", error)
-            died = ApiError(503, "the replica that was answering went away; send the request again", "server_error")
+            died = ApiError(
+                503,
+                "the replica that was answering went away; send the request again",
+                "server_error",
+            )
             if not begun:
                 await died.response()(scope, receive, send)
                 return
             told = {"error": {"message": str(died), "type": died.kind, "param": None, "code": None}}
-            await send({"type": "http.response.body", "body": f"data: {json.dumps(told)}\n\n".encode(), "more_body": False})
+            await send(
+                {
+                    "type": "http.response.body",
+                    "body": f"data: {json.dumps(told)}\n\n".encode(),
+                    "more_body": False,
+                }
+            )
         finally:
             left.cancel()
 
@@ -137,9 +163,19 @@ class Front:
             model = json.loads(body).get("model")
         except (ValueError, AttributeError, RecursionError):
             return ""
-        key = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1").partition(" ")[2].strip()
+        key = (
+            dict(scope["headers"])
+            .get(b"authorization", b"")
+            .decode("latin-1")
+            .partition(" ")[2]
+            .strip()
+        )
         caller = self.keys.caller(key or None)
-        return f"{caller.tenant}/{model}" if caller is not None and isinstance(model, str) and len(model) < 300 else ""
+        return (
+            f"{caller.tenant}/{model}"
+            if caller is not None and isinstance(model, str) and len(model) < 300
+            else ""
+        )
 
 
 async def _gone(receive: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from veratune.errors import ConfigError, StoreError
 from veratune.formats.atomic import write_atomic
-from veratune.serving.store import check_name
+from veratune.serving.store.store import check_name
 
 log = logging.getLogger(__name__)
 PREFIX = "vt-"
@@ -60,7 +60,9 @@ class Keys:
             self._seen = state
             try:
                 self._known = self._load(self.path)
-            except ConfigError as error:  # half an edit of somebody's: the keys that were there go on
+            except (
+                ConfigError
+            ) as error:  # half an edit of somebody's: the keys that were there go on
                 log.error("%s", error)
         asked = _hash(key or "")
         found = None
@@ -83,7 +85,11 @@ class Keys:
 
     def revoke(self, key: str) -> Caller:
         """Strike out a key: itself, or the beginning of its hash, at least 8 digits. Returns whose it was. Raises ConfigError for none or several."""
-        found = [known for known in self._known if known == _hash(key) or (len(key) >= 8 and known.startswith(key))]
+        found = [
+            known
+            for known in self._known
+            if known == _hash(key) or (len(key) >= 8 and known.startswith(key))
+        ]
         if len(found) != 1:
             raise ConfigError(
                 f"{len(found)} keys of {self.path} are meant by that; a whole key is wanted, or 8 digits and more of its hash"
@@ -103,7 +109,10 @@ class Keys:
         if not path.is_file():
             return {}
         try:
-            found = {str(line["sha256"]): Caller(tuple(line["tenants"])) for line in json.loads(path.read_text())}
+            found = {
+                str(line["sha256"]): Caller(tuple(line["tenants"]))
+                for line in json.loads(path.read_text())
+            }
             for caller in found.values():
                 for tenant in caller.tenants:
                     check_name("tenant", tenant)

@@ -5,13 +5,20 @@ import dataclasses
 from typing import Any
 
 from veratune.adapter import Adapter, base_id
-from veratune.errors import BadNameError, BaseModelError, ConfigError, UnknownAdapterError, UnsupportedError, VeratuneError
+from veratune.errors import (
+    BadNameError,
+    BaseModelError,
+    ConfigError,
+    UnknownAdapterError,
+    UnsupportedError,
+    VeratuneError,
+)
 from veratune.formats import native
-from veratune.serving.encoder import Encoder
-from veratune.serving.engine import Engine
+from veratune.serving.engine.encoder import Encoder
+from veratune.serving.engine.engine import Engine
+from veratune.serving.engine.loop import Loop
 from veratune.serving.keys import Caller
-from veratune.serving.loop import Loop
-from veratune.serving.store import Entry, Store, Version
+from veratune.serving.store.store import Entry, Store, Version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +54,9 @@ class Service:
             if loop is not None:
                 own = wanted or base_id(loop.model)
                 if own in self.loops:
-                    raise ConfigError(f"both base models are called {own!r}; give one of them another name")
+                    raise ConfigError(
+                        f"both base models are called {own!r}; give one of them another name"
+                    )
                 self.loops[own] = loop
         if not self.loops:
             raise ConfigError("there is nothing to serve: give a causal model, an encoder, or both")
@@ -55,13 +64,17 @@ class Service:
     def generating(self) -> Engine:
         """The engine of the causal model. Raises UnsupportedError without one."""
         if self.engine is None:
-            raise UnsupportedError("this server has no causal model: it gives embeddings and classes (start it with --model)")
+            raise UnsupportedError(
+                "this server has no causal model: it gives embeddings and classes (start it with --model)"
+            )
         return self.engine
 
     def encoding(self) -> Encoder:
         """The encoder. Raises UnsupportedError without one."""
         if self.encoder is None:
-            raise UnsupportedError("this server has no encoder: it gives no embeddings and classes (start it with --encoder)")
+            raise UnsupportedError(
+                "this server has no encoder: it gives no embeddings and classes (start it with --encoder)"
+            )
         return self.encoder
 
     def find(self, caller: Caller, model: str) -> Place | None:
@@ -73,7 +86,9 @@ class Service:
             return None
         tenant, _, name = model.rpartition("/")
         tenant = tenant or caller.tenant
-        missing = UnknownAdapterError(f"the model {model!r} does not exist, or this key may not use it")
+        missing = UnknownAdapterError(
+            f"the model {model!r} does not exist, or this key may not use it"
+        )
         own = tenant in caller.tenants
         try:
             # For somebody else's the same work is done on the caller's own, so that time tells nothing either.
@@ -89,7 +104,11 @@ class Service:
         base model."""
         place = self.find(caller, model)
         if place is None and self.loops[model] is not loop:
-            does = "reads texts (embeddings, classes)" if isinstance(self.loops[model], Encoder) else "generates"
+            does = (
+                "reads texts (embeddings, classes)"
+                if isinstance(self.loops[model], Encoder)
+                else "generates"
+            )
             raise UnsupportedError(f"the model {model!r} {does}, and nothing else")
         if place is None:
             return {"tenant": caller.tenant}
@@ -145,7 +164,10 @@ class Service:
                     continue
                 begin = rest if i == at else ""
             with contextlib.suppress(UnknownAdapterError):
-                out += [(prefix + entry.name, entry) for entry in self.store.names(tenant, begin, limit - len(out))]
+                out += [
+                    (prefix + entry.name, entry)
+                    for entry in self.store.names(tenant, begin, limit - len(out))
+                ]
             if len(out) >= limit:
                 break
         return out
@@ -156,7 +178,9 @@ class Service:
             self.store.names("default", limit=1)
         except VeratuneError as error:
             return str(error)
-        return None if all(loop.alive for loop in self.loops.values()) else "an engine is not running"
+        return (
+            None if all(loop.alive for loop in self.loops.values()) else "an engine is not running"
+        )
 
     def close(self, drain: float = 0.0) -> None:
         """Let answers end for `drain` seconds, and stop the engines."""

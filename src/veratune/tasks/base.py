@@ -9,7 +9,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import AutoTokenizer, BitsAndBytesConfig, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from veratune.errors import ConfigError, DataError, UnsupportedError
 from veratune.tasks.data import has_split, load_rows
@@ -128,7 +134,9 @@ class TextTask(Task):
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    def load_model(self, model: str, processor: PreTrainedTokenizerBase, **options: Any) -> PreTrainedModel:
+    def load_model(
+        self, model: str, processor: PreTrainedTokenizerBase, **options: Any
+    ) -> PreTrainedModel:
         loaded = self.load_base(model, **options)
         loaded.config.pad_token_id = processor.pad_token_id
         return loaded
@@ -149,16 +157,22 @@ def load_pretrained(
     extra: dict[str, Any] = {}
     if model.endswith(".gguf"):
         if quantize:
-            raise UnsupportedError(f"{model} is quantized already; convert it to a folder of safetensors to use --quantize")
+            raise UnsupportedError(
+                f"{model} is quantized already; convert it to a folder of safetensors to use --quantize"
+            )
         extra["quantization_config"] = GgufConfig(dequantize=True)
     elif quantize == "4bit":
         extra["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
     elif quantize == "8bit":
         extra["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     with loading(model):
-        return auto.from_pretrained(**_source(model), dtype=getattr(torch, dtype), **extra, **options)
+        return auto.from_pretrained(
+            **_source(model), dtype=getattr(torch, dtype), **extra, **options
+        )
 
 
 def _source(model: str) -> dict[str, str]:
@@ -174,7 +188,9 @@ def _source(model: str) -> dict[str, str]:
 def loading(model: str, config: str = "config.json") -> Any:
     """Make what transformers raises for a model that cannot be had one DataError that says what to do."""
     if Path(model).is_dir() and not (Path(model) / config).is_file():
-        raise DataError(f"{model}: a folder without {config}; give a folder that save_pretrained wrote")
+        raise DataError(
+            f"{model}: a folder without {config}; give a folder that save_pretrained wrote"
+        )
     try:
         yield
     except (OSError, ValueError, ImportError) as error:

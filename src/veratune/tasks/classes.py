@@ -11,7 +11,9 @@ from veratune.errors import DataError
 from veratune.tasks.base import Metrics
 
 
-def label_names(rows: Dataset, column: str, otherwise: str = "class numbers or names are wanted") -> list[str]:
+def label_names(
+    rows: Dataset, column: str, otherwise: str = "class numbers or names are wanted"
+) -> list[str]:
     """The names of the classes: those that the data set declares, integers from 0, or all names in alphabetical order.
 
     otherwise: what an error says to do with values that are no classes. Raises DataError.
@@ -22,7 +24,9 @@ def label_names(rows: Dataset, column: str, otherwise: str = "class numbers or n
     values = set(rows[column])
     if all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         if min(values) < 0:
-            raise DataError(f"label {min(values)} in column {column!r} is negative; classes are counted from 0")
+            raise DataError(
+                f"label {min(values)} in column {column!r} is negative; classes are counted from 0"
+            )
         if max(values) >= 10_000:
             raise DataError(f"label {max(values)} in column {column!r} is no class; {otherwise}")
         labels = [str(i) for i in range(max(2, max(values) + 1))]
@@ -42,11 +46,19 @@ def class_numbers(rows: Dataset, column: str, labels: list[str]) -> list[int]:
     declared = getattr(rows.features[column], "names", None)
     numbers = []
     for row, value in enumerate(rows[column]):
-        if declared is not None and 0 <= value < len(declared):  # the number is that of this file's own list of names
+        if declared is not None and 0 <= value < len(
+            declared
+        ):  # the number is that of this file's own list of names
             value = declared[value]
-        found = value if isinstance(value, int) and not isinstance(value, bool) else index.get(str(value), -1)
+        found = (
+            value
+            if isinstance(value, int) and not isinstance(value, bool)
+            else index.get(str(value), -1)
+        )
         if not 0 <= found < len(labels):
-            raise DataError(f"row {row}: label {value!r} in column {column!r} is none of {', '.join(labels[:20])}")
+            raise DataError(
+                f"row {row}: label {value!r} in column {column!r} is none of {', '.join(labels[:20])}"
+            )
         numbers.append(found)
     return numbers
 
@@ -75,4 +87,8 @@ def logits_of(prediction: Any) -> np.ndarray:
 def output_heads(model: nn.Module) -> tuple[str, ...]:
     """What stands beside a Hugging Face model's backbone and has parameters: "classifier", "score", a pooler."""
     backbone = getattr(model, "base_model_prefix", "")
-    return tuple(name for name, child in model.named_children() if name != backbone and any(True for _ in child.parameters()))
+    return tuple(
+        name
+        for name, child in model.named_children()
+        if name != backbone and any(True for _ in child.parameters())
+    )

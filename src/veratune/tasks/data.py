@@ -34,14 +34,18 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
         path = _in_folder(path, split)
     if path.is_file():
         if config is not None:
-            raise DataError(f"{path} is a file; a configuration ({config!r}) is only for data set ids")
+            raise DataError(
+                f"{path} is a file; a configuration ({config!r}) is only for data set ids"
+            )
         rows = _read_file(path)
     else:
         if path.suffix in READERS or path.is_absolute() or source.startswith((".", "~")):
             raise DataError(f"{source}: no such file or folder")
         rows = _from_hub(source, split, config)
     if len(rows) == 0:
-        raise DataError(f"{path if path.is_file() else source}: the data set is empty; at least one row is wanted")
+        raise DataError(
+            f"{path if path.is_file() else source}: the data set is empty; at least one row is wanted"
+        )
     return rows
 
 
@@ -55,7 +59,10 @@ def has_split(source: str, split: str) -> bool:
 
 
 def pick_columns(
-    rows: Dataset, roles: Mapping[str, tuple[str, ...]], wanted: Mapping[str, str], optional: frozenset[str] = frozenset()
+    rows: Dataset,
+    roles: Mapping[str, tuple[str, ...]],
+    wanted: Mapping[str, str],
+    optional: frozenset[str] = frozenset(),
 ) -> dict[str, str]:
     """The column for each role: the one that was asked for, or the first usual name that is there.
 
@@ -65,7 +72,9 @@ def pick_columns(
     there = rows.column_names
     for role in wanted:
         if role not in roles:
-            raise DataError(f"columns names the role {role!r}; this task has {', '.join(roles)}{near(role, roles)}")
+            raise DataError(
+                f"columns names the role {role!r}; this task has {', '.join(roles)}{near(role, roles)}"
+            )
     found = {}
     for role, usual in roles.items():
         if role in wanted:
@@ -75,7 +84,9 @@ def pick_columns(
                 )
             found[role] = wanted[role]
         else:
-            column = next((name for name in usual if name in there and name not in wanted.values()), None)
+            column = next(
+                (name for name in usual if name in there and name not in wanted.values()), None
+            )
             if column is not None:
                 found[role] = column
             elif role not in optional:
@@ -92,7 +103,9 @@ def _in_folder(folder: Path, split: str) -> Path:
             if (folder / f"{name}{ending}").is_file():
                 return folder / f"{name}{ending}"
     files = sorted(p.name for p in folder.iterdir() if p.suffix in READERS)
-    raise DataError(f"{folder}: no file for the split {split!r}; it has {', '.join(files) or 'no data files'}")
+    raise DataError(
+        f"{folder}: no file for the split {split!r}; it has {', '.join(files) or 'no data files'}"
+    )
 
 
 def _read_file(path: Path) -> Dataset:

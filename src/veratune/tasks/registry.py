@@ -5,11 +5,11 @@ from typing import Any
 
 from veratune.errors import AdapterFileError, ConfigError, near
 from veratune.tasks.base import Task
-from veratune.tasks.diffusion import TextToImage, UnconditionalImage
-from veratune.tasks.image_classification import ImageClassification
-from veratune.tasks.language import CausalLM, Instruction
-from veratune.tasks.object_detection import ObjectDetection
-from veratune.tasks.text_classification import TextClassification, TextRegression
+from veratune.tasks.diffusion.diffusion import TextToImage, UnconditionalImage
+from veratune.tasks.text.classification import TextClassification, TextRegression
+from veratune.tasks.text.language import CausalLM, Instruction
+from veratune.tasks.vision.classification import ImageClassification
+from veratune.tasks.vision.detection import ObjectDetection
 
 TASKS: dict[str, type[Task]] = {
     t.name: t
@@ -39,4 +39,6 @@ def from_description(description: Mapping[str, Any]) -> Task:
     try:
         return task_class(settings.pop("name"))(**settings)
     except (KeyError, TypeError, ConfigError) as error:
-        raise AdapterFileError(f"the adapter's task {dict(description)!r} is not known here: {error}") from None
+        raise AdapterFileError(
+            f"the adapter's task {dict(description)!r} is not known here: {error}"
+        ) from None

@@ -22,7 +22,9 @@ class Average(TrainerCallback):
     def __init__(self, model: nn.Module, decay: float, checkpoint: Path | None = None) -> None:
         self.decay = decay
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._average: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._trained.items()}
+        self._average: dict[str, Tensor] = {
+            name: p.detach().clone() for name, p in self._trained.items()
+        }
         if checkpoint is not None and (checkpoint / FILE).is_file():
             self._average = safetensors.torch.load_file(checkpoint / FILE)
 

@@ -2,7 +2,7 @@
 
 Method (abstract)
 ├── Vera     the vectors of an adapter, and the head; the file is the adapter's
-└── Plain    parameters of the model itself: all, biases, or what PEFT and `veratune.training.inserted` add
+└── Plain    parameters of the model itself: all, biases, or what PEFT and `veratune.training.baselines.inserted` add
 """
 
 import abc
@@ -25,12 +25,11 @@ from veratune.config import VeraConfig
 from veratune.errors import AdapterFileError, ConfigError, VeratuneError, near
 from veratune.formats import native
 from veratune.formats.atomic import write_atomic
+from veratune.inference.evaluate import NAME
 from veratune.targets import find_heads, find_sites
-from veratune.training.adalora import Allocate
-from veratune.training.inserted import INSERTED, insert
-from veratune.training.inserted import NAME as WHERE
-
-NAME = "default"
+from veratune.training.baselines.adalora import Allocate
+from veratune.training.baselines.inserted import INSERTED, insert
+from veratune.training.baselines.inserted import NAME as WHERE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +127,13 @@ class Plain(Method):
     def prepare(self, model: nn.Module, heads: tuple[str, ...], task: Mapping[str, Any]) -> None:
         self._heads = heads
         if self.method == "head" and not heads:
-            raise ConfigError("method is 'head', but the task has no output of its own to train; use another method")
+            raise ConfigError(
+                "method is 'head', but the task has no output of its own to train; use another method"
+            )
         for parameter in model.parameters():
-            parameter.requires_grad_(self.method == "full" and parameter.requires_grad)  # what came frozen stays so
+            parameter.requires_grad_(
+                self.method == "full" and parameter.requires_grad
+            )  # what came frozen stays so
         if self.method == "bitfit":
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.rpartition(".")[2] in ("bias", "in_proj_bias"))
@@ -154,7 +157,9 @@ class Plain(Method):
     def read(self, model: nn.Module, folder: Path) -> None:
         stored, own = safetensors.torch.load_file(folder / self.file), self._state(model)
         if {k: v.shape for k, v in stored.items()} != {k: v.shape for k, v in own.items()}:
-            raise AdapterFileError(f"{folder / self.file}: its tensors are not those that {self.method} trains on this model")
+            raise AdapterFileError(
+                f"{folder / self.file}: its tensors are not those that {self.method} trains on this model"
+            )
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(stored[name])
@@ -164,23 +169,36 @@ class Plain(Method):
             with safetensors.safe_open(folder / self.file, "pt") as file:
                 file.keys()
         except safetensors.SafetensorError as error:
-            raise AdapterFileError(f"{folder / self.file}: not a whole safetensors file ({error})") from None
+            raise AdapterFileError(
+                f"{folder / self.file}: not a whole safetensors file ({error})"
+            ) from None
 
     def _state(self, model: nn.Module) -> dict[str, Tensor]:
         """What is trained, with the batch statistics that go with it, each tensor once."""
         kept: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         whole = [("", model)] if self.method == "full" else find_heads(model, self._heads)
         for path, module in whole:
-            kept |= {f"{path}.{name}".lstrip("."): buffer for name, buffer in module.named_buffers() if buffer is not None}
-        return kept | {name: buffer for name, buffer in model.named_buffers() if f".{WHERE}." in name}
+            kept |= {
+                f"{path}.{name}".lstrip("."): buffer
+                for name, buffer in module.named_buffers()
+                if buffer is not None
+            }
+        return kept | {
+            name: buffer for name, buffer in model.named_buffers() if f".{WHERE}." in name
+        }
 
     def _inject(self, model: nn.Module) -> None:
         import peft
 
-        kinds = {kind.value.lower(): made for kind, made in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        kinds = {
+            kind.value.lower(): made
+            for kind, made in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()
+        }
         name = self.method.removeprefix("peft:").lower()
         if name not in kinds:
-            raise ConfigError(f"PEFT has no method {name!r}{near(name, kinds) or '; it has ' + ', '.join(sorted(kinds))}")
+            raise ConfigError(
+                f"PEFT has no method {name!r}{near(name, kinds) or '; it has ' + ', '.join(sorted(kinds))}"
+            )
         paths = list(dict.fromkeys(site.module for site in find_sites(model, self.config)))
         own: dict[str, Any] = {"target_modules": "|".join(map(re.escape, paths))}
         if name == "adalora":
@@ -193,9 +211,13 @@ class Plain(Method):
                 model, config, "default"
             )
             if name == "adalora":
-                self.callbacks.append(Allocate(model, tuner, bool({"tinit", "tfinal"} & set(self.options))))
+                self.callbacks.append(
+                    Allocate(model, tuner, bool({"tinit", "tfinal"} & set(self.options)))
+                )
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"PEFT refuses {self.method} with {self.options}: {' '.join(str(error).split())}") from error
+            raise ConfigError(
+                f"PEFT refuses {self.method} with {self.options}: {' '.join(str(error).split())}"
+            ) from error
 
 
 def method_of(name: str, config: VeraConfig, options: Mapping[str, Any]) -> Method:

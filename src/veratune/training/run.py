@@ -21,11 +21,11 @@ from transformers.trainer_callback import ProgressCallback
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError, OutputError, near
 from veratune.formats.atomic import refuse_used, write_atomic
+from veratune.inference.evaluate import scores
 from veratune.targets import find_heads
 from veratune.tasks.base import Task
 from veratune.tasks.registry import task_class
 from veratune.training.ema import Average
-from veratune.training.evaluate import scores
 from veratune.training.methods import Method, Rates, method_of
 from veratune.training.settings import TrainSettings
 from veratune.training.trainer import Progress, Samples, VeraTrainer, last_checkpoint
@@ -88,7 +88,9 @@ def train(
     processor = task.load_processor(settings.model)
     train_set = task.encode(rows, processor, training=True)
     if settings.group_by_length and "input_ids" not in train_set.column_names:
-        raise ConfigError(f"group_by_length is for texts; examples of task {task.name!r} have no length, leave it out")
+        raise ConfigError(
+            f"group_by_length is for texts; examples of task {task.name!r} have no length, leave it out"
+        )
     eval_set = task.encode(eval_rows, processor) if eval_rows is not None else None
 
     set_seed(settings.seed)
@@ -103,7 +105,9 @@ def train(
             for example in itertools.islice(train_set, settings.preview):
                 show(task.preview(example, processor))
     checkpoint = last_checkpoint(out / "checkpoints", method) if settings.resume else None
-    trainer = _trainer(settings, model, task, method, processor, train_set, eval_set, still, checkpoint)
+    trainer = _trainer(
+        settings, model, task, method, processor, train_set, eval_set, still, checkpoint
+    )
     before = {} if eval_set is None else _before(trainer, out)
     set_seed(settings.seed)  # what was drawn so far must not matter to a resumed run
     start = time.perf_counter()
@@ -140,11 +144,15 @@ def sweep(
     `settings.out`. Raises ConfigError for a name that is no setting, or without evaluation data.
     """
     metric, greater = task_class(settings.task).metric, task_class(settings.task).greater_is_better
-    known = {f.name for f in dataclasses.fields(TrainSettings)} - _FREE | {f.name for f in dataclasses.fields(VeraConfig)}
+    known = {f.name for f in dataclasses.fields(TrainSettings)} - _FREE | {
+        f.name for f in dataclasses.fields(VeraConfig)
+    }
     for name in grid:
         if name not in known:
             raise ConfigError(f"sweep names {name!r}, which is no setting{near(name, known)}")
-    if settings.eval_data is None and not build_task(settings).has_split(settings.data, settings.eval_split):
+    if settings.eval_data is None and not build_task(settings).has_split(
+        settings.data, settings.eval_split
+    ):
         raise ConfigError("a sweep ranks by an evaluation score; give --eval_data")
     out = Path(settings.out)
     results = []
@@ -181,12 +189,18 @@ def peak_memory() -> int:
     """Bytes: the most that this process (on a GPU: the GPU) has held."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
-def _norms(settings: TrainSettings, model: nn.Module, heads: tuple[str, ...]) -> tuple[tuple[str, ...], list[nn.Module]]:
+def _norms(
+    settings: TrainSettings, model: nn.Module, heads: tuple[str, ...]
+) -> tuple[tuple[str, ...], list[nn.Module]]:
     """What is trained in full, and the batch normalisations that stand still, as settings.batch_norm says."""
-    norms = {p: m for p, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    norms = {
+        p: m for p, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    }
     if not norms and settings.batch_norm is not None:
         raise ConfigError(
             f"batch_norm is {settings.batch_norm!r}, but {type(model).__name__} has no batch normalisation; leave it out"
@@ -206,7 +220,9 @@ def _load_data(settings: TrainSettings, task: Task) -> tuple[Dataset, Dataset | 
     if task.has_split(settings.data, settings.eval_split):
         return rows, task.load_rows(settings.data, settings.eval_split)
     if settings.patience:
-        raise ConfigError("patience stops on an evaluation score, but there is no evaluation data; give --eval_data")
+        raise ConfigError(
+            "patience stops on an evaluation score, but there is no evaluation data; give --eval_data"
+        )
     return rows, None
 
 
@@ -226,7 +242,10 @@ def _trainer(
     if settings.checkpoints:
         every = {"save_strategy": "steps", "save_steps": settings.checkpoints}
     if evaluates:
-        every |= {"eval_strategy": every["save_strategy"], "eval_steps": settings.checkpoints or None}
+        every |= {
+            "eval_strategy": every["save_strategy"],
+            "eval_steps": settings.checkpoints or None,
+        }
     on_gpu = torch.cuda.is_available() and settings.device != "cpu"
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
@@ -252,7 +271,9 @@ def _trainer(
         report_to=settings.report_to,
         seed=settings.seed,
         activation_checkpointing=settings.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        activation_checkpointing_kwargs={"use_reentrant": False}
+        if settings.gradient_checkpointing
+        else None,
         use_cpu=settings.device == "cpu" or not torch.accelerator.is_available(),
         bf16=settings.mixed_precision == "bf16"
         or (settings.mixed_precision == "auto" and settings.base_dtype == "bfloat16" and on_gpu),
@@ -307,11 +328,24 @@ def _check_out(settings: TrainSettings, vera: VeraConfig, out: Path) -> None:
         return
     run = out / RUN
     if not run.is_file():
-        raise OutputError(f"{out}: there is no run to resume (no {RUN}); leave --resume out to start one")
+        raise OutputError(
+            f"{out}: there is no run to resume (no {RUN}); leave --resume out to start one"
+        )
     now = _run(settings, vera)
-    unsaid = {f.name: f.default for kind in (TrainSettings, VeraConfig) for f in dataclasses.fields(kind) if f.name in now}
-    before = unsaid | yaml.safe_load(run.read_text())  # a setting that is newer than the run had its default
-    changed = [k for k in sorted(set(before) | set(now)) if k not in _FREE | {"head"} and before.get(k) != now.get(k)]
+    unsaid = {
+        f.name: f.default
+        for kind in (TrainSettings, VeraConfig)
+        for f in dataclasses.fields(kind)
+        if f.name in now
+    }
+    before = unsaid | yaml.safe_load(
+        run.read_text()
+    )  # a setting that is newer than the run had its default
+    changed = [
+        k
+        for k in sorted(set(before) | set(now))
+        if k not in _FREE | {"head"} and before.get(k) != now.get(k)
+    ]
     if changed:
         key = changed[0]
         raise ConfigError(

@@ -136,7 +136,9 @@ class TrainSettings:
             if value is None:
                 continue
             if not math.isfinite(value) or value < least:
-                raise ConfigError(f"{field} is {value}; it must be a finite number of at least {least}")
+                raise ConfigError(
+                    f"{field} is {value}; it must be a finite number of at least {least}"
+                )
         for field, least in (
             ("batch_size", 1), ("accumulation", 1), ("max_steps", 0), ("patience", 0), ("checkpoints", 0), ("preview", 0),
         ):  # fmt: skip
@@ -145,19 +147,29 @@ class TrainSettings:
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema is {self.ema}; it is a decay, in [0, 1)")
         if self.ema and self.keep == "best":
-            raise ConfigError("ema keeps an average of all steps, keep='best' one of them; set keep to last")
+            raise ConfigError(
+                "ema keeps an average of all steps, keep='best' one of them; set keep to last"
+            )
         if self.warmup > 1 and self.warmup != int(self.warmup):
-            raise ConfigError(f"warmup is {self.warmup}; it is a share of all steps, in [0, 1), or a whole number of them")
+            raise ConfigError(
+                f"warmup is {self.warmup}; it is a share of all steps, in [0, 1), or a whole number of them"
+            )
         if not 0 <= self.label_smoothing < 1:
-            raise ConfigError(f"label_smoothing is {self.label_smoothing}; it is a weight, in [0, 1)")
+            raise ConfigError(
+                f"label_smoothing is {self.label_smoothing}; it is a weight, in [0, 1)"
+            )
         if self.b_lr is not None and self.method != "vera":
-            raise ConfigError(f"b_lr is set, but method {self.method!r} has no vectors b; leave it out or use method vera")
+            raise ConfigError(
+                f"b_lr is set, but method {self.method!r} has no vectors b; leave it out or use method vera"
+            )
         if self.lr == 0 and self.method != "head":
             raise ConfigError(
                 f"lr is 0, with which method {self.method!r} trains nothing beside the head; for the head alone take method head"
             )
         if self.options and self.method in ("vera", "head", "bitfit", "full"):
-            raise ConfigError(f"options is set to {self.options}, but method {self.method!r} takes none; leave it out")
+            raise ConfigError(
+                f"options is set to {self.options}, but method {self.method!r} takes none; leave it out"
+            )
         if self.epochs == 0 and self.max_steps == 0:
             raise ConfigError("epochs and max_steps are both 0; one of them says how long to train")
 

@@ -10,32 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from veratune.inference.evaluate import TaskTrainer
 from veratune.tasks.base import Task
 from veratune.training.methods import Method, Rates, readable
 
 _STATE = "trainer_state.json"
-
-
-class TaskTrainer(Trainer):
-    """Trainer that keeps of a model's outputs what a task's metrics want.
-
-    outputs: see Task. Other outputs (a detector's hidden states) would fill the memory.
-    """
-
-    def __init__(self, *args: Any, outputs: tuple[str, ...] = (), **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.outputs = outputs
-
-    def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        if not self.outputs:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            out = model(**inputs)
-        return out["loss"].detach().mean(), tuple(out[name].detach() for name in self.outputs), inputs["labels"]
 
 
 class VeraTrainer(TaskTrainer):
@@ -76,7 +58,11 @@ class VeraTrainer(TaskTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if self.state.global_step == 0 and not self.is_deepspeed_enabled:
-            idle = [name for name, p in self.adapted.named_parameters() if p.requires_grad and p.grad is None]
+            idle = [
+                name
+                for name, p in self.adapted.named_parameters()
+                if p.requires_grad and p.grad is None
+            ]
             layers = list(dict.fromkeys(name.partition(".vera.")[0] for name in idle))
             if layers:
                 warnings.warn(
@@ -94,15 +80,23 @@ class VeraTrainer(TaskTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over what the method trains, each group at its own learning rate."""
         if self.optimizer is None:
-            groups = [{"params": found, "lr": rate} for found, rate in self.method.groups(self.adapted, self.rates) if found]
+            groups = [
+                {"params": found, "lr": rate}
+                for found, rate in self.method.groups(self.adapted, self.rates)
+                if found
+            ]
             self.optimizer = torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
         return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the method's file into a folder; on several processes the first one writes."""
-        self.method.write(self.adapted, Path(output_dir or self.args.output_dir or "."), self.args.should_save)
+        self.method.write(
+            self.adapted, Path(output_dir or self.args.output_dir or "."), self.args.should_save
+        )
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         self.method.read(self.adapted, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
@@ -113,11 +107,22 @@ class VeraTrainer(TaskTrainer):
 class Progress(ProgressCallback):
     """Trainer's progress bar, with its lines on standard error too: standard output is for results."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero and self.training_bar is not None:
-            shown = {k: v for k, v in (logs or {}).items() if k in ("epoch", "loss") or k.startswith("eval_")}
-            shown = {k: v for k, v in shown.items() if not k.endswith(("_second", "_time", "_runtime"))}
-            line = "  ".join(f"{k.removeprefix('eval_') if k != 'eval_loss' else k} {v:.4g}" for k, v in shown.items())
+            shown = {
+                k: v
+                for k, v in (logs or {}).items()
+                if k in ("epoch", "loss") or k.startswith("eval_")
+            }
+            shown = {
+                k: v for k, v in shown.items() if not k.endswith(("_second", "_time", "_runtime"))
+            }
+            line = "  ".join(
+                f"{k.removeprefix('eval_') if k != 'eval_loss' else k} {v:.4g}"
+                for k, v in shown.items()
+            )
             if "loss" in shown or "eval_loss" in shown:
                 tqdm.write(line, file=sys.stderr)
 
@@ -135,12 +140,18 @@ class Samples(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             with torch.random.fork_rng():
-                self.task.sample(self.model, self.processor, self.folder / "samples" / f"{state.global_step:06d}.png")
+                self.task.sample(
+                    self.model,
+                    self.processor,
+                    self.folder / "samples" / f"{state.global_step:06d}.png",
+                )
 
 
 def last_checkpoint(folder: Path, method: Method) -> Path | None:
     """The latest whole checkpoint: Trainer writes its state last, so one that was cut off has none."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[-1]), reverse=True)
+    found = sorted(
+        folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[-1]), reverse=True
+    )
     for checkpoint in found:
         try:
             json.loads((checkpoint / _STATE).read_text())

@@ -1,0 +1,81 @@
+"""One linear layer, forward and backward: the grid of rows, sizes and ranks."""
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from veratune.config import PLANS
+from veratune.layers.linear import VeraLinear
+from veratune.ops.functional import plan_of
+from veratune_lab.bench.measure import flops, interleave, machine, saved_bytes, summary
+from veratune_lab.bench.peers import FROZEN, OTHERS, OURS, Peer, adapted
+
+ROWS = (64, 512, 2048, 8192)
+SIZES = ((384, 384), (768, 768), (768, 3072), (2048, 2048))
+RANKS = (16, 256, 1024)
+
+
+def grid(
+    rows: Iterable[int] = ROWS,
+    sizes: Iterable[tuple[int, int]] = SIZES,
+    ranks: Iterable[int] = RANKS,
+    *,
+    plans: bool = False,
+    seconds: float = 6.0,
+) -> Iterator[dict[str, Any]]:
+    """One line for each (T, n -> m, r, contestant).
+
+    plans: every plan of veratune's too, not only the one that is chosen; seconds: of measuring for each (T, n -> m).
+    """
+    where = machine()
+    for T, (n, m) in itertools.product(rows, sizes):
+        peers = [*OTHERS]
+        for r in ranks:
+            peers += [Peer("peft-vera", r), Peer(OURS, r)]
+            peers += [Peer(OURS, r, plan) for plan in PLANS] if plans else []
+        yield from _cell(T, n, m, peers, seconds, where)
+
+
+def _cell(
+    T: int, n: int, m: int, peers: list[Peer], seconds: float, where: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(n, m))
+    x, grad = torch.randn(T, n, requires_grad=True), torch.randn(T, m)
+    models = {peer: adapted(base, peer, ["0"]) for peer in peers}
+
+    def step(model: nn.Module) -> Any:
+        def run() -> None:
+            own = x.detach().requires_grad_()  # one layer's input is not another contestant's
+            torch.autograd.backward(model(own), grad)
+            model.zero_grad()
+
+        return run
+
+    steps = {peer.name: step(models[peer]) for peer in peers}
+    counted = {peer.name: flops(steps[peer.name]) for peer in peers}
+    kept = {
+        peer.name: saved_bytes(functools.partial(models[peer], x), models[peer]) for peer in peers
+    }
+    times = interleave(steps, seconds)
+    for peer in peers:
+        line = {
+            "T": T, "n": n, "m": m, "method": peer.kind, "rank": peer.rank, "plan": peer.plan,
+            **summary(times[peer.name], times[FROZEN]),
+            "flops_over_frozen": round(counted[peer.name] / counted[FROZEN], 3),
+            "flops_beyond_frozen": counted[peer.name] - counted[FROZEN], "saved_bytes": kept[peer.name],
+        }  # fmt: skip
+        layer = next(models[peer].children())
+        if isinstance(layer, VeraLinear):
+            line["chosen"] = _chosen(layer, x)
+        yield {**line, **where}
+
+
+def _chosen(layer: VeraLinear, x: torch.Tensor) -> str:
+    (own,) = layer.vectors("default")
+    A, B = own.pair(x.device, x.dtype)
+    return plan_of(x, A, B, (own.d, own.b), own.config.plan, in_weight=True, own_weight=True).plan

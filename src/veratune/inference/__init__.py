@@ -1,0 +1,1 @@
+"""What chat, eval, merge, sample and serve share."""

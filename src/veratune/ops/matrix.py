@@ -1,0 +1,150 @@
+"""Matrices made of small blocks, which multiply in a fraction of a dense matrix' work.
+
+Together they are a Monarch matrix with d between its factors (Dao et al., ICML 2022, arXiv 2204.00595). With k = r / q and
+inputs, inner values and outputs seen as grids,
+
+    x: (q, n / q)        z = A x: (q, k)        y = B z: (m / k, k)
+
+A mixes each row of the grid by itself, B each column: every output still depends on every input, each through a d of
+its own. Where a size is no multiple, the grid is larger and what is over is cut off.
+"""
+
+import abc
+import dataclasses
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Blocks(abc.ABC):
+    """A frozen matrix given by its blocks.
+
+    shape: (rows, columns) of the matrix; values: the blocks.
+    """
+
+    shape: tuple[int, int]
+    values: Tensor
+
+    @abc.abstractmethod
+    def times(self, x: Tensor) -> Tensor:
+        """M x for each row of x: (*T, columns) to (*T, rows)."""
+
+    @abc.abstractmethod
+    def back(self, y: Tensor) -> Tensor:
+        """Mᵀ y for each row of y: (*T, rows) to (*T, columns)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    def dense(self) -> Tensor:
+        """The matrix with all its zeros."""
+        return self.back(
+            torch.eye(self.shape[0], dtype=self.values.dtype, device=self.values.device)
+        )
+
+
+class RowBlocks(Blocks):
+    """A (r, n): block i makes the inner values i k .. i k + k of inputs i c .. i c + c.
+
+    values: (q, k, c), with q k >= r and q c >= n.
+    """
+
+    def times(self, x: Tensor) -> Tensor:
+        q, _, c = self.values.shape
+        z = torch.einsum("tqc,qkc->tqk", _grid(x, q, c), self.values)
+        return _flat(z, x, self.shape[0])
+
+    def back(self, y: Tensor) -> Tensor:
+        q, k, _ = self.values.shape
+        x = torch.einsum("tqk,qkc->tqc", _grid(y, q, k), self.values)
+        return _flat(x, y, self.shape[1])
+
+    def scaled(self, d: Tensor) -> "RowBlocks":
+        """diag(d) A; d: (r,)."""
+        q, k, _ = self.values.shape
+        return RowBlocks(self.shape, self.values * F.pad(d, (0, q * k - len(d))).view(q, k, 1))
+
+
+class ColumnBlocks(Blocks):
+    """B (m, r): output (a, j) is made of the inner values (i, j), by the same block for every j.
+
+    values: (s, q); k: columns of the grid, with q k >= r and s k >= m.
+    """
+
+    def times(self, x: Tensor) -> Tensor:
+        grid = _grid(x, self.values.shape[1], self.columns)
+        return _flat(torch.matmul(self.values, grid), x, self.shape[0])
+
+    def back(self, y: Tensor) -> Tensor:
+        grid = _grid(y, self.values.shape[0], self.columns)
+        return _flat(torch.matmul(self.values.t(), grid), y, self.shape[1])
+
+    @property
+    def columns(self) -> int:
+        """k, from the sizes: r values in q rows."""
+        return math.ceil(self.shape[1] / self.values.shape[1])
+
+
+def grid_rows(rank: int, in_features: int) -> int:
+    """q, the rows of the grid of inner values: near the root of r, so that both factors are small, and a divisor of n and r
+    where one is near enough.
+
+    >>> grid_rows(768, 768), grid_rows(1024, 768), grid_rows(256, 768), grid_rows(5, 7)
+    (24, 32, 32, 1)
+    """
+
+    def cost(q: int) -> float:
+        k, c = math.ceil(rank / q), math.ceil(in_features / q)
+        waste = 1.0 if q * c == in_features else 1.25
+        return (q * k * c + q * k * q) * (waste if q * k == rank else waste * 1.1)
+
+    return min(range(1, 2 * math.isqrt(rank) + 2), key=cost)
+
+
+def _grid(x: Tensor, rows: int, columns: int) -> Tensor:
+    """(*T, n) as (T, rows, columns), zeros behind."""
+    flat = x.reshape(-1, x.shape[-1])
+    over = rows * columns - x.shape[-1]
+    return (F.pad(flat, (0, over)) if over else flat).view(-1, rows, columns)
+
+
+def _flat(grid: Tensor, like: Tensor, size: int) -> Tensor:
+    """(T, rows, columns) as (*T, size)."""
+    return grid.reshape(*like.shape[:-1], grid.shape[1] * grid.shape[2])[..., :size]
+
+
+Matrix = Tensor | Blocks
+
+
+def times(matrix: Matrix, x: Tensor) -> Tensor:
+    """M x for each row of x."""
+    return matrix.times(x) if isinstance(matrix, Blocks) else F.linear(x, matrix)
+
+
+def back(matrix: Matrix, y: Tensor) -> Tensor:
+    """Mᵀ y for each row of y."""
+    return matrix.back(y) if isinstance(matrix, Blocks) else y.matmul(matrix)
+
+
+def dense(matrix: Matrix) -> Tensor:
+    """The matrix as one tensor."""
+    return matrix.dense() if isinstance(matrix, Blocks) else matrix
+
+
+def identity(matrix: Matrix) -> tuple[Any, ...]:
+    """What tells a matrix from another one, or from itself after a write."""
+    values = matrix.values if isinstance(matrix, Blocks) else matrix
+    return (
+        matrix.shape,
+        values.data_ptr(),
+        values._version,
+        values.shape,
+        values.stride(),
+        values.dtype,
+        values.device,
+    )

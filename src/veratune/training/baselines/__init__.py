@@ -1,0 +1,1 @@
+"""The methods that VeRA is compared with."""

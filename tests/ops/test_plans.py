@@ -1,0 +1,96 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from veratune.config import PLANS
+from veratune.errors import DataError
+from veratune.ops import plans
+from veratune.ops.plans import CPU, Call, Choice, cheapest, choose, seconds, settle
+
+sizes = st.integers(1, 4096)
+
+
+@given(sizes, sizes, sizes, st.integers(1, 2048), st.booleans(), st.booleans(), st.booleans())
+def test_the_cheapest_is_taken_among_what_is_allowed(T, m, n, r, grad_x, grad_vectors, in_weight):
+    call = Call(
+        T,
+        m,
+        n,
+        r,
+        grad_x=grad_x,
+        grad_vectors=grad_vectors,
+        in_weight=in_weight,
+        own_weight=in_weight,
+    )
+    choice = cheapest(call, CPU)
+    assert choice == settle(call, choice.plan)
+    for plan in PLANS:
+        if plans.allowed(call, plan):
+            assert seconds(call, choice, CPU) <= seconds(call, settle(call, plan), CPU)
+    if not in_weight:
+        assert choice.plan in ("factored", "dense")
+
+
+def test_sizes_whose_best_order_is_known_from_measurement():
+    """Cells of the layer grid in which one plan won clearly on two cores."""
+    assert cheapest(Call(2048, 768, 768, 1024), CPU).plan == "merged"
+    assert cheapest(Call(2048, 768, 768, 256), CPU).plan == "projected"
+    assert cheapest(Call(64, 768, 768, 1024), CPU) == Choice("factored", True)
+    assert cheapest(Call(2048, 2048, 2048, 1024), CPU).plan == "projected"
+    assert (
+        cheapest(Call(1, 768, 768, 256, grad_x=False, grad_vectors=False), CPU).plan == "factored"
+    )
+
+
+@given(sizes, sizes, sizes, st.integers(1, 2048), st.sampled_from(PLANS))
+def test_what_is_kept_is_bounded(T, m, n, r, plan):
+    call = Call(T, m, n, r)
+    choice = settle(call, plan)
+    if choice.keep and plan == "factored":
+        assert T * (r + m) <= plans.FEW * m * n
+    elif choice.keep:
+        assert m * n <= plans.KEEP * T * (r + m)
+
+
+def test_a_measured_machine_goes_before_the_built_in_one(monkeypatch, tmp_path):
+    call, cpu = Call(2048, 768, 768, 1024), torch.device("cpu")
+    plans.forget()
+    assert choose(call, cpu) is choose(call, cpu)
+    assert plans.machine_of(cpu) == CPU
+    monkeypatch.setenv("VERATUNE_CACHE", str(tmp_path))
+    figures = {
+        "flops": 1e9,
+        "read": 2e9,
+        "write": 3e9,
+        "write_large": 4e9,
+        "large": 5e9,
+        "call": 6e-6,
+    }
+    plans.calibration_file().write_text(json.dumps({"cpu": figures}))
+    assert plans.machine_of(cpu) == CPU
+    plans.forget()
+    assert plans.machine_of(cpu) == plans.Machine(**figures)
+    assert choose(call, cpu) == cheapest(call, plans.Machine(**figures))
+    monkeypatch.undo()
+    plans.forget()
+
+
+@pytest.mark.parametrize("text", ["no json", "[1]", '{"cpu": {"flops": 1}}', '{"cpu": {"speed": 1}}',
+    '{"cpu": {"flops": 0, "read": 1, "write": 1, "write_large": 1, "large": 1, "call": 1}}'])  # fmt: skip
+def test_a_calibration_that_is_none_is_named(text, monkeypatch, tmp_path):
+    monkeypatch.setenv("VERATUNE_CACHE", str(tmp_path))
+    plans.calibration_file().write_text(text)
+    with pytest.raises(
+        DataError, match="no calibration of a machine .* delete it or run veratune bench calibrate"
+    ):
+        plans.read_calibration()
+
+
+@settings(max_examples=10)
+@given(st.sampled_from(PLANS))
+def test_more_rows_never_cost_less(plan):
+    costs = [seconds(Call(T, 768, 768, 256), Choice(plan, False), CPU) for T in (1, 16, 256, 4096)]
+    assert costs == sorted(costs)

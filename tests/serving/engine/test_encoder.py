@@ -1,0 +1,125 @@
+"""Texts of many tenants in one batch: each is read as if alone, with its own adapter and its own classes."""
+
+import threading
+
+import pytest
+import torch
+
+import veratune as vt
+from tests import fakes
+from veratune.adapter import install
+from veratune.errors import ConfigError, UnsupportedError
+from veratune.serving.engine.encoder import Encoder, Reading
+from veratune.serving.engine.scheduler import Limits
+from veratune.serving.pool.pool import Bank
+
+HEADED = vt.VeraConfig(rank=6, targets=("query", "value"), head=("classifier",))
+QV = vt.VeraConfig(rank=6, targets=("query", "value"))
+TEXTS = [
+    "turn the light on",
+    "a great film",
+    "please",
+    "set timer for ten minutes in the kitchen",
+    "awful movie",
+    "I love it",
+]
+
+
+def trained(config, number, labels=2):
+    model = vt.attach(fakes.bert(labels), config, "x")
+    fakes.scramble(model, "x", seed=number)
+    return vt.extract(model, "x")
+
+
+def encoder(rows=16, **options):
+    model = fakes.bert(2).eval()
+    return Encoder(
+        model, fakes.tokenizer(), Bank(model, slots=rows), limits=Limits(rows=rows), **options
+    )
+
+
+def alone(own, text, want, labels=2):
+    model = fakes.bert(labels).eval()
+    if own is not None:
+        install(model, own, "x")
+    batch = fakes.tokenizer()([text], return_tensors="pt")
+    with torch.no_grad():
+        if want == "logits":
+            return model(**batch).logits[0]
+        hidden = model.base_model(**batch).last_hidden_state[0].mean(0)
+    return hidden / hidden.norm()
+
+
+def run(server, requests):
+    for request in requests:
+        server.submit(request)
+    while server.scheduler.waiting or server.scheduler.running:
+        server.step()
+
+
+@pytest.mark.parametrize("batch_tokens", [8192, 12])
+def test_every_text_is_read_as_if_alone(batch_tokens):
+    """Adapters with two classes, with three, without a head, and nobody's: in few batches, or in many."""
+    server = encoder(batch_tokens=batch_tokens)
+    own = {
+        1: (trained(HEADED, 1), 2),
+        2: (trained(HEADED, 2), 2),
+        3: (trained(HEADED, 3, labels=3), 3),
+        4: (trained(QV, 4), 2),
+        None: (None, 2),
+    }
+    asked = [
+        (who, text, want)
+        for text in TEXTS[:3]
+        for who in own
+        for want in (("logits", "embedding") if who and who < 4 else ("embedding",))
+    ]
+    requests = [
+        Reading("t", server.encode(text), want, key=who, load=lambda who=who: own[who][0])
+        for who, text, want in asked
+    ]
+    run(server, requests)
+    for (who, text, want), request in zip(asked, requests, strict=True):
+        found = torch.tensor(request.result())
+        assert torch.allclose(found, alone(own[who][0], text, want, own[who][1]), atol=1e-5), (
+            who,
+            text,
+            want,
+        )
+    assert len(requests[0].encoded["input_ids"]) > 0
+    assert server.counts.ended["stop"] == len(asked)
+    assert all(entry.pins == 0 for entry in server.bank._entries.values())
+
+
+def test_what_cannot_be_read_is_said_and_fails_alone():
+    server = encoder(rows=4, length=16)
+    with pytest.raises(ConfigError, match="takes 16 here"):
+        server.submit(Reading("t", server.encode("light " * 30)))
+    with pytest.raises(UnsupportedError, match="no trained head"):
+        server.submit(Reading("t", server.encode("light"), "logits"))
+    own = trained(QV, 1)
+    plain = Reading("t", server.encode("light"), "logits", key="plain", load=lambda: own)
+    broken = Reading("t", server.encode("light"), key="broken", load=lambda: 1 / 0)
+    fine = Reading("t", server.encode("light"), key="fine", load=lambda: own)
+    run(server, [plain, broken, fine])
+    with pytest.raises(UnsupportedError, match="has no head"):
+        plain.result()
+    with pytest.raises(ZeroDivisionError):
+        broken.result()
+    assert len(fine.result()) == 32
+
+
+def test_a_slow_store_holds_up_nobody_else():
+    server = encoder(rows=4)
+    own = trained(QV, 1)
+    there = threading.Event()
+    server.start()
+    late = server.submit(
+        Reading("a", server.encode("light"), key="late", load=lambda: there.wait() and own)
+    )
+    for _ in range(5):
+        server.submit(Reading("b", server.encode("please"))).result()
+    assert late.ended is None
+    there.set()
+    assert len(late.result()) == 32
+    server.close()

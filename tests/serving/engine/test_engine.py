@@ -1,0 +1,477 @@
+"""Many conversations at once: each gives exactly the tokens that it gives alone, whoever joins and leaves meanwhile."""
+
+import dataclasses
+import random
+import threading
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+import veratune as vt
+from tests import fakes
+from tests.serving.pool.test_pool import adapter
+from veratune.adapter import install
+from veratune.errors import BusyError, ClosedError, ConfigError, UnsupportedError
+from veratune.serving.engine.engine import Engine, Request
+from veratune.serving.engine.loop import apart
+from veratune.serving.engine.sampling import Sampling, Text, choose
+from veratune.serving.engine.scheduler import Limits
+from veratune.serving.pool.pool import Bank
+
+QV = vt.VeraConfig(rank=6, targets=("query", "value"))
+GREEDY = Sampling(temperature=0, max_tokens=12)
+
+
+def small_llama():
+    return fakes.llama(num_hidden_layers=2)
+
+
+def engine(make=small_llama, rows=8, **options):
+    model = make().eval()
+    return Engine(
+        model,
+        fakes.tokenizer(),
+        Bank(model, slots=max(rows, 1)),
+        limits=Limits(rows=rows),
+        length=128,
+        **options,
+    )
+
+
+def alone(make, prompt, own, tokens):
+    """The greedy answer of transformers' own generate, with one adapter in the model."""
+    model = make().eval()
+    if own is not None:
+        install(model, own, "x")
+    ids = torch.tensor([list(prompt)])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def run(engine, requests):
+    """Submit at random moments, step until all ended; returns the tokens of each."""
+    rng, waiting = random.Random(0), list(requests)
+    found = {id(request): [] for request in requests}
+    for request in requests:
+        request.listen = found[id(request)].append
+    while waiting or engine.scheduler.waiting or engine.scheduler.running:
+        while waiting and rng.random() < 0.6:
+            engine.submit(waiting.pop(0))
+        engine.step()
+    return [
+        [piece.choice.token for piece in found[id(r)] if getattr(piece, "choice", None)]
+        for r in requests
+    ], found
+
+
+def family(name):
+    """A tiny model of another family, by its configuration's class."""
+
+    def make():
+        kind = getattr(transformers, f"{name}Config")
+        window = (
+            {"sliding_window": 8}
+            if "sliding_window" in {field.name for field in dataclasses.fields(kind)}
+            else {}
+        )
+        config = kind(
+            vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            max_position_embeddings=128, bos_token_id=0, eos_token_id=1, pad_token_id=1, initializer_range=0.2, **window,
+        )  # fmt: skip
+        return fakes.seeded(lambda: transformers.AutoModelForCausalLM.from_config(config))
+
+    make.__name__ = name
+    return make
+
+
+# Mistral, Gemma 2 and 3 see the last 8 tokens only, in all layers or in every other one.
+FAMILIES = [family(name) for name in ("Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3Text")]
+
+
+@pytest.mark.parametrize("make", [small_llama, fakes.gpt2, *FAMILIES])
+@pytest.mark.parametrize("chunk", [4, 256])
+def test_every_conversation_is_as_if_alone(make, chunk):
+    own = [None, *(adapter(make, QV, i) for i in range(3))]
+    rng = random.Random(1)
+    prompts = [
+        [rng.randrange(3, 30) for _ in range(rng.choice((1, 3, 8, 9, 10, 17, 20)))]
+        for _ in range(14)
+    ]
+    which = [rng.randrange(4) for _ in prompts]
+    lengths = [rng.choice((1, 2, 7, 12)) for _ in prompts]
+    requests = [
+        Request(
+            "t", p, Sampling(temperature=0, max_tokens=n), key=w or None, load=lambda w=w: own[w]
+        )
+        for p, w, n in zip(prompts, which, lengths, strict=True)
+    ]
+    server = engine(make, rows=5, chunk=chunk)
+    server.ends = set()
+    answers, _ = run(server, requests)
+    for prompt, w, n, answer in zip(prompts, which, lengths, answers, strict=True):
+        wanted = alone(make, prompt, own[w], n)
+        assert answer[: len(wanted)] == wanted
+        assert len(answer) == n
+    assert server.counts.ended["length"] == 14
+    assert server.counts.prompt_tokens == sum(map(len, prompts))
+    assert server._cache.held == [0] * 5
+    assert all(entry.pins == 0 for entry in server.bank._entries.values())
+    assert len(set(map(tuple, answers))) > 4
+
+
+def test_the_same_prompt_under_two_adapters_never_crosses():
+    one, two = adapter(small_llama, QV, 0), adapter(small_llama, QV, 1)
+    prompt = [5, 6, 7]
+    requests = [
+        Request("t", prompt, GREEDY, key=i % 2 + 1, load=lambda i=i: (one, two)[i % 2])
+        for i in range(8)
+    ]
+    answers, _ = run(engine(), requests)
+    wanted = [alone(small_llama, prompt, own, 12) for own in (one, two)]
+    assert wanted[0] != wanted[1]
+    for i, answer in enumerate(answers):
+        assert answer == wanted[i % 2][: len(answer)]
+
+
+def test_one_request_fails_alone():
+    good = adapter(small_llama, QV, 0)
+    huge = adapter(small_llama, QV, 1)
+    for b in huge.b.values():
+        b.fill_(1e38)
+
+    def broken():
+        raise OSError("the store is gone")
+
+    requests = [
+        Request("t", [4, 5], GREEDY, key="good", load=lambda: good), Request("t", [4, 5], GREEDY, key="huge", load=lambda: huge),
+        Request("t", [4, 5], GREEDY, key="broken", load=broken), Request("t", [4, 5], GREEDY),
+    ]  # fmt: skip
+    server = engine()
+    answers, found = run(server, requests)
+    assert answers[0] == alone(small_llama, [4, 5], good, 12)[: len(answers[0])]
+    assert isinstance(found[id(requests[1])][-1], UnsupportedError)
+    assert isinstance(found[id(requests[2])][-1], OSError)
+    assert answers[3] == alone(small_llama, [4, 5], None, 12)[: len(answers[3])]
+    assert server.counts.ended["error"] == 2
+
+
+def test_what_a_failed_row_leaves_behind_reaches_nobody():
+    """NaN in the memory of a row that is gone would be NaN for the next one in it, hidden tokens or not: 0 times NaN is NaN."""
+    huge = adapter(small_llama, QV, 1)
+    for b in huge.b.values():
+        b.fill_(1e38)
+    server = engine(rows=2)
+    server.ends = set()
+    long, short = [4, 5, 6] * 10, [7, 8]
+    _, found = run(server, [Request("t", long, GREEDY, key="huge", load=lambda: huge)])
+    assert [type(answers[-1]) for answers in found.values()] == [UnsupportedError]
+    answers, _ = run(server, [Request("t", short, GREEDY), Request("t", long, GREEDY)])
+    assert answers == [alone(small_llama, prompt, None, 12) for prompt in (short, long)]
+
+
+def test_prompts_of_like_length_are_read_together_and_a_tenant_who_asks_a_lot_does_not_hold_up_another():
+    server = engine(rows=32, chunk=64)
+    server.ends = set()
+    many = [
+        server.submit(Request("a", [4 + i % 7] * 15, Sampling(temperature=0, max_tokens=60)))
+        for i in range(30)
+    ]
+    server.step()
+    assert (
+        sum(request.first is not None for request in many) == 4
+    )  # 4 times 15 tokens in a pass of 64
+    one = server.submit(Request("b", [5] * 15, Sampling(temperature=0, max_tokens=3)))
+    while one.first is None:
+        server.step()
+    assert sum(request.first is not None for request in many) <= 16
+    while one.ended is None:
+        server.step()
+    assert one.result() == server.tokenizer.decode(
+        alone(small_llama, [5] * 15, None, 3), skip_special_tokens=True
+    )
+    server.close()
+
+
+def test_a_failing_pass_fails_its_rows_and_the_next_one_works(monkeypatch):
+    server = engine()
+    first = Request("t", [4, 5], GREEDY)
+    forward = server.model.forward
+    monkeypatch.setattr(
+        server.model,
+        "forward",
+        lambda *a, **k: (_ for _ in ()).throw(RuntimeError("out of memory")),
+    )
+    _, found = run(server, [first])
+    assert "out of memory" in str(found[id(first)][-1])
+    monkeypatch.setattr(server.model, "forward", forward)
+    answers, _ = run(server, [Request("t", [4, 5], GREEDY)])
+    assert answers[0] == alone(small_llama, [4, 5], None, 12)[: len(answers[0])]
+
+
+def test_cancelled_while_waiting_reading_and_answering():
+    server = engine(rows=2, chunk=2)
+    requests = [Request("t", [4] * 9, Sampling(temperature=0, max_tokens=50)) for _ in range(4)]
+    ended = []
+    for request in requests:
+        request.listen = lambda piece, request=request: ended.append(
+            (request, getattr(piece, "finish", None))
+        )
+        server.submit(request)
+    server.step()
+    server.cancel(requests[3])  # waits
+    assert ended[-1] == (requests[3], "cancelled")
+    server.cancel(requests[0])  # its prompt is being read
+    server.step()
+    assert (requests[0], "cancelled") in ended
+    while not any(r is requests[1] for r, _ in ended):
+        server.step()
+    server.cancel(requests[1])  # it answers
+    server.step()
+    assert (requests[1], "cancelled") in ended
+    while server.scheduler.running:
+        server.step()
+    assert server.counts.ended["cancelled"] == 3
+    assert server.scheduler._tokens == 0
+
+
+def test_a_seed_draws_the_same_answer_whoever_else_is_there():
+    drawn = Sampling(temperature=1.0, top_p=0.9, top_k=20, seed=7, max_tokens=10)
+    (first,), _ = run(engine(), [Request("t", [4, 5], drawn)])
+    others = [Request("u", [6] * i, Sampling(temperature=1.0, max_tokens=9)) for i in range(1, 5)]
+    answers, _ = run(engine(), [*others, Request("t", [4, 5], drawn)])
+    assert answers[-1] == first
+
+
+def test_logprobs_are_those_of_the_model():
+    request = Request("t", [4, 5, 6], Sampling(temperature=0, max_tokens=1, logprobs=3))
+    _, found = run(engine(), [request])
+    choice = found[id(request)][-1].choice
+    with torch.no_grad():
+        logs = small_llama().eval()(torch.tensor([[4, 5, 6]])).logits[0, -1].log_softmax(-1)
+    values, tokens = logs.topk(3)
+    assert [token for token, _ in choice.top] == tokens.tolist()
+    assert [value for _, value in choice.top] == pytest.approx(values.tolist(), abs=1e-5)
+    assert (choice.token, choice.logprob) == (
+        tokens[0].item(),
+        pytest.approx(values[0].item(), abs=1e-5),
+    )
+
+
+@given(
+    st.floats(0, 2, allow_subnormal=True), st.floats(0, 1, exclude_min=True, allow_subnormal=True), st.integers(0, 9),
+    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=6),
+)  # fmt: skip
+def test_any_settings_draw_a_token(temperature, top_p, top_k, logits):
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
+    found = choose(torch.tensor([logits]), [sampling], [torch.Generator()], [[]])
+    assert 0 <= found[0].token < len(logits)
+
+
+@given(
+    st.lists(st.integers(-9, 9), min_size=4, max_size=4), st.lists(st.integers(0, 3), max_size=6), st.integers(-2, 2), st.integers(-2, 2),
+    st.dictionaries(st.integers(0, 3), st.integers(-100, 100)),
+)  # fmt: skip
+def test_penalties_and_bias_are_taken_from_the_logits(logits, said, frequency, presence, bias):
+    weighed = [
+        value - frequency * said.count(token) - presence * (token in said) + bias.get(token, 0)
+        for token, value in enumerate(logits)
+    ]
+    sampling = Sampling(
+        temperature=0,
+        frequency_penalty=frequency,
+        presence_penalty=presence,
+        bias=tuple(bias.items()),
+        logprobs=0,
+    )
+    (found,) = choose(torch.tensor([logits]).float(), [sampling], [None], [said])
+    assert weighed[found.token] == max(weighed)
+    assert found.logprob == pytest.approx(
+        torch.tensor(logits).float().log_softmax(-1)[found.token].item()
+    )
+
+
+def test_a_penalty_knows_its_own_answer_alone():
+    greedy = Sampling(temperature=0, max_tokens=12)
+    penalised = dataclasses.replace(greedy, frequency_penalty=2.0, bias=((7, 100.0),))
+    (plain,), _ = run(engine(), [Request("t", [4, 5], greedy)])
+    (one, other, last), found = run(
+        engine(),
+        [
+            asked := Request("t", [4, 5], penalised),
+            Request("u", [4, 5], penalised),
+            Request("u", [4, 5], greedy),
+        ],
+    )
+    assert (one, last) == (other, plain)
+    assert [piece.choice.token for piece in found[id(asked)]] == [
+        7
+    ] * 12  # a bias of 100 is over what twelve times take
+
+
+def test_tokens_that_the_model_does_not_know_are_refused():
+    made = engine()
+    for prompt, bias in (([300], ()), ([-1], ()), ([1], ((300, 1.0),))):
+        with pytest.raises(ConfigError, match="does not know; its own are 0 to 299"):
+            made.submit(Request("t", prompt, Sampling(max_tokens=8, bias=bias)))
+
+
+def test_top_p_and_top_k_cut_the_tail():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    shares = logits[0].softmax(-1)
+
+    def drawn(**options):
+        generator = torch.Generator().manual_seed(0)
+        return [
+            choose(logits, [Sampling(**options)], [generator], [[]])[0].token for _ in range(2000)
+        ]
+
+    assert set(drawn(top_k=2)) == {0, 1}
+    assert set(drawn(top_p=0.64)) == {0}  # the first alone holds 0.644
+    assert set(drawn(top_p=0.65)) == {0, 1}
+    assert set(drawn(temperature=0)) == {0}
+    tokens = drawn()
+    assert tokens.count(0) / 2000 == pytest.approx(shares[0].item(), abs=0.04)
+    cold = drawn(temperature=0.5)
+    assert cold.count(0) / 2000 == pytest.approx((2 * logits[0]).softmax(-1)[0].item(), abs=0.04)
+
+
+class Letters:
+    """A tokenizer of bytes: several tokens may be one character."""
+
+    def decode(self, tokens, skip_special_tokens=True):
+        return bytes(tokens).decode("utf-8", errors="replace")
+
+
+def test_text_is_sent_in_whole_characters_and_never_a_stop_nor_its_beginning():
+    text = Text(Letters())
+    assert [text.add(token) for token in "aé€".encode()] == ["a", "", "é", "", "", "€"]
+    stopped = Text(Letters(), stop=("END", "\n\n"))
+    pieces = [stopped.add(token) for token in b"One EN END more"]
+    assert "".join(pieces) == "One EN "
+    assert stopped.stopped
+    assert stopped.end() == ""
+    open_ = Text(Letters(), stop=("END",))
+    assert "".join(open_.add(token) for token in b"see EN") == "see "
+    assert open_.end() == "EN"
+
+
+def test_a_stop_ends_an_answer(monkeypatch):
+    server = engine()
+    wanted = alone(small_llama, [4, 5], None, 12)
+    words = server.tokenizer.decode(wanted)
+    stop = server.tokenizer.decode(wanted[3:4]).strip()
+    if stop:
+        request = Request("t", [4, 5], Sampling(temperature=0, max_tokens=12, stop=(stop,)))
+        _, found = run(server, [request])
+        said = "".join(piece.text for piece in found[id(request)])
+        assert said == words[: words.index(stop)]
+        assert found[id(request)][-1].finish == "stop"
+
+
+def test_a_thread_serves_and_goes_down():
+    own = adapter(small_llama, QV, 0)
+    server = engine()
+    server.start()
+    answers = {}
+
+    def ask(i):
+        request = server.submit(
+            Request(
+                f"t{i % 3}", [4, 5, 3 + i], GREEDY, key="a" if i % 2 else None, load=lambda: own
+            )
+        )
+        answers[i] = [piece.choice.token for piece in request if piece.choice]
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, answer in answers.items():
+        assert (
+            answer == alone(small_llama, [4, 5, 3 + i], own if i % 2 else None, 12)[: len(answer)]
+        )
+    late = server.submit(Request("t", [4], Sampling(temperature=0, max_tokens=100)))
+    server.close(drain=30)
+    assert late.result() is not None
+    with pytest.raises(ClosedError, match="going down"):
+        server.submit(Request("t", [4], GREEDY))
+
+
+def test_work_that_is_done_apart_leaves_no_thread_behind():
+    thread = apart(threading.current_thread)
+    assert thread is not threading.current_thread()
+    assert not thread.is_alive()
+    with pytest.raises(ZeroDivisionError):
+        apart(lambda: 1 / 0)
+
+
+def test_mistakes():
+    server = engine(rows=1)
+    with pytest.raises(ConfigError, match="the prompt is empty"):
+        server.submit(Request("t", [], GREEDY))
+    with pytest.raises(ConfigError, match="120 tokens of prompt and 12 of answer are over the 128"):
+        server.submit(Request("t", [4] * 120, GREEDY))
+    server.scheduler.limits = Limits(rows=1, waiting=1)
+    server.submit(Request("t", [4], GREEDY))
+    with pytest.raises(BusyError):
+        server.submit(Request("u", [4], GREEDY))
+    for bad, match in (
+        ({"temperature": 3.0}, "temperature is 3.0"), ({"top_p": 0.0}, "top_p is 0"), ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"stop": ("",)}, "up to 4 texts"), ({"logprobs": 99}, "logprobs is 99"), ({"temperature": float("nan")}, "temperature is nan"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=match):
+            Sampling(**bad)
+    model = small_llama()
+    with pytest.raises(ConfigError, match="the bank has 2 slots for 32 rows"):
+        Engine(model, fakes.tokenizer(), Bank(model, slots=2))
+
+
+def test_models_that_the_engine_does_not_understand_are_refused(monkeypatch):
+    config = transformers.MambaConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4
+    )
+    mamba = fakes.seeded(lambda: transformers.AutoModelForCausalLM.from_config(config)).eval()
+    with pytest.raises(
+        UnsupportedError, match="MambaForCausalLM cannot be run with rows of their own lengths"
+    ):
+        Engine(mamba, fakes.tokenizer(), Bank(mamba, slots=32))
+    bloom = fakes.seeded(
+        lambda: transformers.AutoModelForCausalLM.from_config(
+            transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4)
+        )
+    )
+    with pytest.raises(UnsupportedError, match="BloomForCausalLM"):
+        Engine(bloom, fakes.tokenizer(), Bank(bloom, slots=32))
+    model = small_llama()
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda position_ids=None, **k: forward(**k)
+    )  # positions are not heard
+    with pytest.raises(UnsupportedError, match="LlamaForCausalLM says something else .* off by"):
+        Engine(model, fakes.tokenizer(), Bank(model, slots=32))
+
+
+def test_everybody_is_told_when_a_server_goes_down():
+    server = engine(rows=2)
+    asked = [
+        server.submit(Request("t", [4, 5], Sampling(temperature=0, max_tokens=100)))
+        for _ in range(7)
+    ]
+    server.step()
+    server.close()
+    for request in asked:
+        with pytest.raises(ClosedError, match="went down before"):
+            request.result()
+    assert (server.scheduler.running, server.scheduler.waiting) == (0, 0)
+    with pytest.raises(ClosedError, match="going down"):
+        server.submit(asked[0])

@@ -1,0 +1,120 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from tests import fakes
+from veratune.errors import AdapterFileError, DataError
+from veratune.tasks.registry import from_description
+from veratune.tasks.text.classification import TextClassification, TextRegression
+
+
+def rows(labels, **more):
+    return Dataset.from_dict({"text": ["good film"] * len(labels), "label": labels, **more})
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([0, 1, 0], ["0", "1"]),
+        ([2, 0], ["0", "1", "2"]),
+        (["no", "yes", "no"], ["no", "yes"]),
+        ([True, False], ["False", "True"]),
+    ],
+)
+def test_label_names_come_from_the_training_rows(labels, names):
+    task = TextClassification()
+    task.learn(rows(labels))
+    assert task.labels == names
+    targets = task.encode(rows(labels), fakes.tokenizer())["labels"]
+    assert [task.labels[t] for t in targets] == [str(x) for x in labels]
+    again = from_description(task.describe())
+    assert isinstance(again, TextClassification)
+    assert again.labels == names
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([-1, 0], "label -1 in column 'label' is negative; classes are counted from 0"),
+        ([0.5, 1.5], "labels in column 'label' are float; use --task text-regression"),
+        (["a", "a"], "all rows have the label 'a'; at least two classes are wanted"),
+        ([0, 999_999], "label 999999 in column 'label' is no class; use --task text-regression"),
+    ],
+)
+def test_bad_labels(labels, message):
+    with pytest.raises(DataError, match=message):
+        TextClassification().learn(rows(labels))
+
+
+def test_labels_outside_the_range_name_the_row():
+    task = TextClassification(labels=["no", "yes"])
+    with pytest.raises(DataError, match="row 1: label 2 in column 'label' is none of no, yes"):
+        task.encode(rows([0, 2]), fakes.tokenizer())
+    with pytest.raises(
+        DataError, match="row 0: label 'maybe' in column 'label' is none of no, yes"
+    ):
+        task.encode(rows(["maybe"]), fakes.tokenizer())
+
+
+def test_pairs_and_length():
+    task, tokenizer = TextClassification(max_length=7, labels=["a", "b"]), fakes.tokenizer()
+    one = task.encode(rows([0]), tokenizer)[0]["input_ids"]
+    two = task.encode(rows([0], sentence2=["awful movie"]), tokenizer)[0]["input_ids"]
+    assert len(one) < len(two) == 7
+
+
+def test_text_must_be_text():
+    with pytest.raises(DataError, match="row 1: column 'text' holds None, text is wanted"):
+        TextClassification(labels=["0", "1"]).encode(
+            Dataset.from_dict({"text": ["a", None], "label": [0, 1]}), fakes.tokenizer()
+        )
+
+
+def test_scores():
+    logits = np.array([[2.0, 1.0], [0.0, 3.0], [0.0, 3.0], [1.0, 0.0]])
+    score = TextClassification(labels=["a", "b"]).metrics()(
+        SimpleNamespace(predictions=logits, label_ids=np.array([0, 1, 0, 0]))
+    )
+    assert score == {
+        "accuracy": 0.75,
+        "f1": pytest.approx(2 / 3),
+        "matthews": pytest.approx(0.57735, abs=1e-5),
+    }
+    score = TextRegression().metrics()(
+        SimpleNamespace(
+            predictions=np.array([[1.0], [2.0], [3.0]]), label_ids=np.array([2.0, 4.0, 6.0])
+        )
+    )
+    assert score["pearson"] == pytest.approx(1)
+    assert score["mse"] == pytest.approx(14 / 3)
+    flat = TextRegression().metrics()(
+        SimpleNamespace(predictions=np.ones((3, 1)), label_ids=np.array([2.0, 4.0, 6.0]))
+    )
+    assert flat["pearson"] == 0.0
+
+
+def test_regression_targets():
+    task = TextRegression()
+    assert task.encode(rows(["1.5", "2"]), fakes.tokenizer())["labels"] == [1.5, 2.0]
+    with pytest.raises(DataError, match="row 0: label 'x' in column 'label' is not a number"):
+        task.encode(rows(["x"]), fakes.tokenizer())
+    with pytest.raises(DataError, match="row 1: label nan in column 'label' is not finite"):
+        task.encode(rows([1.0, float("nan")]), fakes.tokenizer())
+
+
+def test_heads_are_what_stands_beside_the_backbone():
+    assert TextClassification().heads(fakes.bert(labels=2)) == ("classifier",)
+    assert TextClassification().heads(
+        fakes.seeded(
+            lambda: __import__("transformers").LlamaForSequenceClassification(fakes.llama().config)
+        )
+    ) == ("score",)
+
+
+def test_an_unknown_task_in_a_file():
+    with pytest.raises(AdapterFileError, match="is not known here"):
+        from_description({"name": "telepathy"})
+    with pytest.raises(AdapterFileError, match="is not known here"):
+        from_description({"name": "instruction", "colour": 3})
