@@ -51,4 +51,6 @@ def test_their_flags_are_known():
         word.partition("=")[0] for word in [*container["args"], *compose] if word.startswith("--")
     ]
     assert flags
-    assert {flag.removeprefix("--") for flag in flags} <= known
+    assert {flag.removeprefix("--").replace("-", "_") for flag in flags} <= {
+        flag.replace("-", "_") for flag in known
+    }

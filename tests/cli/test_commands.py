@@ -533,7 +533,10 @@ def server_of(folder, words, **config):
 
 
 def test_a_server_that_is_ended_ends_the_job_that_it_runs(tmp_path):
-    with server_of(tmp_path, ["--jobs", str(tmp_path / "jobs"), "--name", "tiny"]) as (server, url):
+    with server_of(tmp_path, ["--jobs", str(tmp_path / "jobs"), "--served-model-name", "tiny"]) as (
+        server,
+        url,
+    ):
         rows = {"file": ("rows.jsonl", b'{"prompt": "light", "completion": "on"}\n' * 8)}
         file = httpx.post(f"{url}/v1/files", files=rows, data={"purpose": "fine-tune"}).json()["id"]
         httpx.post(
@@ -554,7 +557,7 @@ def test_a_server_answers_and_drains_on_sigterm(tmp_path):
     long = {"max_position_embeddings": 2048, "eos_token_id": None}
     model = vt.attach(fakes.llama(**long), vt.VeraConfig(rank=4, targets=("query",)), "x")
     vt.save(model, tmp_path / "x.safetensors", name="x")
-    words = ["--adapters", f"mine={tmp_path / 'x.safetensors'}", "--name", "tiny"]
+    words = ["--adapters", f"mine={tmp_path / 'x.safetensors'}", "--served-model-name", "tiny"]
     begun, ends = threading.Semaphore(0), []
 
     def ask():
@@ -605,10 +608,19 @@ def test_a_server_answers_and_drains_on_sigterm(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("serve --model m --slots 0", "--slots: Not of type PositiveInt: 0 does not conform"),
-        ("serve --model m --memory inf", "--memory: Not of type GiB: inf does not conform"),
+        (
+            "serve --model m --max-loaded-adapters 0",
+            "--max_loaded_adapters: Not of type PositiveInt: 0 does not conform",
+        ),
+        (
+            "serve --model m --adapter-memory-gib inf",
+            "--adapter_memory_gib: Not of type GiB: inf does not conform",
+        ),
         ("serve --model m --port 99999", "--port: Not of type Port: 99999 does not conform"),
-        ("serve --model m --drain nan", "--drain: Not of type Seconds: nan does not conform"),
+        (
+            "serve --model m --shutdown-timeout nan",
+            "--shutdown_timeout: Not of type Seconds: nan does not conform",
+        ),
         ("serve --model m --threads 0", "--threads: Not of type PositiveInt"),
         ("sample --model m --count 0", "--count: Not of type PositiveInt: 0 does not conform"),
     ],

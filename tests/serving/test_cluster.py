@@ -31,8 +31,8 @@ def cluster(tmp_path_factory):
         port = free.getsockname()[1]
     (path / "store").mkdir()
     words = [
-        sys.executable, "-m", "veratune.cli.main", "serve", "--model", base, "--name", "tiny", "--store", f"file://{path / 'store'}", "--cache", str(path / "cache.db"),
-        "--fresh", "0", "--port", str(port), "--replicas", "2", "--rows", "8", "--slots", "8", "--threads", "1", "--length", "128",
+        sys.executable, "-m", "veratune.cli.main", "serve", "--model", base, "--served-model-name", "tiny", "--store", f"file://{path / 'store'}", "--cache", str(path / "cache.db"),
+        "--refresh-seconds", "0", "--port", str(port), "--replicas", "2", "--max-num-seqs", "8", "--max-loaded-adapters", "8", "--threads", "1", "--max-model-len", "128",
     ]  # fmt: skip
     env = {
         **os.environ,

@@ -41,7 +41,10 @@ def parser() -> Parser:
         help="causal base model: folder, .gguf file or Hugging Face id",
     )
     out.add_argument(
-        "--name", type=str, default="", help="what clients call it; default its id or folder's name"
+        "--served_model_name",
+        type=str,
+        default="",
+        help="what clients call it; default its id or folder's name",
     )
     out.add_argument(
         "--encoder",
@@ -50,7 +53,7 @@ def parser() -> Parser:
         help="base model for embeddings and classes: folder or Hugging Face id",
     )
     out.add_argument(
-        "--encoder_name",
+        "--served_encoder_name",
         type=str,
         default="",
         help="what clients call it; default its id or folder's name",
@@ -68,7 +71,7 @@ def parser() -> Parser:
         help="a bucket's adapters on this machine: a SQLite file",
     )
     out.add_argument(
-        "--fresh",
+        "--refresh_seconds",
         type=Seconds,
         default=2.0,
         help="seconds until a bucket is asked again which version of an adapter is the newest",
@@ -95,16 +98,19 @@ def parser() -> Parser:
         "--port", type=Port, default=8000, help="port to listen on; 0 takes a free one"
     )
     out.add_argument(
-        "--slots", type=PositiveInt, default=256, help="adapters in memory, of each kind"
+        "--max_loaded_adapters",
+        type=PositiveInt,
+        default=256,
+        help="adapters in memory, of each kind",
     )
     out.add_argument(
-        "--slots_dtype",
+        "--adapter_dtype",
         type=Literal["float32", "bfloat16"],
         default="float32",
         help="of the adapters in memory",
     )
     out.add_argument(
-        "--memory",
+        "--adapter_memory_gib",
         type=GiB,
         default=4.0,
         help="GiB of adapters in memory, with the frozen matrices of all kinds",
@@ -115,34 +121,34 @@ def parser() -> Parser:
         default=4096,
         help="the largest rank of an adapter that is taken",
     )
-    out.add_argument("--rows", type=PositiveInt, default=32, help="conversations at once")
-    out.add_argument("--waiting", type=PositiveInt, default=512, help="requests that may wait")
+    out.add_argument("--max_num_seqs", type=PositiveInt, default=32, help="conversations at once")
+    out.add_argument("--max_queue", type=PositiveInt, default=512, help="requests that may wait")
     out.add_argument(
-        "--waiting_tenant",
+        "--max_queue_per_tenant",
         type=PositiveInt,
         default=64,
         help="requests of one tenant that may wait",
     )
     out.add_argument(
-        "--length",
+        "--max_model_len",
         type=PositiveInt,
         default=2048,
         help="tokens of a prompt and its answer together, at most",
     )
     out.add_argument(
-        "--chunk",
+        "--max_num_batched_tokens",
         type=PositiveInt,
         default=256,
         help="tokens of a prompt that are read in one step",
     )
     out.add_argument(
-        "--prefix_memory",
+        "--prefix_cache_gib",
         type=GiB,
         default=1.0,
         help="GiB of keys and values that are kept for a tenant's next request that begins alike; 0 for none",
     )
     out.add_argument(
-        "--base_dtype",
+        "--dtype",
         type=Literal["float32", "bfloat16", "float16"],
         default="float32",
         help="of the base model",
@@ -166,7 +172,10 @@ def parser() -> Parser:
         help="over 1: so many servers behind one address, by Ray Serve; they share the store",
     )
     out.add_argument(
-        "--drain", type=Seconds, default=30.0, help="seconds that answers have to end after SIGTERM"
+        "--shutdown_timeout",
+        type=Seconds,
+        default=30.0,
+        help="seconds that answers have to end after SIGTERM",
     )
     out.add_argument("--threads", type=PositiveInt | None, default=None, help="threads for torch")
     out.add_argument(
@@ -216,14 +225,14 @@ def run(argv: Sequence[str]) -> int:
         config = uvicorn.Config(
             build(service, keys, jobs),
             log_level="warning",
-            timeout_graceful_shutdown=int(flags.drain) or None,
+            timeout_graceful_shutdown=int(flags.shutdown_timeout) or None,
         )
         # uvicorn raises the signal that ended it again, and a job's process must not be left behind by a SIGTERM either.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[taken])
     finally:
-        service.close(flags.drain)
+        service.close(flags.shutdown_timeout)
         if jobs is not None:
             jobs.close()
         service.store.close()
@@ -262,12 +271,16 @@ def start(flags: Namespace, notes: Console) -> "Service":
     store: SqliteStore | CachedStore
     if "://" in flags.store:
         store = CachedStore(
-            ObjectStore.from_url(flags.store), SqliteStore(flags.cache), fresh=flags.fresh
+            ObjectStore.from_url(flags.store),
+            SqliteStore(flags.cache),
+            refresh_seconds=flags.refresh_seconds,
         )
     else:
         store = SqliteStore(flags.store)
     engine, encoder = load(flags, notes)
-    service = Service(store, engine, encoder, name=flags.name, encoder_name=flags.encoder_name)
+    service = Service(
+        store, engine, encoder, name=flags.served_model_name, encoder_name=flags.served_encoder_name
+    )
     for name, _, file in _given(flags):
         service.keep(OPEN.tenant, name, Path(file).read_bytes())
     return service
@@ -288,8 +301,8 @@ def _replicas(flags: Namespace) -> int:
     notes = Console(stderr=True, highlight=False)
     notes.print(f"starting {flags.replicas} replicas ...")
     cluster.start(
-        functools.partial(_replica, flags), replicas=flags.replicas, host=flags.host, port=flags.port, key_file=flags.key_file, rows=flags.rows,
-        waiting=flags.waiting,
+        functools.partial(_replica, flags), replicas=flags.replicas, host=flags.host, port=flags.port, key_file=flags.key_file, rows=flags.max_num_seqs,
+        waiting=flags.max_queue,
     )  # fmt: skip
     _say(flags, [Path(given).name for given in (flags.model, flags.encoder) if given], notes)
     cluster.wait()
@@ -329,7 +342,9 @@ def load(flags: Namespace, notes: Console) -> "tuple[Engine | None, Encoder | No
     from veratune.tasks.text.classification import TextClassification
     from veratune.tasks.text.language import Instruction
 
-    limits = Limits(rows=flags.rows, waiting=flags.waiting, waiting_tenant=flags.waiting_tenant)
+    limits = Limits(
+        rows=flags.max_num_seqs, waiting=flags.max_queue, waiting_tenant=flags.max_queue_per_tenant
+    )
     loops: dict[str, Any] = {}
     tasks = {"model": Instruction(), "encoder": TextClassification(labels=["0", "1"])}
     for kind, task in tasks.items():
@@ -339,14 +354,14 @@ def load(flags: Namespace, notes: Console) -> "tuple[Engine | None, Encoder | No
         notes.print(f"loading {folder} ...")
         tokenizer = task.load_processor(folder)
         model = (
-            task.load_model(folder, tokenizer, dtype=flags.base_dtype, quantize=flags.quantize)
+            task.load_model(folder, tokenizer, dtype=flags.dtype, quantize=flags.quantize)
             .requires_grad_(False)
             .eval()
         )
         if flags.device == "auto" and torch.cuda.is_available() and flags.quantize is None:
             model.cuda()
         bank = Bank(
-            model, slots=max(flags.slots, flags.rows), dtype=getattr(torch, flags.slots_dtype), limit=int(flags.memory * 2**30),
+            model, slots=max(flags.max_loaded_adapters, flags.max_num_seqs), dtype=getattr(torch, flags.adapter_dtype), limit=int(flags.adapter_memory_gib * 2**30),
             max_rank=flags.max_rank,
         )  # fmt: skip
         if kind == "model":
@@ -355,9 +370,9 @@ def load(flags: Namespace, notes: Console) -> "tuple[Engine | None, Encoder | No
                 tokenizer,
                 bank,
                 limits=limits,
-                length=flags.length,
-                chunk=flags.chunk,
-                prefixes=int(flags.prefix_memory * 2**30),
+                length=flags.max_model_len,
+                chunk=flags.max_num_batched_tokens,
+                prefixes=int(flags.prefix_cache_gib * 2**30),
             )
         else:
             loops[kind] = Encoder(model, tokenizer, bank, limits=limits)

@@ -22,7 +22,7 @@ from veratune.serving.store.store import Entry, Store, Version
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class AdapterRef:
     """An adapter that was asked for: whose it is, its name and the version that answers."""
 
     tenant: str
@@ -77,7 +77,7 @@ class Service:
             )
         return self.encoder
 
-    def find(self, caller: Caller, model: str) -> Place | None:
+    def find(self, caller: Caller, model: str) -> AdapterRef | None:
         """The adapter of a model's name, NAME or TENANT/NAME; None for a base model.
 
         Raises UnknownAdapterError for one that is not there, and in the same words for one of somebody else's.
@@ -92,31 +92,33 @@ class Service:
         own = tenant in caller.tenants
         try:
             # For somebody else's the same work is done on the caller's own, so that time tells nothing either.
-            place = Place(tenant, name, self.store.newest(tenant if own else caller.tenant, name))
+            ref = AdapterRef(
+                tenant, name, self.store.newest(tenant if own else caller.tenant, name)
+            )
         except (UnknownAdapterError, BadNameError):
             raise missing from None
         if not own:
             raise missing
-        return place
+        return ref
 
     def asked(self, caller: Caller, model: str, loop: Loop[Any]) -> dict[str, Any]:
         """Tenant, key and load of a request to one of the loops, for a model's name. Raises what `find` raises, UnsupportedError for the other
         base model."""
-        place = self.find(caller, model)
-        if place is None and self.loops[model] is not loop:
+        ref = self.find(caller, model)
+        if ref is None and self.loops[model] is not loop:
             does = (
                 "reads texts (embeddings, classes)"
                 if isinstance(self.loops[model], Encoder)
                 else "generates"
             )
             raise UnsupportedError(f"the model {model!r} {does}, and nothing else")
-        if place is None:
+        if ref is None:
             return {"tenant": caller.tenant}
-        return {"tenant": place.tenant, "key": place.key, "load": lambda: self.load(place)}
+        return {"tenant": ref.tenant, "key": ref.key, "load": lambda: self.load(ref)}
 
-    def load(self, place: Place) -> Adapter:
+    def load(self, ref: AdapterRef) -> Adapter:
         """An adapter out of the store, checked."""
-        return native.decode(self.store.get(*place.key))
+        return native.decode(self.store.get(*ref.key))
 
     def put(self, tenant: str, name: str, data: bytes) -> Version:
         """Store an adapter's file, if it is one and fits a base model here. Raises VeratuneError, and then nothing was stored."""
@@ -141,10 +143,10 @@ class Service:
 
     def delete(self, tenant: str, name: str) -> Version:
         """Delete an adapter; requests that it answers now end as they began."""
-        gone = Place(tenant, name, self.store.newest(tenant, name))
-        stone = self.store.delete(tenant, name)
+        gone = AdapterRef(tenant, name, self.store.newest(tenant, name))
+        tombstone = self.store.delete(tenant, name)
         self.forget(gone.key)
-        return stone
+        return tombstone
 
     def forget(self, key: tuple[str, str, int]) -> None:
         """Take an adapter out of memory, if nobody uses it now."""

@@ -33,7 +33,9 @@ def make(kind, path):
     if kind == "folder":
         (path / "bucket").mkdir()
         return ObjectStore(LocalStore(path / "bucket"))
-    return CachedStore(ObjectStore(MemoryStore()), SqliteStore(path / "cache.db"), fresh=60)
+    return CachedStore(
+        ObjectStore(MemoryStore()), SqliteStore(path / "cache.db"), refresh_seconds=60
+    )
 
 
 def test_it_answers_as_a_dictionary_of_histories_would(store):
@@ -148,7 +150,7 @@ def test_a_cache_asks_for_bytes_once_and_for_the_newest_version_now_and_then(tmp
             return super().get(*words)
 
     bucket = MemoryStore()
-    here = CachedStore(Told(bucket), SqliteStore(tmp_path / "c.db"), fresh=0.05)
+    here = CachedStore(Told(bucket), SqliteStore(tmp_path / "c.db"), refresh_seconds=0.05)
     elsewhere = ObjectStore(bucket)
     elsewhere.put("a", "x", b"one")
     assert here.newest("a", "x").number == 1

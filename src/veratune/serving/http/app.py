@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from veratune.errors import UnsupportedError, VeratuneError
 from veratune.serving.http.routes import adapters, encoding, generation, health
 from veratune.serving.http.routes import jobs as jobs_routes
-from veratune.serving.http.routes.base import ApiError, translated
+from veratune.serving.http.routes.base import ApiError, to_api_error
 from veratune.serving.jobs.jobs import Jobs
 from veratune.serving.keys import Keys
 from veratune.serving.service import Service
@@ -56,7 +56,7 @@ def build(
 
     @app.exception_handler(VeratuneError)
     async def own_error(request: Request, error: VeratuneError) -> Response:
-        return translated(error).response()
+        return to_api_error(error).response()
 
     @app.exception_handler(RequestValidationError)
     async def bad_body(request: Request, error: RequestValidationError) -> Response:
@@ -114,7 +114,7 @@ class BodyLimits:
 
 
 class _Log:
-    """One line of JSON for each request: who, what, how it ended and how long it took; never what was asked or answered."""
+    """One line of JSON for each request: caller, what, how it ended and how long it took; never what was asked or answered."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self.app = app

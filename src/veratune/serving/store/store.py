@@ -6,7 +6,7 @@
     └── CachedStore    a SqliteStore in front of a slow store
 
 A history is only ever added to: putting makes the next version, rolling back puts an old version's bytes again, deleting puts
-a stone. A version's number is never used twice, so a name that comes back cannot answer with what it was before.
+a tombstone. A version's number is never used twice, so a name that comes back cannot answer with what it was before.
 """
 
 import abc
@@ -63,11 +63,11 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def versions(self, tenant: str, name: str) -> list[Version]:
-        """All versions, the newest first, stones too. Raises UnknownAdapterError for a name that was never there."""
+        """All versions, the newest first, tombstones too. Raises UnknownAdapterError for a name that was never there."""
 
     @abc.abstractmethod
     def delete(self, tenant: str, name: str) -> Version:
-        """Put a stone over an adapter: it does not answer any more, and the bytes of its versions go. Raises UnknownAdapterError."""
+        """Put a tombstone over an adapter: it does not answer any more, and the bytes of its versions go. Raises UnknownAdapterError."""
 
     @abc.abstractmethod
     def names(self, tenant: str, after: str = "", limit: int = 100) -> list[Entry]:
@@ -297,17 +297,17 @@ class ObjectStore(Store):
         import obstore
 
         self.newest(tenant, name)
-        stone = self._add(tenant, name, b"")
+        tombstone = self._add(tenant, name, b"")
         with _errors("delete"):
             obstore.delete(
                 self.store,
                 [
                     _key(tenant, name, v.number)
                     for v in self._history(tenant, name)
-                    if v.number < stone.number
+                    if v.number < tombstone.number
                 ],
             )
-        return stone
+        return tombstone
 
     def names(self, tenant: str, after: str = "", limit: int = 100) -> list[Entry]:
         import obstore
@@ -357,15 +357,24 @@ class ObjectStore(Store):
 class CachedStore(Store):
     """Another store with its versions' bytes kept on this machine.
 
-    A version never changes, so its bytes are asked for once; which version is the newest is asked for again after `fresh` seconds, at once for
+    A version never changes, so its bytes are asked for once; which version is the newest is asked for again after `refresh_seconds` seconds, at once for
     what was put or deleted here.
     """
 
     def __init__(
-        self, origin: Store, cache: SqliteStore, fresh: float = 2.0, limit: int = 10 * 2**30
+        self,
+        origin: Store,
+        cache: SqliteStore,
+        refresh_seconds: float = 2.0,
+        limit: int = 10 * 2**30,
     ) -> None:
         """limit: bytes of the cache."""
-        self.origin, self.cache, self.fresh, self.limit = origin, cache, fresh, limit
+        self.origin, self.cache, self.refresh_seconds, self.limit = (
+            origin,
+            cache,
+            refresh_seconds,
+            limit,
+        )
         self._newest: dict[tuple[str, str], tuple[float, Version]] = {}
         self._bytes = 0
 
@@ -377,7 +386,7 @@ class CachedStore(Store):
 
     def newest(self, tenant: str, name: str) -> Version:
         known = self._newest.get((tenant, name))
-        if known is not None and time.monotonic() - known[0] < self.fresh:
+        if known is not None and time.monotonic() - known[0] < self.refresh_seconds:
             return known[1]
         self._newest.pop((tenant, name), None)
         version = self.origin.newest(tenant, name)
@@ -397,10 +406,10 @@ class CachedStore(Store):
 
     def delete(self, tenant: str, name: str) -> Version:
         self._newest.pop((tenant, name), None)
-        stone = self.origin.delete(tenant, name)
+        tombstone = self.origin.delete(tenant, name)
         with contextlib.suppress(UnknownAdapterError):
             self.cache.delete(tenant, name)
-        return stone
+        return tombstone
 
     def names(self, tenant: str, after: str = "", limit: int = 100) -> list[Entry]:
         return self.origin.names(tenant, after, limit)

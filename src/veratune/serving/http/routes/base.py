@@ -1,4 +1,4 @@
-"""What all routes have in common: errors in OpenAI's shape, bodies, and who asks."""
+"""What all routes have in common: errors in OpenAI's shape, bodies, and who calls."""
 
 import asyncio
 import contextlib
@@ -71,8 +71,8 @@ class Body(BaseModel):
         return {key: value for key, value in data.items() if value is not None}
 
 
-def caller_of(request: Request) -> Caller:
-    """Who a request's key belongs to. Raises ApiError."""
+def get_caller(request: Request) -> Caller:
+    """CallerDep a request's key belongs to. Raises ApiError."""
     kind, _, key = request.headers.get("authorization", "").partition(" ")
     found: Caller | None = request.app.state.keys.caller(
         key.strip() if kind.lower() == "bearer" else None
@@ -88,24 +88,24 @@ def caller_of(request: Request) -> Caller:
     return found
 
 
-def service_of(request: Request) -> Service:
+def get_service(request: Request) -> Service:
     """The service behind the application."""
     service: Service = request.app.state.service
     return service
 
 
-Who = Annotated[Caller, Depends(caller_of)]
-Served = Annotated[Service, Depends(service_of)]
+CallerDep = Annotated[Caller, Depends(get_caller)]
+ServiceDep = Annotated[Service, Depends(get_service)]
 
 
-def owner_of(who: Who, tenant: str | None = None) -> str:
+def get_tenant(caller: CallerDep, tenant: str | None = None) -> str:
     """The tenant that a call is for. Raises UnknownAdapterError for one that the key does not speak for."""
-    if tenant is None or tenant in who.tenants:
-        return tenant or who.tenant
+    if tenant is None or tenant in caller.tenants:
+        return tenant or caller.tenant
     raise UnknownAdapterError("no such adapter, or this key may not use it")
 
 
-Owner = Annotated[str, Depends(owner_of)]
+TenantDep = Annotated[str, Depends(get_tenant)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
@@ -114,7 +114,7 @@ def page(data: list[Any], more: bool, **others: Any) -> dict[str, Any]:
     return {"object": "list", "data": data, "has_more": more, **others}
 
 
-async def answer_of(loop: Loop[Any], request: Ask) -> Any:
+async def submit_and_wait(loop: Loop[Any], request: Ask) -> Any:
     """Submit a request that has one answer, and wait for it; a caller who stops waiting cancels it. Raises what went wrong."""
     running = asyncio.get_running_loop()
     answer: asyncio.Future[Any] = running.create_future()
@@ -123,7 +123,7 @@ async def answer_of(loop: Loop[Any], request: Ask) -> Any:
         if not answer.done():
             answer.set_result(value)
 
-    request.listen = lambda value: tell(running, put, value)
+    request.listen = lambda value: post_threadsafe(running, put, value)
     loop.submit(request)
     try:
         value = await answer
@@ -135,13 +135,15 @@ async def answer_of(loop: Loop[Any], request: Ask) -> Any:
     return value
 
 
-def tell(loop: asyncio.AbstractEventLoop, put: Callable[[Any], None], value: Any) -> None:
+def post_threadsafe(
+    loop: asyncio.AbstractEventLoop, put: Callable[[Any], None], value: Any
+) -> None:
     """Hand a value from an engine's thread to the server's."""
     with contextlib.suppress(RuntimeError):  # the loop has ended with its server
         loop.call_soon_threadsafe(put, value)
 
 
-def translated(error: BaseException) -> ApiError:
+def to_api_error(error: BaseException) -> ApiError:
     """An error as a client sees it."""
     if isinstance(error, ApiError):
         return error

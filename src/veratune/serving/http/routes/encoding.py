@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from veratune.serving.engine.encoder import Encoder, Reading, Want
-from veratune.serving.http.routes.base import ApiError, Body, Served, Who, answer_of
+from veratune.serving.http.routes.base import ApiError, Body, CallerDep, ServiceDep, submit_and_wait
 from veratune.serving.keys import Caller
 from veratune.serving.service import Service
 
@@ -34,7 +34,7 @@ class ClassifyBody(Body):
 
 
 @router.post("/v1/embeddings")
-async def embeddings(body: EmbeddingBody, who: Who, service: Served) -> dict[str, Any]:
+async def embeddings(body: EmbeddingBody, caller: CallerDep, service: ServiceDep) -> dict[str, Any]:
     """A vector of length 1 for each text, read with the model's own adapter."""
     encoder = service.encoding()
     given: list[Any] = body.input if isinstance(body.input, list) else [body.input]
@@ -53,7 +53,7 @@ async def embeddings(body: EmbeddingBody, who: Who, service: Served) -> dict[str
             if isinstance(entry, str)
             else {"input_ids": entry, "attention_mask": [1] * len(entry)}
         )
-    vectors, read = await _read(service, encoder, who, body.model, encoded, "embedding")
+    vectors, read = await _read(service, encoder, caller, body.model, encoded, "embedding")
     tokens = sum(request.size for request in read)
     shown: list[Any] = vectors
     if body.encoding_format == "base64":
@@ -73,7 +73,7 @@ async def embeddings(body: EmbeddingBody, who: Who, service: Served) -> dict[str
 
 
 @router.post("/v1/classify")
-async def classify(body: ClassifyBody, who: Who, service: Served) -> dict[str, Any]:
+async def classify(body: ClassifyBody, caller: CallerDep, service: ServiceDep) -> dict[str, Any]:
     """The likeliest class of each text (or pair of texts) and the probabilities of all; an adapter trained on numbers gives its number."""
     encoder = service.encoding()
     texts, pairs = (
@@ -84,7 +84,7 @@ async def classify(body: ClassifyBody, who: Who, service: Served) -> dict[str, A
             400, f"pair: {len(pairs)} texts for {len(texts)} of input; as many are wanted"
         )
     encoded = [encoder.encode(text, *pairs[i : i + 1]) for i, text in enumerate(texts)]
-    logits, read = await _read(service, encoder, who, body.model, encoded, "logits")
+    logits, read = await _read(service, encoder, caller, body.model, encoded, "logits")
     lease = read[0].lease
     labels = [str(label) for label in lease.task.get("labels", [])] if lease is not None else []
     tokens = sum(request.size for request in read)
@@ -107,12 +107,12 @@ async def classify(body: ClassifyBody, who: Who, service: Served) -> dict[str, A
 
 
 async def _read(
-    service: Service, encoder: Encoder, who: Caller, model: str, encoded: list[Any], want: Want
+    service: Service, encoder: Encoder, caller: Caller, model: str, encoded: list[Any], want: Want
 ) -> tuple[list[list[float]], list[Reading]]:
     """Every text's numbers, and the requests that had them. All texts are asked for at once; the first that fails fails the call."""
     if not 1 <= len(encoded) <= MOST:
         raise ApiError(400, f"input: {len(encoded)} texts; 1 to {MOST} are wanted")
-    asked = await asyncio.to_thread(service.asked, who, model, encoder)
+    asked = await asyncio.to_thread(service.asked, caller, model, encoder)
     requests = [Reading(**asked, encoded=entry, want=want) for entry in encoded]
     for request in requests:
         encoder.check(request)
@@ -121,7 +121,8 @@ async def _read(
         0, len(requests), encoder.limits.rows
     ):  # a long list is one tenant's: it takes its turns like others
         waiting = [
-            answer_of(encoder, request) for request in requests[start : start + encoder.limits.rows]
+            submit_and_wait(encoder, request)
+            for request in requests[start : start + encoder.limits.rows]
         ]
         for answer in await asyncio.gather(*waiting, return_exceptions=True):
             if isinstance(answer, BaseException):

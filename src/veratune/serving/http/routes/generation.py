@@ -18,7 +18,14 @@ from pydantic import Field
 from veratune.serving.engine.engine import Engine, Piece
 from veratune.serving.engine.engine import Request as Asked
 from veratune.serving.engine.sampling import Choice, Sampling
-from veratune.serving.http.routes.base import ApiError, Body, Served, Who, tell, translated
+from veratune.serving.http.routes.base import (
+    ApiError,
+    Body,
+    CallerDep,
+    ServiceDep,
+    post_threadsafe,
+    to_api_error,
+)
 from veratune.serving.keys import Caller
 from veratune.serving.service import Service
 from veratune.tasks.text.language import render
@@ -94,7 +101,7 @@ class CompletionBody(_Generation):
 
 
 @router.post("/v1/chat/completions")
-async def chat(body: ChatBody, http: Request, who: Who, service: Served) -> Response:
+async def chat(body: ChatBody, http: Request, caller: CallerDep, service: ServiceDep) -> Response:
     """An answer to a conversation, or `n` of them."""
     engine = service.generating()
     # A developer's message is what a system's was before; templates know that one.
@@ -116,13 +123,15 @@ async def chat(body: ChatBody, http: Request, who: Who, service: Served) -> Resp
         or max(1, min(256, engine.length - len(prompt)))
     )
     asked = await asyncio.to_thread(
-        _asked, service, who, body, [prompt], most, body.top_logprobs if body.logprobs else None
+        _asked, service, caller, body, [prompt], most, body.top_logprobs if body.logprobs else None
     )
     return await _reply(engine, http, body, asked, _Chat(engine))
 
 
 @router.post("/v1/completions")
-async def completion(body: CompletionBody, http: Request, who: Who, service: Served) -> Response:
+async def completion(
+    body: CompletionBody, http: Request, caller: CallerDep, service: ServiceDep
+) -> Response:
     """What comes behind a text, or behind each of several: texts, or tokens."""
     engine = service.generating()
     several = isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int)
@@ -131,14 +140,14 @@ async def completion(body: CompletionBody, http: Request, who: Who, service: Ser
         list(engine.tokenizer(one)["input_ids"]) if isinstance(one, str) else one for one in given
     ]
     asked = await asyncio.to_thread(
-        _asked, service, who, body, prompts, body.max_tokens, body.logprobs
+        _asked, service, caller, body, prompts, body.max_tokens, body.logprobs
     )  # a bucket may be slow
     return await _reply(engine, http, body, asked, _Completion(engine))
 
 
 def _asked(
     service: Service,
-    who: Caller,
+    caller: Caller,
     body: _Generation,
     prompts: list[list[int]],
     most: int,
@@ -151,7 +160,7 @@ def _asked(
             400,
             f"{len(prompts)} prompts and n={body.n}; {engine.limits.waiting_tenant} answers to one call at most",
         )
-    model = service.asked(who, body.model, engine)
+    model = service.asked(caller, body.model, engine)
     sampling = Sampling(
         max_tokens=most,
         temperature=body.temperature,
@@ -185,7 +194,9 @@ async def _reply(
 
     try:
         for index, one in enumerate(asked):
-            one.listen = lambda piece, index=index: tell(loop, pieces.put_nowait, (index, piece))  # type: ignore[misc]
+            one.listen = lambda piece, index=index: post_threadsafe(
+                loop, pieces.put_nowait, (index, piece)
+            )  # type: ignore[misc]
             engine.submit(one)
     except BaseException:
         cancel()
@@ -239,7 +250,7 @@ async def _reply(
     except asyncio.CancelledError:
         return Response(status_code=499)
     except Exception as error:
-        raise translated(error) from error
+        raise to_api_error(error) from error
     if not body.stream:
         found: list[list[Piece]] = [[] for _ in asked]
         found[first[0]].append(first[1])
@@ -249,7 +260,7 @@ async def _reply(
         except asyncio.CancelledError:
             return Response(status_code=499)
         except Exception as error:
-            raise translated(error) from error
+            raise to_api_error(error) from error
         return JSONResponse(
             {
                 **head,
@@ -278,7 +289,7 @@ async def _reply(
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            said = translated(error)
+            said = to_api_error(error)
             yield event(
                 {
                     "error": {

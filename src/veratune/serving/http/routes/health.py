@@ -10,7 +10,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from veratune.serving.engine.loop import Loop
-from veratune.serving.http.routes.base import ApiError, Served
+from veratune.serving.http.routes.base import ApiError, ServiceDep
 from veratune.serving.service import Service
 
 router = APIRouter()
@@ -32,7 +32,7 @@ def health() -> dict[str, str]:
 
 
 @router.get("/ready")
-def ready(service: Served) -> dict[str, str]:
+def ready(service: ServiceDep) -> dict[str, str]:
     """Whether the server can answer."""
     reason = service.ready()
     if reason is not None:

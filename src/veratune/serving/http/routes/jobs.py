@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Form, Request, Response, UploadFile
 from pydantic import Field
 
 from veratune.errors import UnsupportedError
-from veratune.serving.http.routes.base import Body, Limit, Owner, page
+from veratune.serving.http.routes.base import Body, Limit, TenantDep, page
 from veratune.serving.jobs.jobs import File, Job, Jobs
 from veratune.serving.store.store import check_name
 
@@ -15,7 +15,7 @@ router = APIRouter()
 _LR = 1e-2  # what a multiplier of 1 stands for: the default of `veratune train`
 
 
-def jobs_of(request: Request) -> Jobs:
+def get_jobs(request: Request) -> Jobs:
     """The jobs behind the application. Raises UnsupportedError where there are none."""
     jobs: Jobs | None = request.app.state.jobs
     if jobs is None:
@@ -23,7 +23,7 @@ def jobs_of(request: Request) -> Jobs:
     return jobs
 
 
-Has = Annotated[Jobs, Depends(jobs_of)]
+JobsDep = Annotated[Jobs, Depends(get_jobs)]
 Auto = Literal["auto"]
 
 
@@ -79,7 +79,7 @@ class JobBody(Body):
 
 @router.post("/v1/files")
 async def upload(
-    tenant: Owner, jobs: Has, file: UploadFile, purpose: Annotated[str, Form()]
+    tenant: TenantDep, jobs: JobsDep, file: UploadFile, purpose: Annotated[str, Form()]
 ) -> dict[str, Any]:
     """Rows to learn from: a file with a JSON object a line."""
     data = await file.read()
@@ -89,32 +89,32 @@ async def upload(
 
 
 @router.get("/v1/files")
-def files(tenant: Owner, jobs: Has) -> dict[str, Any]:
+def files(tenant: TenantDep, jobs: JobsDep) -> dict[str, Any]:
     """A tenant's files."""
     return page([_file(file) for file in jobs.files(tenant)], False)
 
 
 @router.get("/v1/files/{file}")
-def file(file: str, tenant: Owner, jobs: Has) -> dict[str, Any]:
+def file(file: str, tenant: TenantDep, jobs: JobsDep) -> dict[str, Any]:
     """One file."""
     return _file(jobs.file(tenant, file))
 
 
 @router.get("/v1/files/{file}/content")
-def content(file: str, tenant: Owner, jobs: Has) -> Response:
+def content(file: str, tenant: TenantDep, jobs: JobsDep) -> Response:
     """A file's bytes."""
     return Response(jobs.content(tenant, file), media_type="application/jsonl")
 
 
 @router.delete("/v1/files/{file}")
-def drop(file: str, tenant: Owner, jobs: Has) -> dict[str, Any]:
+def drop(file: str, tenant: TenantDep, jobs: JobsDep) -> dict[str, Any]:
     """The end of a file."""
     jobs.drop_file(tenant, file)
     return {"id": file, "object": "file", "deleted": True}
 
 
 @router.post("/v1/fine_tuning/jobs")
-def create(body: JobBody, tenant: Owner, jobs: Has) -> dict[str, Any]:
+def create(body: JobBody, tenant: TenantDep, jobs: JobsDep) -> dict[str, Any]:
     """A job; its adapter appears under the tenant, by the name `suffix`."""
     if body.suffix is not None:
         check_name("suffix", body.suffix)
@@ -131,27 +131,27 @@ def create(body: JobBody, tenant: Owner, jobs: Has) -> dict[str, Any]:
 
 
 @router.get("/v1/fine_tuning/jobs")
-def listed(tenant: Owner, jobs: Has, after: str = "", limit: Limit = 20) -> dict[str, Any]:
+def listed(tenant: TenantDep, jobs: JobsDep, after: str = "", limit: Limit = 20) -> dict[str, Any]:
     """A tenant's jobs, the newest first."""
     found = jobs.page(tenant, after, limit + 1)
     return page([_job(job) for job in found[:limit]], len(found) > limit)
 
 
 @router.get("/v1/fine_tuning/jobs/{job}")
-def one(job: str, tenant: Owner, jobs: Has) -> dict[str, Any]:
+def one(job: str, tenant: TenantDep, jobs: JobsDep) -> dict[str, Any]:
     """One job: its status, how far it is, what it made."""
     return _job(jobs.job(tenant, job))
 
 
 @router.post("/v1/fine_tuning/jobs/{job}/cancel")
-def cancel(job: str, tenant: Owner, jobs: Has) -> dict[str, Any]:
+def cancel(job: str, tenant: TenantDep, jobs: JobsDep) -> dict[str, Any]:
     """End a job that has not ended."""
     return _job(jobs.cancel(tenant, job))
 
 
 @router.get("/v1/fine_tuning/jobs/{job}/events")
 def events(
-    job: str, tenant: Owner, jobs: Has, after: str = "", limit: Limit = 20
+    job: str, tenant: TenantDep, jobs: JobsDep, after: str = "", limit: Limit = 20
 ) -> dict[str, Any]:
     """A job's log, the newest line first."""
     number = after.removeprefix("event-")
