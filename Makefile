@@ -57,7 +57,7 @@ benchmarks: install
 	$(BIN)/python -m veratune_lab bench step --model smollm2-135m --blocks 6 --out benchmarks/results/steps.jsonl
 	$(BIN)/python -m veratune_lab bench layers --seconds 12 --out benchmarks/results/layers.jsonl
 	$(BIN)/python -m veratune_lab bench serve --model out/demo/smollm2 --rate 0.8 --out benchmarks/results/serving.jsonl
-	$(BIN)/python -m veratune_lab bench serve --model out/demo/smollm2 --rate 1.6 --base_dtype bfloat16 --out benchmarks/results/serving.jsonl
+	$(BIN)/python -m veratune_lab bench serve --model out/demo/smollm2 --rate 1.6 --base-dtype bfloat16 --out benchmarks/results/serving.jsonl
 	$(MAKE) docs
 
 # The vision tables at the size of two cores: some four hours. DATA and MODELS are folders of data sets and checkpoints (docs/data.md).

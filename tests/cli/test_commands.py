@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ import veratune as vt
 from tests import fakes
 from tests.fakes import scramble
 from veratune.cli.main import COMMANDS, main
+from veratune.errors import ConfigError
 from veratune.formats import native
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -91,6 +93,20 @@ def test_mistakes_in_the_command_line_end_with_2(words, message, capsys):
     assert message in err
     assert err.count("\n") == 1
     assert not out
+
+
+def test_flags_are_shown_with_hyphens_and_taken_with_underscores_too(tmp_path):
+    from veratune.cli.parsing import parse
+    from veratune.cli.train_ import parser
+
+    assert not re.search(r"--\w+_\w", parser().format_help())
+    needed = ["--model", "m", "--task", "t", "--data", "d", "--out", "o"]
+    (tmp_path / "run.yaml").write_text("max_length: 7\n")
+    for words in (["--max-length", "7"], ["--max-length=7"], ["--config", tmp_path / "run.yaml"]):
+        assert parse(parser(), [*map(str, words), *needed]).max_length == 7
+    (tmp_path / "run.yaml").write_text("max-length: 7\n")
+    with pytest.raises(ConfigError, match="unknown key 'max-length'; did you mean 'max_length'"):
+        parse(parser(), ["--config", str(tmp_path / "run.yaml"), *needed])
 
 
 LLAMA = {
@@ -221,7 +237,7 @@ def test_train_eval_and_chat(place, tmp_path, capsys):
         result["path"],
         "--device",
         "cpu",
-        "--max_new_tokens",
+        "--max-new-tokens",
         4,
     )
     status, out, err = run(capsys, *chat, "--prompt", "light on")
@@ -234,7 +250,7 @@ def test_chat_takes_turns_and_commands(place, capsys, monkeypatch):
         sys, "stdin", io.StringIO("light on\n/base\nlight on\n/new\n/what\n/quit\n")
     )
     status, out, err = run(capsys, "chat", "--model", place / "llama", "--adapter", place / "a.safetensors", "--device", "cpu",
-                           "--max_new_tokens", 3)  # fmt: skip
+                           "--max-new-tokens", 3)  # fmt: skip
     assert status == 0
     assert "adapter off: the bare base model" in err
     assert "unknown command '/what'" in err
@@ -242,8 +258,8 @@ def test_chat_takes_turns_and_commands(place, capsys, monkeypatch):
 
 
 def test_a_sweep_ranks_its_runs(place, tmp_path, capsys):
-    words = ["train", "--model", place / "llama", "--task", "instruction", "--data", place / "talk.jsonl", "--eval_data",
-             place / "talk.jsonl", "--out", tmp_path / "s", "--epochs", 8, "--max_length", 40, "--device", "cpu", "--rank", 8]  # fmt: skip
+    words = ["train", "--model", place / "llama", "--task", "instruction", "--data", place / "talk.jsonl", "--eval-data",
+             place / "talk.jsonl", "--out", tmp_path / "s", "--epochs", 8, "--max-length", 40, "--device", "cpu", "--rank", 8]  # fmt: skip
     status, out, err = run(capsys, *words, "--sweep", "lr=1e-6,5e-2")
     assert status == 0, err
     assert out.index("0.05") < out.index("1e-06")
@@ -415,7 +431,7 @@ def test_export_and_import(place, tmp_path, capsys):
 
 def test_the_installed_command():
     out = subprocess.run(
-        [sys.executable, "-m", "veratune.cli.main", "count", "--model", "/nowhere.json"],
+        [sys.executable, "-m", "veratune", "count", "--model", "/nowhere.json"],
         capture_output=True,
         text=True,
     )
@@ -430,7 +446,7 @@ def test_a_diffusion_adapter_from_the_command_line(tmp_path, capsys):
         image.save(data / f"{i}.png")
     status, out, err = run(
         capsys, "train", "--task", "text-to-image", "--model", model, "--data", data, "--caption", "a dog", "--out", tmp_path / "run",
-        "--rank", 4, "--epochs", 1, "--batch_size", 4, "--sample_steps", 1, "--device", "cpu", "--lr", "1e-2", "--json",
+        "--rank", 4, "--epochs", 1, "--batch-size", 4, "--sample-steps", 1, "--device", "cpu", "--lr", "1e-2", "--json",
     )  # fmt: skip
     assert status == 0, err
     adapter = json.loads(out)["path"]
@@ -610,16 +626,16 @@ def test_a_server_answers_and_drains_on_sigterm(tmp_path):
     [
         (
             "serve --model m --max-loaded-adapters 0",
-            "--max_loaded_adapters: Not of type PositiveInt: 0 does not conform",
+            "--max-loaded-adapters: Not of type PositiveInt: 0 does not conform",
         ),
         (
             "serve --model m --adapter-memory-gib inf",
-            "--adapter_memory_gib: Not of type GiB: inf does not conform",
+            "--adapter-memory-gib: Not of type GiB: inf does not conform",
         ),
         ("serve --model m --port 99999", "--port: Not of type Port: 99999 does not conform"),
         (
             "serve --model m --shutdown-timeout nan",
-            "--shutdown_timeout: Not of type Seconds: nan does not conform",
+            "--shutdown-timeout: Not of type Seconds: nan does not conform",
         ),
         ("serve --model m --threads 0", "--threads: Not of type PositiveInt"),
         ("sample --model m --count 0", "--count: Not of type PositiveInt: 0 does not conform"),
@@ -633,11 +649,11 @@ def test_a_number_out_of_bounds_is_one_line(words, said, capsys):
 
 
 def test_a_key_is_printed_once_and_a_server_without_keys_stays_at_home(tmp_path, capsys):
-    assert main(["key", "--key_file", str(tmp_path / "k.json"), "--tenants", "ann,ben"]) == 0
+    assert main(["key", "--key-file", str(tmp_path / "k.json"), "--tenants", "ann,ben"]) == 0
     key = capsys.readouterr().out.strip()
     assert key.startswith("vt-")
     assert key not in (tmp_path / "k.json").read_text()
-    file = ["key", "--key_file", str(tmp_path / "k.json")]
+    file = ["key", "--key-file", str(tmp_path / "k.json")]
     assert main([*file, "--tenants", "cid"]) == 0
     other = capsys.readouterr().out.strip()
     assert main(file) == 0
@@ -663,7 +679,7 @@ def test_a_key_is_printed_once_and_a_server_without_keys_stays_at_home(tmp_path,
         )
     assert (
         main(
-            ["serve", "--model", "m", "--host", "192.0.2.1", "--key_file", str(tmp_path / "k.json")]
+            ["serve", "--model", "m", "--host", "192.0.2.1", "--key-file", str(tmp_path / "k.json")]
         )
         == 2
     )

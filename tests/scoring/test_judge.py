@@ -145,11 +145,11 @@ def test_the_command(server, folder, capsys):
         "--json",
     ]
     assert (
-        main([*words, "--judge_url", f"http://127.0.0.1:{port}/v1", "--judge_model", "wise"]) == 0
+        main([*words, "--judge-url", f"http://127.0.0.1:{port}/v1", "--judge-model", "wise"]) == 0
     )
     assert json.loads(capsys.readouterr().out) == {"score": 7.0, "judge": "wise", "questions": 2}
-    assert main([*words, "--judge_model", "wise"]) == 0
+    assert main([*words, "--judge-model", "wise"]) == 0
     assert len(server.asked) == 4
     capsys.readouterr()
-    assert main([*words, "--judge_model", "other"]) == 1
-    assert "give --judge_url" in capsys.readouterr().err
+    assert main([*words, "--judge-model", "other"]) == 1
+    assert "give --judge-url" in capsys.readouterr().err

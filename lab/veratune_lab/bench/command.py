@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from veratune.cli.parsing import Parser, Usage, new_parser, parse, print_json, split
+from veratune.cli.parsing import Parser, UsageError, new_parser, parse, print_json, split
 from veratune.config import PLANS, BasisKind, Plan, VeraConfig
 from veratune.errors import near
 from veratune_lab.bench.load import Load, OpenLoad
@@ -87,7 +87,7 @@ def parser(form: str = "step") -> Parser:
             "--targets", type=list[str], default=["query", "value"], help="layers that they adapt"
         )
         out.add_argument(
-            "--base_dtype",
+            "--base-dtype",
             type=Literal["float32", "bfloat16", "float16"],
             default="float32",
             help="of the base model",
@@ -116,15 +116,15 @@ def run(argv: Sequence[str]) -> int:
     words = list(argv)
     form = words.pop(0) if words and not words[0].startswith("-") else "step"
     if form not in FORMS:
-        raise Usage(f"no benchmark {form!r}; there are {', '.join(FORMS)}{near(form, FORMS)}")
+        raise UsageError(f"no benchmark {form!r}; there are {', '.join(FORMS)}{near(form, FORMS)}")
     flags = parse(parser(form), words)
     if any(
         getattr(flags, name, None) is not None and getattr(flags, name) < 1
         for name in ("threads", "rank", "blocks")
     ):
-        raise Usage("--threads, --rank and --blocks start at 1")
+        raise UsageError("--threads, --rank and --blocks start at 1")
     if getattr(flags, "seconds", 0.0) < 0:
-        raise Usage("--seconds starts at 0")
+        raise UsageError("--seconds starts at 0")
     if "threads" in flags:
         import torch
 
@@ -217,7 +217,7 @@ def _load(flags: Namespace, console: Console) -> list[dict[str, Any]]:
     load = split(flags, OpenLoad)
     key = None if flags.key is None else os.environ.get(flags.key)
     if flags.key is not None and key is None:
-        raise Usage(f"--key names the environment variable {flags.key}, which is not set")
+        raise UsageError(f"--key names the environment variable {flags.key}, which is not set")
     with console.status(f"{flags.url}") as status:
         return [asyncio.run(against(flags.url, key, load, status.update))]
 

@@ -8,7 +8,7 @@ from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.markdown import Markdown
 
-from veratune.cli.parsing import Parser, Usage, add_judge, new_parser, parse, print_json
+from veratune.cli.parsing import Parser, UsageError, add_judge, new_parser, parse, print_json
 
 
 def parser() -> Parser:
@@ -78,7 +78,7 @@ def run(argv: Sequence[str]) -> int:
             print(f"  {known:<20} {kind.about}")
         return 0
     if flags.quick and flags.full:
-        raise Usage("--quick and --full exclude one another")
+        raise UsageError("--quick and --full exclude one another")
     import torch
 
     from veratune.scoring.judge import Judge

@@ -179,7 +179,7 @@ class Table4(Experiment):
             f"# {self.name}: {self.about}", "", table(["model", "method", "trained", "held-out loss before", "after", "rating"], rows),
             "Printed in the paper, rated by GPT-4:", "", table(["model", "method", "rating"], printed),
             f"Scaled: {self.rows['scaled']} short rows of Alpaca, one epoch, batch 4 x 2, 128 tokens, table 9's warmup and cosine, rates not tuned; the loss is that of 64 rows held out. "
-            "A rating wants a judge (`--judge_url`, `--judge_model`); with none, the first answer is shown. Full: the paper's table 9, "
+            "A rating wants a judge (`--judge-url`, `--judge-model`); with none, the first answer is shown. Full: the paper's table 9, "
             "4-bit base.", "",
         ]  # fmt: skip
         for line in lines:

@@ -25,7 +25,7 @@ def parser() -> Parser:
         help="system message, if not the one that the adapter remembers",
     )
     out.add_argument(
-        "--max_new_tokens", type=PositiveInt, default=512, help="longest answer, in tokens"
+        "--max-new-tokens", type=PositiveInt, default=512, help="longest answer, in tokens"
     )
     out.add_argument(
         "--temperature",

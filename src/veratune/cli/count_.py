@@ -29,7 +29,7 @@ def parser() -> Parser:
     out.add_argument("--batch", type=PositiveInt, default=1, help="sequences in a training step")
     out.add_argument("--length", type=PositiveInt, default=512, help="tokens in a sequence")
     out.add_argument(
-        "--base_dtype",
+        "--base-dtype",
         type=Literal["float32", "bfloat16", "float16"],
         default="bfloat16",
         help="of the base weights",

@@ -26,7 +26,7 @@ def parser() -> Parser:
         "--split", type=str, default="validation", help="split of a folder or data set id"
     )
     out.add_argument(
-        "--data_config", type=str | None, default=None, help="configuration of the data set id"
+        "--data-config", type=str | None, default=None, help="configuration of the data set id"
     )
     out.add_argument(
         "--columns",
@@ -35,7 +35,7 @@ def parser() -> Parser:
         help="the data's column for each role of the task",
     )
     out.add_argument(
-        "--batch_size", type=PositiveInt, default=16, help="examples in one forward pass"
+        "--batch-size", type=PositiveInt, default=16, help="examples in one forward pass"
     )
     out.add_argument(
         "--generate",
@@ -44,7 +44,7 @@ def parser() -> Parser:
         help="also answer every row greedily and count exact matches",
     )
     out.add_argument(
-        "--max_new_tokens",
+        "--max-new-tokens",
         type=PositiveInt,
         default=128,
         help="longest generated answer, in tokens",
@@ -78,7 +78,7 @@ def add_loading(out: Parser) -> None:
         help="task, if not the one that the adapter's file remembers",
     )
     out.add_argument(
-        "--base_dtype",
+        "--base-dtype",
         type=Literal["float32", "bfloat16", "float16"],
         default="float32",
         help="of the base weights",
@@ -96,7 +96,7 @@ def add_loading(out: Parser) -> None:
         help="auto takes a GPU if there is one",
     )
     out.add_argument(
-        "--check_base",
+        "--check-base",
         type=bool,
         default=True,
         help="refuse an adapter of a base model with other weights",

@@ -13,7 +13,7 @@ def parser() -> Parser:
         "A server that runs sees the change at the next request.",
     )
     out.add_argument(
-        "--key_file",
+        "--key-file",
         type=str,
         default="out/keys.json",
         help="the file of keys, made if it is not there",

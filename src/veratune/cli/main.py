@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from jsonargparse import ArgumentError
 
 from veratune import __version__
-from veratune.cli.parsing import Usage
+from veratune.cli.parsing import UsageError
 from veratune.errors import ConfigError, VeratuneError, near
 
 COMMANDS = {
@@ -54,7 +54,7 @@ def run_command(name: str, run: Callable[[Sequence[str]], int | None], rest: Seq
     quiet()
     try:
         return run(rest) or 0
-    except (Usage, ArgumentError) as error:
+    except (UsageError, ArgumentError) as error:
         return _fail(f"{error} (see veratune {name} --help)", 2)
     except ConfigError as error:
         return _fail(str(error), 2)

@@ -1,6 +1,7 @@
-"""Command lines to settings: jsonargparse, a YAML file before the flags, and near names for mistakes.
+"""Parse command lines with jsonargparse: YAML settings first, then flags, and near names for mistakes.
 
-A flag may be written with - or _; true-or-false flags may stand alone; lists may be written a,b,c.
+A flag is written with hyphens (underscores work too); a true-or-false flag may stand alone; a list
+may be written a,b,c. YAML keys keep underscores, as the Python fields that they set.
 """
 
 import dataclasses
@@ -9,166 +10,213 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from veratune.errors import ConfigError, near
 
+T = TypeVar("T")
+
+# Flags whose value may be a comma-separated list.
 LISTS = ("targets", "exclude", "layers", "head", "report_to", "prompts", "tenants", "adapters")
 
-
-# Settings that were measured to do well, by name; docs/recipes.md says on what.
+# Measured settings by name; docs/recipes.md says on what they were measured.
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 
 
-class Usage(Exception):
-    """A command line that cannot be understood: exit status 2."""
+class UsageError(Exception):
+    """A command line that cannot be parsed: exit status 2."""
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser; a mistake is one line that names the nearest known flag."""
+    """jsonargparse's parser with hyphenated flags; an error is one line with the nearest known flag."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
-        raise Usage(self._one_line(message))
+        """Raise UsageError instead of printing the usage and exiting."""
+        raise UsageError(self._one_line(message))
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse with hyphenated flags."""
+        self._hyphenate()
+        return super().parse_args(*args, **kwargs)
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Show hyphenated flags."""
+        self._hyphenate()
+        return super().format_help(*args, **kwargs)
+
+    def flags(self) -> set[str]:
+        """The names of all flags, hyphenated and without the leading dashes."""
+        options = [o for action in self._actions for o in action.option_strings]
+        return {option[2:].replace("_", "-") for option in options if option.startswith("--")}
+
+    def keys(self) -> set[str]:
+        """The keys that a YAML file may set: the flags' names with underscores."""
+        return {flag.replace("-", "_") for flag in self.flags()} - {"help", "config"}
+
+    def booleans(self) -> set[str]:
+        """The keys of true-or-false flags."""
+        return {a.dest for a in self._actions if getattr(a, "_typehint", None) is bool}
+
+    def _hyphenate(self) -> None:
+        # jsonargparse names a dataclass's flags after its fields and has no setting for hyphens.
+        for action in self._actions:
+            action.option_strings = [_hyphenated(option) for option in action.option_strings]
+            self._option_string_actions.update(dict.fromkeys(action.option_strings, action))
 
     def _one_line(self, message: str) -> str:
-        known = self.flags()
         unknown = re.search(r"[Uu]nrecognized arguments:? (\S+)", message)
         if unknown:
-            return f"unknown flag {unknown.group(1)!r}{near(unknown.group(1), [f'--{k}' for k in known])}"
+            flag = unknown.group(1)
+            return f"unknown flag {flag!r}{near(flag, [f'--{name}' for name in self.flags()])}"
         line = " ".join(message.split())
-        # Of an optional value only what is wrong with it as a value is of interest.
+        # Of an optional value, only the error about the value itself is useful.
         line = re.sub(
-            r"Does not validate against any of the Union .*? Errors: - (.*?) - Expected a <class 'NoneType'> Given .*",
+            r"Does not validate against any of the Union .*? Errors: - (.*?)"
+            r" - Expected a <class 'NoneType'> Given .*",
             r"\1",
             line,
         )
-        return re.sub(r'^Parser key "(\w+)": ', r"--\1: ", line)
-
-    def flags(self) -> set[str]:
-        """The names of all flags, without their dashes."""
-        return {
-            o[2:] for action in self._actions for o in action.option_strings if o.startswith("--")
-        }
-
-    def booleans(self) -> set[str]:
-        return {a.dest for a in self._actions if getattr(a, "_typehint", None) is bool}
+        return re.sub(
+            r'^Parser key "(\w+)": ', lambda key: f"{_hyphenated('--' + key.group(1))}: ", line
+        )
 
 
-def new_parser(name: str, description: str) -> Parser:
-    """An empty parser of one command, with --config if it takes a file."""
+def new_parser(name: str, description: str, prog: str = "veratune") -> Parser:
+    """An empty parser for one command.
+
+    Args:
+        name: The command.
+        description: One or two sentences, shown by --help.
+        prog: The program that the command belongs to, as users type it.
+    """
     return Parser(
-        prog=f"veratune {name}",
+        prog=f"{prog} {name}".rstrip(),
         description=description,
         formatter_class=DefaultHelpFormatter,
         default_env=False,
     )
 
 
-def add_judge(parser: Parser) -> None:
-    """The flags that say who rates answers."""
+def add_json(parser: Parser, printed: str = "the result") -> None:
+    """Add --json."""
     parser.add_argument(
-        "--judge_url",
+        "--json", type=bool, default=False, help=f"print {printed} as JSON, not as a table"
+    )
+
+
+def add_judge(parser: Parser) -> None:
+    """Add the flags that configure an LLM judge."""
+    parser.add_argument(
+        "--judge-url",
         type=str | None,
         default=None,
-        help="an OpenAI-compatible API that rates answers, such as https://api.openai.com/v1; without it the cache alone",
+        help="OpenAI-compatible API of the judge, such as https://api.openai.com/v1; "
+        "without it, only cached ratings are used",
     )
-    parser.add_argument("--judge_model", type=str, default="gpt-4", help="the judge's name there")
+    parser.add_argument("--judge-model", type=str, default="gpt-4", help="the judge's model name")
     parser.add_argument(
-        "--judge_key",
+        "--judge-key",
         type=str,
         default="OPENAI_API_KEY",
-        help="the environment variable that holds the judge's key",
+        help="environment variable that holds the judge's API key",
     )
 
 
 def parse(parser: Parser, argv: Sequence[str]) -> Namespace:
-    """Flags to a namespace; the keys of --config FILE go first, so that flags overrule them.
+    """Parse flags; the keys of --config FILE and of --recipe NAME apply first, so that flags win.
 
-    Raises Usage, or ConfigError naming an unknown key of the file and the nearest known one.
+    Raises:
+        UsageError: The command line cannot be parsed.
+        ConfigError: The file cannot be read or has an unknown key; names the nearest known key.
     """
-    words = _normal(parser, argv)
+    words = _normalize(parser, argv)
     if "--config" in words:
         at = words.index("--config")
         if at + 1 >= len(words):
-            raise Usage("--config wants the name of a YAML file")
-        words = _from_file(parser, words[at + 1]) + words[:at] + words[at + 2 :]
+            raise UsageError("--config wants the name of a YAML file")
+        words = _words_of_file(parser, words[at + 1]) + words[:at] + words[at + 2 :]
     if "--recipe" in words and "recipe" in parser.flags():
         at = words.index("--recipe")
         name = words[at + 1] if at + 1 < len(words) else ""
         if name not in RECIPES:
-            raise Usage(f"no recipe {name!r}; there are {', '.join(RECIPES)}{near(name, RECIPES)}")
-        words = _from_file(parser, str(RECIPES[name])) + words
-    # jsonargparse reports some mistakes by exception; main makes all of them one line.
+            raise UsageError(
+                f"no recipe {name!r}; there are {', '.join(RECIPES)}{near(name, RECIPES)}"
+            )
+        words = _words_of_file(parser, str(RECIPES[name])) + words
     flags = parser.parse_args(words)
     for name, value in flags.items():
-        # Bounded numbers are of classes made at run time, which another process does not know.
+        # jsonargparse makes the classes of bounded numbers at run time; they cannot be pickled for
+        # another process.
         plain = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
         flags[name] = plain(value) if plain is not None else value
     return flags
 
 
-def split(settings: Namespace, kind: type[Any]) -> Any:
-    """The dataclass `kind` out of a namespace that may hold more than its fields."""
-    names = {f.name for f in dataclasses.fields(kind)}
-    found = {k: _plain(v) for k, v in vars(settings).items() if k in names}
-    return kind(**found)
+def split(flags: Namespace, kind: type[T]) -> T:
+    """Build the dataclass `kind` from a namespace that may hold more than its fields."""
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values = {key: value for key, value in vars(flags).items() if key in names}
+    return kind(**{k: vars(v) if isinstance(v, Namespace) else v for k, v in values.items()})
 
 
-def print_json(value: Any) -> None:
-    """One JSON object on standard output."""
+def print_json(value: object) -> None:
+    """Print a value as JSON on standard output."""
     json.dump(value, sys.stdout, indent=2)
     sys.stdout.write("\n")
 
 
-def _plain(value: Any) -> Any:
-    return vars(value) if isinstance(value, Namespace) else value
-
-
-def _normal(parser: Parser, argv: Sequence[str]) -> list[str]:
+def _normalize(parser: Parser, argv: Sequence[str]) -> list[str]:
+    """Hyphenate flags, split --flag=value, write true after a lone boolean flag, lists as JSON."""
     words: list[str] = []
     booleans = parser.booleans()
-    pending = [w for word in argv for w in _parts(word)]
-    for i, word in enumerate(pending):
+    given = [part for word in argv for part in _parts(word)]
+    for i, word in enumerate(given):
         words.append(word)
+        previous = _key(given[i - 1]) if i else None
         if (
-            word[:2] == "--"
-            and word[2:] in booleans
-            and (i + 1 == len(pending) or pending[i + 1].startswith("--"))
+            _key(word) in booleans
+            and word.startswith("--")
+            and (i + 1 == len(given) or given[i + 1].startswith("--"))
         ):
             words.append("true")
-        elif i and pending[i - 1][2:] in LISTS and pending[i - 1].startswith("--"):
+        elif previous in LISTS and not word.startswith("--"):
             words[-1] = _list(word)
     return words
 
 
 def _parts(word: str) -> list[str]:
-    """--a-b=c to --a_b c; values are left alone."""
+    """--a-b=c to --a-b and c. Values and the part after a dot stay."""
     if not word.startswith("--") or word == "--":
         return [word]
-    name, equals, value = word.partition("=")
-    head, dot, tail = name.partition(".")
-    return [
-        head.replace("-", "_").replace("__", "--", 1) + dot + tail,
-        *([value] if equals else []),
-    ]
+    flag, equals, value = word.partition("=")
+    head, dot, tail = flag.partition(".")
+    return [_hyphenated(head) + dot + tail, *([value] if equals else [])]
+
+
+def _hyphenated(option: str) -> str:
+    return option.replace("_", "-")
+
+
+def _key(word: str) -> str | None:
+    """The YAML key of a flag; None for a value."""
+    return word[2:].replace("-", "_") if word.startswith("--") else None
 
 
 def _list(text: str) -> str:
-    """A list as JSON; a regular expression may hold commas, so it is one entry."""
+    """A list as JSON. A regular expression may contain commas, so it is one entry."""
     if text.startswith("[") and text.endswith("]"):
         return text
     if text in ("null", "None"):
         return "null"
-    entries: list[Any] = (
-        [text] if text.startswith("re:") else [part for part in text.split(",") if part]
-    )
-    return json.dumps([int(e) if isinstance(e, str) and e.isdigit() else e for e in entries])
+    entries = [text] if text.startswith("re:") else [part for part in text.split(",") if part]
+    return json.dumps([int(entry) if entry.isdigit() else entry for entry in entries])
 
 
-def _from_file(parser: Parser, name: str) -> list[str]:
+def _words_of_file(parser: Parser, name: str) -> list[str]:
+    """The settings of a YAML file as a command line."""
     try:
         settings = yaml.safe_load(Path(name).read_text())
     except OSError as error:
@@ -177,14 +225,13 @@ def _from_file(parser: Parser, name: str) -> list[str]:
         raise ConfigError(f"{name}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{name}: a mapping of settings is wanted, not {type(settings).__name__}")
-    known = parser.flags() - {"help", "config"}
+    known = parser.keys()
     words = []
     for key, value in settings.items():
         if key not in known:
-            raise ConfigError(
-                f"{name}: unknown key {key!r}{near(str(key), known) or '; see veratune --help for the known ones'}"
-            )
+            hint = near(str(key), known) or "; see veratune --help for the known ones"
+            raise ConfigError(f"{name}: unknown key {key!r}{hint}")
         if key in LISTS and isinstance(value, str):
             value = json.loads(_list(value))
-        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        words += [_hyphenated(f"--{key}"), value if isinstance(value, str) else json.dumps(value)]
     return words

@@ -41,7 +41,7 @@ def parser() -> Parser:
         help="causal base model: folder, .gguf file or Hugging Face id",
     )
     out.add_argument(
-        "--served_model_name",
+        "--served-model-name",
         type=str,
         default="",
         help="what clients call it; default its id or folder's name",
@@ -53,7 +53,7 @@ def parser() -> Parser:
         help="base model for embeddings and classes: folder or Hugging Face id",
     )
     out.add_argument(
-        "--served_encoder_name",
+        "--served-encoder-name",
         type=str,
         default="",
         help="what clients call it; default its id or folder's name",
@@ -71,7 +71,7 @@ def parser() -> Parser:
         help="a bucket's adapters on this machine: a SQLite file",
     )
     out.add_argument(
-        "--refresh_seconds",
+        "--refresh-seconds",
         type=Seconds,
         default=2.0,
         help="seconds until a bucket is asked again which version of an adapter is the newest",
@@ -83,7 +83,7 @@ def parser() -> Parser:
         help="NAME=FILE of adapters to put into the store first, for tenant default",
     )
     out.add_argument(
-        "--key_file",
+        "--key-file",
         type=str | None,
         default=None,
         help="file of keys (veratune key); without it only this machine may ask",
@@ -98,51 +98,51 @@ def parser() -> Parser:
         "--port", type=Port, default=8000, help="port to listen on; 0 takes a free one"
     )
     out.add_argument(
-        "--max_loaded_adapters",
+        "--max-loaded-adapters",
         type=PositiveInt,
         default=256,
         help="adapters in memory, of each kind",
     )
     out.add_argument(
-        "--adapter_dtype",
+        "--adapter-dtype",
         type=Literal["float32", "bfloat16"],
         default="float32",
         help="of the adapters in memory",
     )
     out.add_argument(
-        "--adapter_memory_gib",
+        "--adapter-memory-gib",
         type=GiB,
         default=4.0,
         help="GiB of adapters in memory, with the frozen matrices of all kinds",
     )
     out.add_argument(
-        "--max_rank",
+        "--max-rank",
         type=PositiveInt,
         default=4096,
         help="the largest rank of an adapter that is taken",
     )
-    out.add_argument("--max_num_seqs", type=PositiveInt, default=32, help="conversations at once")
-    out.add_argument("--max_queue", type=PositiveInt, default=512, help="requests that may wait")
+    out.add_argument("--max-num-seqs", type=PositiveInt, default=32, help="conversations at once")
+    out.add_argument("--max-queue", type=PositiveInt, default=512, help="requests that may wait")
     out.add_argument(
-        "--max_queue_per_tenant",
+        "--max-queue-per-tenant",
         type=PositiveInt,
         default=64,
         help="requests of one tenant that may wait",
     )
     out.add_argument(
-        "--max_model_len",
+        "--max-model-len",
         type=PositiveInt,
         default=2048,
         help="tokens of a prompt and its answer together, at most",
     )
     out.add_argument(
-        "--max_num_batched_tokens",
+        "--max-num-batched-tokens",
         type=PositiveInt,
         default=256,
         help="tokens of a prompt that are read in one step",
     )
     out.add_argument(
-        "--prefix_cache_gib",
+        "--prefix-cache-gib",
         type=GiB,
         default=1.0,
         help="GiB of keys and values that are kept for a tenant's next request that begins alike; 0 for none",
@@ -172,7 +172,7 @@ def parser() -> Parser:
         help="over 1: so many servers behind one address, by Ray Serve; they share the store",
     )
     out.add_argument(
-        "--shutdown_timeout",
+        "--shutdown-timeout",
         type=Seconds,
         default=30.0,
         help="seconds that answers have to end after SIGTERM",

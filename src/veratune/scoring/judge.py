@@ -81,11 +81,11 @@ class Judge:
     def _ask(self, body: Mapping[str, Any]) -> str:
         if self.url is None:
             raise JudgeError(
-                f"a rating is not in {self.cache}, and no judge to ask was given; give --judge_url"
+                f"a rating is not in {self.cache}, and no judge to ask was given; give --judge-url"
             )
         if self.key not in os.environ:
             raise ConfigError(
-                f"no key for the judge: set the environment variable {self.key}, or name another with --judge_key"
+                f"no key for the judge: set the environment variable {self.key}, or name another with --judge-key"
             )
         import openai
 

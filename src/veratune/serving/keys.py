@@ -121,7 +121,7 @@ class Keys:
             return found
         except (ValueError, KeyError, TypeError, StoreError) as error:
             raise ConfigError(
-                f"{path}: no list of keys ({error}); make it with veratune key --key_file {path} --tenants NAME"
+                f"{path}: no list of keys ({error}); make it with veratune key --key-file {path} --tenants NAME"
             ) from None
 
 

@@ -153,7 +153,7 @@ def sweep(
     if settings.eval_data is None and not build_task(settings).has_split(
         settings.data, settings.eval_split
     ):
-        raise ConfigError("a sweep ranks by an evaluation score; give --eval_data")
+        raise ConfigError("a sweep ranks by an evaluation score; give --eval-data")
     out = Path(settings.out)
     results = []
     for values in itertools.product(*grid.values()):
@@ -221,7 +221,7 @@ def _load_data(settings: TrainSettings, task: Task) -> tuple[Dataset, Dataset | 
         return rows, task.load_rows(settings.data, settings.eval_split)
     if settings.patience:
         raise ConfigError(
-            "patience stops on an evaluation score, but there is no evaluation data; give --eval_data"
+            "patience stops on an evaluation score, but there is no evaluation data; give --eval-data"
         )
     return rows, None
 

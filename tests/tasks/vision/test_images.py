@@ -68,7 +68,7 @@ def test_unreadable_images_are_named_and_fail_or_are_left_out():
         }
     )
     with pytest.raises(
-        DataError, match=r"row 1 \(cut.jpg\): not a readable image .*--bad_images skip"
+        DataError, match=r"row 1 \(cut.jpg\): not a readable image .*--bad-images skip"
     ):
         checked(rows, "image")
     with pytest.warns(

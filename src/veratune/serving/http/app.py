@@ -153,5 +153,5 @@ def check_address(host: str, keys: Keys) -> None:
     """Raise UnsupportedError for an address that others reach, without keys."""
     if keys.path is None and host not in ("127.0.0.1", "::1", "localhost"):
         raise UnsupportedError(
-            f"without keys the server listens on 127.0.0.1 alone, not on {host}: make some with veratune key --key_file FILE --tenants NAME, and give --key_file FILE"
+            f"without keys the server listens on 127.0.0.1 alone, not on {host}: make some with veratune key --key-file FILE --tenants NAME, and give --key-file FILE"
         )

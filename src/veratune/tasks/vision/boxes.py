@@ -80,7 +80,7 @@ def checked_boxes(
             state = "is empty" if x1 <= x0 or y1 <= y0 else "lies outside it"
             raise DataError(
                 f"row {row}: the image is {width} x {height} and the box {[round(v, 1) for v in box]} {state}; mend it, or cut such boxes to the "
-                "image with --bad_boxes clip"
+                "image with --bad-boxes clip"
             )
         if not empty:
             kept.append(cut)

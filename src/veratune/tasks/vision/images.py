@@ -150,7 +150,7 @@ def checked_with_sizes(
         except DataError as error:
             if bad == "fail":
                 raise DataError(
-                    f"{error}; mend it, or leave such images out with --bad_images skip"
+                    f"{error}; mend it, or leave such images out with --bad-images skip"
                 ) from None
             lost.append(str(error))
     if not lost:
