@@ -37,7 +37,7 @@ def test_a_merged_adapter_is_extracted_as_it_is():
         torch.equal(before.d[k], after.d[k]) and torch.equal(before.b[k], after.b[k])
         for k in before.d
     )
-    assert torch.equal(before.probe, after.probe)
+    assert torch.equal(before.weight_fingerprint, after.weight_fingerprint)
 
 
 def test_head_and_task_travel():

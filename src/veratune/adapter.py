@@ -13,12 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from veratune.attach import active, adapters, attach, describe, heads_of, task_of, vectors_of
+from veratune.attach import (
+    active,
+    adapters,
+    attach,
+    heads_of,
+    set_task_metadata,
+    task_metadata,
+    vectors_of,
+)
 from veratune.basis.basis import Basis, basis_of
 from veratune.config import VeraConfig
 from veratune.errors import (
-    AdapterError,
     AdapterFileError,
+    AdapterNotFoundError,
+    AdapterStateError,
     BaseModelError,
     BasisError,
     TargetError,
@@ -26,9 +35,9 @@ from veratune.errors import (
     near,
 )
 from veratune.layers.quantized import dense_weight
-from veratune.targets import Site, as_it_came, find_heads, find_sites, rank_of
+from veratune.targets import Site, base_module, find_heads, find_sites, rank_of
 
-PROBE = 64  # weights of the base model that an adapter remembers
+FINGERPRINT_VALUES = 64  # weights of the base model that an adapter remembers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +46,10 @@ class Adapter:
 
     config: how it was made. shapes: (m, n) of each adapted layer. d, b: the vectors by layer name; empty
     where the config does not train them. head: tensors of modules trained in full, by full name.
-    base_id: the base model's hub id or its folder's name. probe: 64 of the base model's weights, spread
+    base_id: the base model's hub id or its folder's name. weight_fingerprint: 64 of the base model's weights, spread
     evenly over the first adapted layer (by name); None where they could not be read. task: what the adapter
     is for, as JSON types (see veratune.tasks); empty if it was not trained by veratune. kernels: of the layers that
-    are convolutions. over: the fingerprint of the LoRA that an adapter with basis="lora" was trained over; "" for others.
+    are convolutions. lora_fingerprint: of the LoRA that an adapter with basis="lora" was trained over; "" for others.
     """
 
     config: VeraConfig
@@ -49,10 +58,10 @@ class Adapter:
     b: Mapping[str, Tensor]
     head: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     base_id: str = ""
-    probe: Tensor | None = None
+    weight_fingerprint: Tensor | None = None
     task: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     kernels: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    over: str = ""
+    lora_fingerprint: str = ""
 
     def __post_init__(self) -> None:
         config = self.config
@@ -115,7 +124,7 @@ class Adapter:
     @property
     def fingerprint(self) -> str:
         """A hash of the frozen matrices."""
-        return self.over or self.basis.fingerprint()
+        return self.lora_fingerprint or self.basis.fingerprint()
 
     @property
     def trained_values(self) -> int:
@@ -133,13 +142,13 @@ def extract(model: nn.Module, name: str | None = None) -> Adapter:
     """An adapter out of a model; the tensors are copies on the CPU.
 
     name: default the active adapter, or the only one. A merged adapter is extracted as it is: its vectors,
-    never W + ΔW. Raises AdapterError for an unknown name.
+    never W + ΔW. Raises AdapterNotFoundError for an unknown name.
     """
     configs = adapters(model)
     if name is None:
         name = active(model) or (next(iter(configs)) if len(configs) == 1 else None)
     if name is None:
-        raise AdapterError(
+        raise AdapterNotFoundError(
             f"say which adapter: the model has {', '.join(map(repr, configs)) or 'none'}"
         )
     sites = {v.layer: v for v in vectors_of(model, name)}
@@ -160,10 +169,10 @@ def extract(model: nn.Module, name: str | None = None) -> Adapter:
             for key, value in module.state_dict().items()
         },
         base_id=base_id(model),
-        probe=probe(model, find_sites(model, configs[name])),
-        task=task_of(model, name),
+        weight_fingerprint=weight_fingerprint(model, find_sites(model, configs[name])),
+        task=task_metadata(model, name),
         kernels={layer: v.part.kernel for layer, v in sites.items() if v.part.kernel},
-        over=next(iter(sites.values())).basis.fingerprint()
+        lora_fingerprint=next(iter(sites.values())).basis.fingerprint()
         if configs[name].basis == "lora"
         else "",
     )
@@ -191,12 +200,12 @@ def install(
             raise BasisError(
                 "the adapter was trained over a LoRA, which it does not hold: give it too, as basis=veratune.read_lora(file, model)"
             )
-        if basis.fingerprint() != adapter.over:
+        if basis.fingerprint() != adapter.lora_fingerprint:
             raise BasisError(
                 "the adapter was trained over another LoRA than the one that was given: their fingerprints differ"
             )
     attach(model, adapter.config, name, trainable=trainable, basis=basis)
-    describe(model, name, adapter.task)
+    set_task_metadata(model, name, adapter.task)
     update(model, adapter, name)
 
 
@@ -207,7 +216,7 @@ def update(model: nn.Module, adapter: Adapter, name: str) -> None:
             for own, stored in ((vectors.d, adapter.d), (vectors.b, adapter.b)):
                 if own is not None:
                     if stored[vectors.layer].shape != own.shape:
-                        raise AdapterError(
+                        raise AdapterStateError(
                             f"layer '{vectors.layer}': the stored adapter has another rank or size"
                         )
                     own.copy_(stored[vectors.layer])
@@ -246,8 +255,8 @@ def check_fits(
             raise BaseModelError(
                 f"the adapter was trained on another base model{_was(adapter)}: it lacks layer '{layer}'"
             )
-    if check_base and adapter.probe is not None:
-        _check_probe(model, adapter, list(sites.values()))
+    if check_base and adapter.weight_fingerprint is not None:
+        _check_weight_fingerprint(model, adapter, list(sites.values()))
     _check_head(model, adapter, head_shapes)
     return list(sites.values())
 
@@ -258,31 +267,37 @@ def base_id(model: nn.Module) -> str:
     return (Path(name).name if name and Path(name).exists() else name) or type(model).__name__
 
 
-def probe(model: nn.Module, sites: list[Site]) -> Tensor | None:
+def weight_fingerprint(model: nn.Module, sites: list[Site]) -> Tensor | None:
     """Weights of the first adapted layer (by name) as a sample of the base model, in bfloat16."""
     site = min(sites, key=lambda s: s.name)
     module = model.get_submodule(site.module)
-    base = as_it_came(model, site.module)
+    base = base_module(model, site.module)
     kept = getattr(module, "_kept", {}).get(site.part.parameter)  # the weight before a merge
     weight = kept if kept is not None else dense_weight(base, site.part.parameter)
     if weight is None or weight.device.type == "meta":
         return None
     flat = (weight if not hasattr(base, "nf") else weight.T).reshape(-1)
-    return flat[torch.linspace(0, flat.numel() - 1, PROBE, dtype=torch.float64).long()].to(
-        "cpu", torch.bfloat16
-    )
+    return flat[
+        torch.linspace(0, flat.numel() - 1, FINGERPRINT_VALUES, dtype=torch.float64).long()
+    ].to("cpu", torch.bfloat16)
 
 
-def _check_probe(model: nn.Module, adapter: Adapter, sites: list[Site]) -> None:
-    check_probe(probe(model, sites), adapter, base_id(model))
+def _check_weight_fingerprint(model: nn.Module, adapter: Adapter, sites: list[Site]) -> None:
+    check_weight_fingerprint(weight_fingerprint(model, sites), adapter, base_id(model))
 
 
-def check_probe(found: Tensor | None, adapter: Adapter, model: str) -> None:
+def check_weight_fingerprint(found: Tensor | None, adapter: Adapter, model: str) -> None:
     """Compare weights of a base model (see `probe`) with those that an adapter remembers. Raises BaseModelError."""
-    if found is None or adapter.probe is None or torch.equal(found, adapter.probe):
+    if (
+        found is None
+        or adapter.weight_fingerprint is None
+        or torch.equal(found, adapter.weight_fingerprint)
+    ):
         return
     # Quantization moves weights by a tenth; another model's weights have nothing in common with these.
-    alike = torch.cosine_similarity(found.double(), adapter.probe.double(), dim=0).item()
+    alike = torch.cosine_similarity(
+        found.double(), adapter.weight_fingerprint.double(), dim=0
+    ).item()
     if alike < 0.9:
         raise BaseModelError(
             f"the adapter was trained on another base model{_was(adapter)}: the layers fit, but the weights of "

@@ -19,7 +19,15 @@ from torch import nn
 from veratune.basis.basis import Basis, basis_of
 from veratune.basis.lora import LoraBasis
 from veratune.config import VeraConfig
-from veratune.errors import AdapterError, BaseModelError, ConfigError, UnsupportedError, near
+from veratune.errors import (
+    AdapterNotFoundError,
+    AdapterStateError,
+    BaseModelError,
+    ConfigError,
+    InvalidNameError,
+    UnsupportedError,
+    near,
+)
 from veratune.layers.attention import VeraMultiheadAttention
 from veratune.layers.base import (
     Rounding,
@@ -34,14 +42,21 @@ from veratune.layers.base import (
 from veratune.layers.conv import VeraConv, is_conv
 from veratune.layers.linear import VeraLinear
 from veratune.layers.quantized import is_dense
-from veratune.targets import Site, as_it_came, find_heads, find_sites, is_attention, over_lora
+from veratune.targets import (
+    Site,
+    base_module,
+    config_for_lora,
+    find_heads,
+    find_sites,
+    is_attention,
+)
 
 M = TypeVar("M", bound=nn.Module)
 _NOTE = "_veratune"
 
 
 @dataclasses.dataclass
-class _Note:
+class AdapterState:
     """What hangs on an adapted model: the adapters' configs and tasks, who is active, and how it was before."""
 
     configs: dict[str, VeraConfig] = dataclasses.field(default_factory=dict)
@@ -74,7 +89,7 @@ def attach(
     10
     """
     config = VeraConfig() if config is None else config
-    note = _note(model) or _Note()
+    note = _note(model) or AdapterState()
     _check_new(model, note, name)
     if (config.basis == "lora") != isinstance(basis, LoraBasis):
         raise ConfigError(
@@ -82,13 +97,13 @@ def attach(
             "wants VeraConfig(basis='lora') and attach(..., basis=veratune.read_lora(file, model))"
         )
     if isinstance(basis, LoraBasis):
-        config = over_lora(model, config, basis.ranks())
+        config = config_for_lora(model, config, basis.ranks())
     sites = find_sites(model, config)
     if isinstance(basis, LoraBasis):
         _check_lora(model, sites, basis)
     heads = find_heads(model, config.head)
     _check_apart(model, sites, [path for path, _ in heads])
-    bases = {site.module: as_it_came(model, site.module) for site in sites}
+    bases = {site.module: base_module(model, site.module) for site in sites}
     if config.dropout and any(is_attention(base) for base in bases.values()):
         raise ConfigError(
             f"dropout is {config.dropout}, but {type(model).__name__} is adapted inside nn.MultiheadAttention, where the "
@@ -139,7 +154,7 @@ def use(model: nn.Module, name: str | None) -> None:
     _check_known(note, name)
     merged = _merged(model)
     if merged is not None and name != merged:
-        raise AdapterError(
+        raise AdapterStateError(
             f"adapter {merged!r} is merged into the weights; unmerge before using {name!r}"
         )
     for layer in _layers(model):
@@ -158,14 +173,14 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """
     note = _adapted(model)
     if isinstance(names, str) or not names:
-        raise AdapterError(
+        raise InvalidNameError(
             f"rows wants one adapter name (or None) for each row of the batch, not {names!r}"
         )
     for name in names:
         _check_known(note, name)
     merged = _merged(model)
     if merged is not None:
-        raise AdapterError(
+        raise AdapterStateError(
             f"adapter {merged!r} is merged into the weights; unmerge before mixing rows"
         )
     for path, module in model.named_modules():
@@ -195,11 +210,11 @@ def merge(model: nn.Module, name: str | None = None) -> list[Rounding]:
     note = _adapted(model)
     name = note.active if name is None else name
     if name is None:
-        raise AdapterError(f"no adapter is active; say which to merge: {_known(note)}")
+        raise AdapterNotFoundError(f"no adapter is active; say which to merge: {_known(note)}")
     _check_known(note, name)
     merged = _merged(model)
     if merged is not None:
-        raise AdapterError(f"adapter {merged!r} is merged already; unmerge it first")
+        raise AdapterStateError(f"adapter {merged!r} is merged already; unmerge it first")
     layers = [
         layer
         for layer in _layers(model)
@@ -232,7 +247,7 @@ def unmerge(model: nn.Module) -> None:
     """Give the base weights back bit for bit. Raises AdapterError if nothing is merged."""
     _adapted(model)
     if _merged(model) is None:
-        raise AdapterError("no adapter is merged; there is nothing to unmerge")
+        raise AdapterStateError("no adapter is merged; there is nothing to unmerge")
     for layer in _layers(model):
         if isinstance(layer, VeraWeightLayer):
             layer.unmerge()
@@ -266,7 +281,7 @@ def detach(model: M, *, keep_merged: bool = False) -> M:
     note = _adapted(model)
     merged = _merged(model)
     if keep_merged and merged is None:
-        raise AdapterError("keep_merged=True, but no adapter is merged; call merge first")
+        raise AdapterStateError("keep_merged=True, but no adapter is merged; call merge first")
     for layer in _layers(model):
         if isinstance(layer, VeraWeightLayer):
             layer.unmerge(restore=not keep_merged)
@@ -298,14 +313,14 @@ def active(model: nn.Module) -> str | None:
     return note.active if note else None
 
 
-def describe(model: nn.Module, name: str, task: Mapping[str, Any]) -> None:
+def set_task_metadata(model: nn.Module, name: str, task: Mapping[str, Any]) -> None:
     """Note what an adapter is for (JSON types: task, columns, label names); it goes into the adapter's file."""
     note = _adapted(model)
     _check_known(note, name)
     note.tasks[name] = dict(task)
 
 
-def task_of(model: nn.Module, name: str) -> Mapping[str, Any]:
+def task_metadata(model: nn.Module, name: str) -> Mapping[str, Any]:
     """What `describe` noted; empty if nothing was."""
     note = _adapted(model)
     _check_known(note, name)
@@ -338,14 +353,14 @@ def count_trained(model: nn.Module, name: str) -> int:
     return sum(p.numel() for vectors in vectors_of(model, name) for p in vectors.parameters())
 
 
-def _note(model: nn.Module) -> _Note | None:
+def _note(model: nn.Module) -> AdapterState | None:
     return getattr(model, _NOTE, None)
 
 
-def _adapted(model: nn.Module) -> _Note:
+def _adapted(model: nn.Module) -> AdapterState:
     note = _note(model)
     if note is None:
-        raise AdapterError(f"{type(model).__name__} has no adapters; attach or load one first")
+        raise AdapterStateError(f"{type(model).__name__} has no adapters; attach or load one first")
     return note
 
 
@@ -357,29 +372,29 @@ def _merged(model: nn.Module) -> str | None:
     return next((layer.merged for layer in _layers(model) if layer.merged is not None), None)
 
 
-def _known(note: _Note) -> str:
+def _known(note: AdapterState) -> str:
     return ", ".join(map(repr, note.configs))
 
 
-def _check_known(note: _Note, name: str | None) -> None:
+def _check_known(note: AdapterState, name: str | None) -> None:
     if name is not None and name not in note.configs:
-        raise AdapterError(
+        raise AdapterNotFoundError(
             f"no adapter {name!r}; the model has {_known(note)}{near(str(name), note.configs)}"
         )
 
 
-def _check_new(model: nn.Module, note: _Note, name: str) -> None:
+def _check_new(model: nn.Module, note: AdapterState, name: str) -> None:
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
-        raise AdapterError(
+        raise InvalidNameError(
             f"adapter name {name!r} cannot be used: torch wants module names without a dot and not its own words"
         )
     if name in note.configs:
-        raise AdapterError(
+        raise AdapterStateError(
             f"adapter {name!r} is attached already; remove it first or choose another name"
         )
     merged = _merged(model)
     if merged is not None:
-        raise AdapterError(
+        raise AdapterStateError(
             f"adapter {merged!r} is merged into the weights; unmerge before adding {name!r}"
         )
 
@@ -458,7 +473,7 @@ def _put_back(model: nn.Module, choose: Callable[[VeraLayer], nn.Module]) -> Non
     put_in(model, lambda module: choose(module) if isinstance(module, VeraLayer) else module)
 
 
-def _forget(model: nn.Module, note: _Note) -> None:
+def _forget(model: nn.Module, note: AdapterState) -> None:
     for parameter in note.trained:
         parameter.requires_grad_(True)
     for module in note.slowed:
@@ -472,7 +487,7 @@ def _forget(model: nn.Module, note: _Note) -> None:
     delattr(model, _NOTE)
 
 
-def _keep_off_fast_path(model: nn.Module, note: _Note) -> None:
+def _keep_off_fast_path(model: nn.Module, note: AdapterState) -> None:
     """In evaluation, torch's encoder layers pass their weights to one fused kernel, past every adapter.
 
     A layer with a hook does not take that path; an encoder that would hand out nested tensors for it must not.

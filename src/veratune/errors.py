@@ -3,21 +3,22 @@
     VeratuneError
     ├── ConfigError          a setting has a wrong name, type or value
     ├── TargetError          the targets do not fit the model
-    ├── ShapeError           a tensor has another shape than the mathematics wants
-    ├── AdapterError         an adapter's name is unknown, taken, or in the wrong state
-    ├── UnsupportedError     the request is understood and cannot be met; the reason is given
+    ├── ShapeError           a tensor has the wrong shape
+    ├── AdapterError         an adapter cannot do what was asked
+    │   ├── AdapterNotFoundError  the model or the store has no adapter of this name or version
+    │   ├── AdapterStateError     the adapter or the model is in the wrong state: merged, attached twice
+    │   └── InvalidNameError      an adapter or a tenant cannot have this name
+    ├── UnsupportedError     the request is valid but veratune cannot do it; the message gives the reason
     ├── AdapterFileError     a file is not a readable adapter
-    │   ├── BasisError       the frozen matrices here are not those the adapter was trained with
+    │   ├── BasisError       the frozen matrices A and B differ from those of training
     │   └── BaseModelError   the adapter was trained on another base model
-    ├── DataError            a data set is missing, empty or has other columns than asked for
-    ├── BusyError            too many requests are waiting; one may come again later
-    ├── BankFullError        every slot for adapters is in use now
-    ├── JudgeError           a judge cannot be asked, or gives no rating
-    ├── StoreError           a store of adapters cannot do what it was asked
-    │   ├── UnknownAdapterError  it has no such adapter or version
-    │   └── BadNameError         a tenant or an adapter cannot have this name
-    ├── UnknownJobError      there is no such job or file
-    ├── ClosedError          the server is going down
+    ├── DataError            a data set is missing, empty, or has the wrong columns
+    ├── QueueFullError       too many requests wait; retry later
+    ├── PoolFullError        every adapter slot is in use; retry later
+    ├── JudgeError           a judge cannot be reached, or returns no rating
+    ├── StoreError           an adapter store cannot be read or written
+    ├── JobNotFoundError     the tenant has no such fine-tuning job or file
+    ├── ShutdownError        the server is shutting down
     └── OutputError          the result could not be written
 
 Each message is one line: what was found, what was wanted, what to do.
@@ -28,7 +29,7 @@ from collections.abc import Iterable
 
 
 class VeratuneError(Exception):
-    """Root of the tree: ``except VeratuneError`` catches all of it and nothing else."""
+    """The root of the tree: ``except VeratuneError`` catches every error below and no other."""
 
 
 class ConfigError(VeratuneError, ValueError):
@@ -40,15 +41,27 @@ class TargetError(VeratuneError, ValueError):
 
 
 class ShapeError(VeratuneError, ValueError):
-    """A tensor has another shape than the mathematics wants."""
+    """A tensor has the wrong shape."""
 
 
-class AdapterError(VeratuneError, LookupError):
-    """An adapter's name is unknown, taken, or the adapter is in the wrong state for the request."""
+class AdapterError(VeratuneError):
+    """An adapter cannot do what was asked."""
+
+
+class AdapterNotFoundError(AdapterError, LookupError):
+    """The model or the store has no adapter of this name, or no such version of it."""
+
+
+class AdapterStateError(AdapterError, RuntimeError):
+    """The adapter or the model is in the wrong state for this call."""
+
+
+class InvalidNameError(AdapterError, ValueError):
+    """An adapter or a tenant cannot have this name."""
 
 
 class UnsupportedError(VeratuneError):
-    """The request is understood and cannot be met."""
+    """The request is valid but veratune cannot do it."""
 
 
 class AdapterFileError(VeratuneError, ValueError):
@@ -56,7 +69,7 @@ class AdapterFileError(VeratuneError, ValueError):
 
 
 class BasisError(AdapterFileError):
-    """The frozen matrices made here are not those the adapter was trained with."""
+    """The frozen matrices A and B differ from those the adapter was trained with."""
 
 
 class BaseModelError(AdapterFileError):
@@ -64,52 +77,44 @@ class BaseModelError(AdapterFileError):
 
 
 class DataError(VeratuneError, ValueError):
-    """A data set is missing, empty or has other columns than asked for."""
+    """A data set is missing, empty, or has the wrong columns."""
 
 
-class BusyError(VeratuneError):
-    """Too many requests are waiting; this one may come again later."""
+class QueueFullError(VeratuneError):
+    """Too many requests wait; retry later."""
 
 
-class BankFullError(VeratuneError):
-    """Every slot for adapters is in use now; a request may come again later."""
+class PoolFullError(VeratuneError):
+    """Every adapter slot is in use; retry later."""
 
 
 class JudgeError(VeratuneError):
-    """A judge cannot be asked, or gives no rating."""
+    """A judge cannot be reached, or returns no rating."""
 
 
 class StoreError(VeratuneError):
-    """A store of adapters cannot do what it was asked."""
+    """An adapter store cannot be read or written."""
 
 
-class UnknownAdapterError(StoreError, LookupError):
-    """A store has no such adapter, or no such version of it."""
+class JobNotFoundError(VeratuneError, LookupError):
+    """The tenant has no such fine-tuning job, or no such uploaded file."""
 
 
-class BadNameError(StoreError, ValueError):
-    """A tenant or an adapter cannot have this name."""
-
-
-class UnknownJobError(VeratuneError, LookupError):
-    """A tenant has no such fine-tuning job, or no such file of rows."""
-
-
-class ClosedError(VeratuneError):
-    """The server is going down and takes no more requests, or went down before an answer was whole."""
+class ShutdownError(VeratuneError):
+    """The server is shutting down: it takes no more requests and aborts running ones."""
 
 
 class OutputError(VeratuneError, OSError):
-    """The result could not be written; what stood there before is untouched."""
+    """The result could not be written; an existing file is untouched."""
 
 
 def near(word: str, known: Iterable[str], count: int = 3) -> str:
-    """The known words closest to `word`, as the end of an error message.
+    """Return the known words closest to `word`, worded as the end of an error message.
 
     >>> near("quary", ["query", "value"])
     "; did you mean 'query'?"
     >>> near("zzz", ["query", "value"])
     ''
     """
-    found = difflib.get_close_matches(word, sorted(set(known)), n=count, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
+    matches = difflib.get_close_matches(word, sorted(set(known)), n=count, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""

@@ -6,7 +6,7 @@ from torch import nn
 
 from veratune.adapter import Adapter, extract, install
 from veratune.basis.basis import Basis
-from veratune.errors import AdapterError, AdapterFileError
+from veratune.errors import AdapterFileError, InvalidNameError
 from veratune.formats import native, peft
 
 
@@ -14,11 +14,11 @@ def save(model: nn.Module, path: str | Path, name: str | None = None) -> int:
     """Write one adapter of a model to a file of its own. Returns the file's size in bytes.
 
     name: default the active adapter, or the only one. Saving while merged saves the adapter all the same.
-    Raises AdapterError for an unknown name, OutputError if the file cannot be written; then nothing changed.
+    Raises AdapterNotFoundError for an unknown name, OutputError if the file cannot be written; then nothing changed.
     """
     path = Path(path)
     if path.suffix != native.SUFFIX:
-        raise AdapterError(f"{path}: an adapter's file is called something{native.SUFFIX}")
+        raise InvalidNameError(f"{path}: an adapter's file is called something{native.SUFFIX}")
     return native.write(extract(model, name), path)
 
 
@@ -37,7 +37,7 @@ def load(
     its suffix. trainable: whether to train it further. check_base: see `veratune.adapter.install`.
     basis: the LoRA that the adapter was trained over, from `read_lora`.
     Raises AdapterFileError (damaged, tampered with, another basis), BaseModelError (another base model) or
-    AdapterError (the name is taken); then the model is as it was.
+    AdapterStateError (the name is taken); then the model is as it was.
     """
     path = Path(path)
     install(

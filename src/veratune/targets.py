@@ -111,14 +111,14 @@ def find_sites(model: nn.Module, config: VeraConfig) -> list[Site]:
     for (path, part), name in zip(candidates, names, strict=True):
         if name in chosen:
             if part.kernel:
-                module = as_it_came(model, path)
+                module = base_module(model, path)
                 check_conv(module, path, config)
                 part = conv_part(module, config.conv_layout)
             sites.append(Site(name, path, part, rank_of(config, name, part.kernel)))
     return sites
 
 
-def over_lora(model: nn.Module, config: VeraConfig, ranks: Mapping[str, int]) -> VeraConfig:
+def config_for_lora(model: nn.Module, config: VeraConfig, ranks: Mapping[str, int]) -> VeraConfig:
     """The config of an adapter over a LoRA, with the LoRA's layers for targets and its ranks: what a file must say of them.
 
     ranks: r by layer of the LoRA. Raises TargetError for a target that the LoRA does not have.
@@ -314,7 +314,7 @@ def _walk(
         yield from _walk(child, f"{path}.{name}" if path else name, seen)
 
 
-def as_it_came(model: nn.Module, path: str) -> nn.Module:
+def base_module(model: nn.Module, path: str) -> nn.Module:
     """The module at a path, as it was before any adapter."""
     module = model.get_submodule(path)
     return module.base if isinstance(module, VeraLayer) else module

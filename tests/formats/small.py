@@ -12,5 +12,5 @@ def small(**settings) -> Adapter:
         config, {"x.q": (3, 4), "y.q": (3, 4)},
         {"x.q": torch.tensor([0.5, -1.0]), "y.q": torch.tensor([0.25, 2.0])},
         {"x.q": torch.tensor([1.0, 2.0, 3.0]), "y.q": torch.tensor([0.0, -0.5, 8.0])},
-        base_id="a base", probe=torch.arange(64).bfloat16(), task={"name": "instruction"},
+        base_id="a base", weight_fingerprint=torch.arange(64).bfloat16(), task={"name": "instruction"},
     )  # fmt: skip

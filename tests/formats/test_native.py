@@ -34,7 +34,7 @@ def same(one: Adapter, two: Adapter) -> bool:
     return (
         (one.config, dict(one.shapes), one.base_id, dict(one.task)) == (two.config, dict(two.shapes), two.base_id, dict(two.task))
         and equal(one.d, two.d) and equal(one.b, two.b) and equal(one.head, two.head)
-        and (one.probe is two.probe or torch.equal(one.probe, two.probe))
+        and (one.weight_fingerprint is two.weight_fingerprint or torch.equal(one.weight_fingerprint, two.weight_fingerprint))
     )  # fmt: skip
 
 

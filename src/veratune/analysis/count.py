@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from veratune.adapter import PROBE, Adapter
+from veratune.adapter import FINGERPRINT_VALUES, Adapter
 from veratune.basis.basis import new_basis
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError, DataError
@@ -155,7 +155,7 @@ def _blank(vera: VeraConfig, sites: list[Site], model: str) -> Adapter:
         d={s.name: torch.zeros(s.rank) for s in sites} if vera.vectors != "b" else {},
         b={s.name: torch.zeros(s.shape[0]) for s in sites} if vera.vectors != "d" else {},
         base_id=model,
-        probe=torch.zeros(PROBE, dtype=torch.bfloat16),
+        weight_fingerprint=torch.zeros(FINGERPRINT_VALUES, dtype=torch.bfloat16),
         kernels={s.name: s.part.kernel for s in sites if s.part.kernel},
     )
 

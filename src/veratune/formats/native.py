@@ -34,7 +34,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from veratune.adapter import PROBE, Adapter
+from veratune.adapter import FINGERPRINT_VALUES, Adapter
 from veratune.basis.basis import basis_of
 from veratune.config import VeraConfig
 from veratune.errors import AdapterFileError, BasisError, VeratuneError
@@ -87,7 +87,7 @@ def encode(adapter: Adapter) -> bytes:
         "version": VERSION,
         "config": adapter.config.to_dict(),
         "basis": adapter.fingerprint,
-        "base": {"id": adapter.base_id, "probe": _to_text(adapter.probe)},
+        "base": {"id": adapter.base_id, "probe": _to_text(adapter.weight_fingerprint)},
         "shapes": [list(adapter.shapes[layer]) for layer in sorted(adapter.shapes)],
         "task": dict(adapter.task),
     }
@@ -131,10 +131,10 @@ class _Meaning:
     config: VeraConfig
     shapes: dict[str, tuple[int, int]]
     base_id: str
-    probe: Tensor | None
+    weight_fingerprint: Tensor | None
     task: dict[str, Any]
     kernels: dict[str, tuple[int, ...]]
-    over: str
+    lora_fingerprint: str
 
     def adapter(self, layout: "_Layout", body: memoryview) -> Adapter:
         """The adapter with the tensors of one file."""
@@ -151,8 +151,8 @@ class _Meaning:
             )
             found[kind][layer] = flat if len(shape) == 1 else flat.view(shape)
         return Adapter(
-            self.config, dict(self.shapes), found["d"], found["b"], found["head"], self.base_id, self.probe, copy.deepcopy(self.task),
-            dict(self.kernels), self.over,
+            self.config, dict(self.shapes), found["d"], found["b"], found["head"], self.base_id, self.weight_fingerprint, copy.deepcopy(self.task),
+            dict(self.kernels), self.lora_fingerprint,
         )  # fmt: skip
 
 
@@ -198,7 +198,10 @@ class _Layout:
         try:
             config = VeraConfig.from_dict(about["config"])
             shapes = [(int(m), int(n)) for m, n in about["shapes"]]
-            base_id, probe = str(about["base"]["id"]), _from_text(about["base"]["probe"])
+            base_id, weight_fingerprint = (
+                str(about["base"]["id"]),
+                _from_text(about["base"]["probe"]),
+            )
             fingerprint, task = str(about["basis"]), dict(about["task"])
             kernels = {
                 layer: tuple(map(int, kernel)) for layer, kernel in about.get("kernels", {}).items()
@@ -238,15 +241,17 @@ class _Layout:
                 raise AdapterFileError(
                     f"it says that layer '{layer}' has a kernel of {list(kernel)}, which no convolution of its layers has"
                 )
-        over = (
+        lora_fingerprint = (
             fingerprint if config.basis == "lora" else ""
         )  # compared with the LoRA when the adapter goes into a model
-        if not over and basis_of(config, by_layer).fingerprint() != fingerprint:
+        if not lora_fingerprint and basis_of(config, by_layer).fingerprint() != fingerprint:
             raise BasisError(
                 f"the basis drawn here (seed {config.seed}, basis={config.basis!r}) is not the one the adapter was trained "
                 "with: its fingerprint differs. The file is of another version, or was changed"
             )
-        return _Meaning(config, by_layer, base_id, probe, task, kernels, over)
+        return _Meaning(
+            config, by_layer, base_id, weight_fingerprint, task, kernels, lora_fingerprint
+        )
 
 
 _LAYOUTS: dict[bytes, _Layout] = {}  # of files that were read lately, by header without its digest
@@ -328,11 +333,13 @@ def _label(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
     return f"\0{name}\0{dtype}\0{list(shape)}\0".encode("utf-8", "surrogatepass")
 
 
-def _to_text(probe: Tensor | None) -> str:
+def _to_text(weight_fingerprint: Tensor | None) -> str:
     return (
         ""
-        if probe is None
-        else base64.b64encode(probe.view(torch.int16).numpy().astype("<i2").tobytes()).decode()
+        if weight_fingerprint is None
+        else base64.b64encode(
+            weight_fingerprint.view(torch.int16).numpy().astype("<i2").tobytes()
+        ).decode()
     )
 
 
@@ -343,6 +350,8 @@ def _from_text(text: str) -> Tensor | None:
         values = np.frombuffer(base64.b64decode(text, validate=True), dtype="<i2")
     except binascii.Error as error:
         raise ValueError(f"the base model's probe is not base64 ({error})") from None
-    if len(values) != PROBE:
-        raise ValueError(f"the base model's probe has {len(values)} values, {PROBE} are wanted")
+    if len(values) != FINGERPRINT_VALUES:
+        raise ValueError(
+            f"the base model's probe has {len(values)} values, {FINGERPRINT_VALUES} are wanted"
+        )
     return torch.from_numpy(values.astype(np.int16)).view(torch.bfloat16)

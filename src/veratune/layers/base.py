@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from veratune.basis.basis import Basis
 from veratune.config import VeraConfig
-from veratune.errors import AdapterError, ShapeError, UnsupportedError
+from veratune.errors import ShapeError, UnsupportedError
 from veratune.layers.cached import WEIGHTS
 from veratune.layers.quantized import is_dense
 from veratune.ops.functional import carries, delta_weight, vera_linear
@@ -389,7 +389,7 @@ def by_adapter(
     assert layer.rows is not None
     first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
     if first is None:
-        raise AdapterError(
+        raise UnsupportedError(
             f"layer '{layer.name}' was called without a tensor; rows() cannot tell its batch"
         )
     batch = first.shape[0]

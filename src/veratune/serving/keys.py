@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-from veratune.errors import ConfigError, StoreError
+from veratune.errors import ConfigError, InvalidNameError
 from veratune.formats.atomic import write_atomic
 from veratune.serving.store.store import check_name
 
@@ -119,7 +119,7 @@ class Keys:
                 if not caller.tenants:
                     raise ValueError("a key without tenants")
             return found
-        except (ValueError, KeyError, TypeError, StoreError) as error:
+        except (ValueError, KeyError, TypeError, InvalidNameError) as error:
             raise ConfigError(
                 f"{path}: no list of keys ({error}); make it with veratune key --key-file {path} --tenants NAME"
             ) from None

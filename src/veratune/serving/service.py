@@ -6,10 +6,10 @@ from typing import Any
 
 from veratune.adapter import Adapter, base_id
 from veratune.errors import (
-    BadNameError,
+    AdapterNotFoundError,
     BaseModelError,
     ConfigError,
-    UnknownAdapterError,
+    InvalidNameError,
     UnsupportedError,
     VeratuneError,
 )
@@ -80,13 +80,13 @@ class Service:
     def find(self, caller: Caller, model: str) -> AdapterRef | None:
         """The adapter of a model's name, NAME or TENANT/NAME; None for a base model.
 
-        Raises UnknownAdapterError for one that is not there, and in the same words for one of somebody else's.
+        Raises AdapterNotFoundError for one that is not there, and in the same words for one of somebody else's.
         """
         if model in self.loops:
             return None
         tenant, _, name = model.rpartition("/")
         tenant = tenant or caller.tenant
-        missing = UnknownAdapterError(
+        missing = AdapterNotFoundError(
             f"the model {model!r} does not exist, or this key may not use it"
         )
         own = tenant in caller.tenants
@@ -95,7 +95,7 @@ class Service:
             ref = AdapterRef(
                 tenant, name, self.store.newest(tenant if own else caller.tenant, name)
             )
-        except (UnknownAdapterError, BadNameError):
+        except (AdapterNotFoundError, InvalidNameError):
             raise missing from None
         if not own:
             raise missing
@@ -135,7 +135,7 @@ class Service:
 
     def keep(self, tenant: str, name: str, data: bytes) -> Version:
         """Store an adapter's file unless its newest version has the same bytes already: what may be done twice. Raises as `put`."""
-        with contextlib.suppress(UnknownAdapterError):
+        with contextlib.suppress(AdapterNotFoundError):
             newest = self.store.newest(tenant, name)
             if self.store.get(tenant, name, newest.number) == data:
                 return newest
@@ -165,7 +165,7 @@ class Service:
                 if i < at:
                     continue
                 begin = rest if i == at else ""
-            with contextlib.suppress(UnknownAdapterError):
+            with contextlib.suppress(AdapterNotFoundError):
                 out += [
                     (prefix + entry.name, entry)
                     for entry in self.store.names(tenant, begin, limit - len(out))

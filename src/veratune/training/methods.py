@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from veratune.adapter import extract, update
-from veratune.attach import attach, describe, heads_of, vectors_of
+from veratune.attach import attach, heads_of, set_task_metadata, vectors_of
 from veratune.basis.basis import Basis
 from veratune.config import VeraConfig
 from veratune.errors import AdapterFileError, ConfigError, VeratuneError, near
@@ -87,7 +87,7 @@ class Vera(Method):
 
     def prepare(self, model: nn.Module, heads: tuple[str, ...], task: Mapping[str, Any]) -> None:
         attach(model, dataclasses.replace(self.config, head=heads), NAME, basis=self.basis)
-        describe(model, NAME, task)
+        set_task_metadata(model, NAME, task)
 
     def head(self, model: nn.Module) -> list[nn.Parameter]:
         return [p for module in heads_of(model, NAME).values() for p in module.parameters()]

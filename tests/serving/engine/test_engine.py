@@ -14,7 +14,7 @@ import veratune as vt
 from tests import fakes
 from tests.serving.pool.test_pool import adapter
 from veratune.adapter import install
-from veratune.errors import BusyError, ClosedError, ConfigError, UnsupportedError
+from veratune.errors import ConfigError, QueueFullError, ShutdownError, UnsupportedError
 from veratune.serving.engine.engine import Engine, Request
 from veratune.serving.engine.loop import apart
 from veratune.serving.engine.sampling import Sampling, Text, choose
@@ -403,7 +403,7 @@ def test_a_thread_serves_and_goes_down():
     late = server.submit(Request("t", [4], Sampling(temperature=0, max_tokens=100)))
     server.close(drain=30)
     assert late.result() is not None
-    with pytest.raises(ClosedError, match="going down"):
+    with pytest.raises(ShutdownError, match="going down"):
         server.submit(Request("t", [4], GREEDY))
 
 
@@ -423,7 +423,7 @@ def test_mistakes():
         server.submit(Request("t", [4] * 120, GREEDY))
     server.scheduler.limits = Limits(rows=1, waiting=1)
     server.submit(Request("t", [4], GREEDY))
-    with pytest.raises(BusyError):
+    with pytest.raises(QueueFullError):
         server.submit(Request("u", [4], GREEDY))
     for bad, match in (
         ({"temperature": 3.0}, "temperature is 3.0"), ({"top_p": 0.0}, "top_p is 0"), ({"max_tokens": 0}, "max_tokens is 0"),
@@ -470,8 +470,8 @@ def test_everybody_is_told_when_a_server_goes_down():
     server.step()
     server.close()
     for request in asked:
-        with pytest.raises(ClosedError, match="went down before"):
+        with pytest.raises(ShutdownError, match="went down before"):
             request.result()
     assert (server.scheduler.running, server.scheduler.waiting) == (0, 0)
-    with pytest.raises(ClosedError, match="going down"):
+    with pytest.raises(ShutdownError, match="going down"):
         server.submit(asked[0])

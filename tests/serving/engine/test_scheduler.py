@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veratune.errors import BusyError, ConfigError
+from veratune.errors import ConfigError, QueueFullError
 from veratune.serving.engine.scheduler import Limits, Scheduler, together
 
 
@@ -56,12 +56,12 @@ def test_what_is_too_much_is_refused_and_what_ended_counts_no_more():
     first = Ask("a", 40)
     scheduler.add(first)
     scheduler.add(Ask("a", 10))
-    with pytest.raises(BusyError, match="2 requests of this tenant are waiting"):
+    with pytest.raises(QueueFullError, match="2 requests of this tenant are waiting"):
         scheduler.add(Ask("a"))
-    with pytest.raises(BusyError, match="50 tokens are being worked on"):
+    with pytest.raises(QueueFullError, match="50 tokens are being worked on"):
         scheduler.add(Ask("b", 60))
     scheduler.add(Ask("b", 50))
-    with pytest.raises(BusyError, match="3 requests are waiting already"):
+    with pytest.raises(QueueFullError, match="3 requests are waiting already"):
         scheduler.add(Ask("c"))
     assert scheduler.withdraw(first)
     assert not scheduler.withdraw(first)

@@ -20,7 +20,7 @@ from tests.serving.engine.test_encoder import HEADED, encoder, trained
 from tests.serving.engine.test_encoder import alone as alone_read
 from tests.serving.engine.test_engine import alone, small_llama
 from tests.serving.pool.test_pool import adapter
-from veratune.errors import ConfigError, UnknownAdapterError, UnsupportedError
+from veratune.errors import AdapterNotFoundError, ConfigError, UnsupportedError
 from veratune.formats import native
 from veratune.serving.engine.engine import Engine
 from veratune.serving.engine.scheduler import Limits
@@ -422,7 +422,7 @@ def test_the_same_work_is_done_for_what_is_not_there_and_for_what_is_anothers(se
     work = {}
     for model in ("ann/alice", "ann/ghost", "ghost", "bob"):
         asked.clear()
-        with contextlib.suppress(UnknownAdapterError):
+        with contextlib.suppress(AdapterNotFoundError):
             served.service.find(Caller(("ben",)), model)
         work[model] = list(asked)
     assert work == {model: [("ben", model.rpartition("/")[2])] for model in work}

@@ -13,7 +13,7 @@ import pytest
 from tests import fakes
 from tests.serving.engine.test_engine import small_llama
 from tests.serving.http.test_app import FILES, Served
-from veratune.errors import BusyError, ConfigError, DataError, UnknownJobError
+from veratune.errors import ConfigError, DataError, JobNotFoundError, QueueFullError
 from veratune.formats import native
 from veratune.serving.jobs.jobs import Base, Jobs
 from veratune.serving.store.store import Version
@@ -202,17 +202,17 @@ def test_what_is_wrong_is_said_at_once(tmp_path):
         jobs.add("ann", "base", wrong.id)
     with pytest.raises(ConfigError, match="'gpt' cannot be fine-tuned here; 'base' is wanted"):
         jobs.add("ann", "gpt", wrong.id)
-    with pytest.raises(UnknownJobError):
+    with pytest.raises(JobNotFoundError):
         jobs.add("ben", "base", wrong.id)
     job = bench.add()
-    with pytest.raises(BusyError, match="1 jobs of this tenant are waiting"):
+    with pytest.raises(QueueFullError, match="1 jobs of this tenant are waiting"):
         bench.add()
-    with pytest.raises(BusyError, match="3 files already"):
+    with pytest.raises(QueueFullError, match="3 files already"):
         jobs.add_file("ann", "x", "fine-tune", LINES)
-    with pytest.raises(BusyError, match="learns from file"):
+    with pytest.raises(QueueFullError, match="learns from file"):
         jobs.drop_file("ann", job.file)
     for name in ("job", "cancel", "events"):
-        with pytest.raises(UnknownJobError):
+        with pytest.raises(JobNotFoundError):
             getattr(jobs, name)("ben", job.id)
     jobs.cancel("ann", job.id)
     jobs.drop_file("ann", job.file)

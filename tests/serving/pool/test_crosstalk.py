@@ -9,7 +9,7 @@ import pytest
 from tests import fakes
 from tests.serving.engine.test_engine import QV, alone, small_llama
 from tests.serving.pool.test_pool import adapter
-from veratune.errors import UnknownAdapterError
+from veratune.errors import AdapterNotFoundError
 from veratune.formats import native
 from veratune.serving.engine.engine import Engine, Request
 from veratune.serving.engine.sampling import Sampling
@@ -72,7 +72,7 @@ def test_no_answer_is_anothers(tmp_path, count):
                 ).number
                 service.store.roll_back(f"t{tenant}", "mine", number)
             else:
-                with contextlib.suppress(UnknownAdapterError):
+                with contextlib.suppress(AdapterNotFoundError):
                     service.delete(f"t{tenant}", "mine")
             stop.wait(0.002)
 
@@ -88,7 +88,7 @@ def test_no_answer_is_anothers(tmp_path, count):
                     **asked, prompt=PROMPTS[p], sampling=Sampling(temperature=0, max_tokens=TOKENS)
                 )
                 tokens = tuple(piece.choice.token for piece in engine.submit(request))
-            except UnknownAdapterError:
+            except AdapterNotFoundError:
                 gone[0] += 1
                 continue
             allowed = (

@@ -12,9 +12,9 @@ import veratune as vt
 from tests import fakes
 from veratune.errors import (
     AdapterError,
-    BankFullError,
     BaseModelError,
     ConfigError,
+    PoolFullError,
     ShapeError,
     UnsupportedError,
 )
@@ -110,7 +110,7 @@ def test_the_oldest_idle_adapter_makes_room_and_one_in_use_never_does():
     assert (bank.counts.hits, bank.counts.loads, bank.counts.evictions) == (0, 3, 1)
     with bank.acquire(2) as second:
         assert bank.counts.hits == 1
-        with pytest.raises(BankFullError, match="every adapter in memory is in use"):
+        with pytest.raises(PoolFullError, match="every adapter in memory is in use"):
             bank.acquire(3, lambda: own[3])
     assert torch.allclose(mixed(bank, [first] * 5), alone(fakes.bert, [own[0]] * 5), atol=1e-5)
     with (
@@ -184,7 +184,7 @@ def test_frozen_matrices_of_many_seeds_make_room_for_one_another():
     again = bank.acquire(0, lambda: own[0])
     assert torch.allclose(mixed(bank, [again] * 5), alone(fakes.bert, [own[0]] * 5), atol=1e-5)
     others = [bank.acquire(seed, lambda seed=seed: own[seed]) for seed in (1, 2)]
-    with pytest.raises(BankFullError, match="every adapter in memory is in use"):
+    with pytest.raises(PoolFullError, match="every adapter in memory is in use"):
         bank.acquire(3, lambda: own[3])
     for lease in others:
         lease.release()
@@ -277,7 +277,7 @@ def test_slots_are_never_shared_nor_lost(steps):
         if what == "acquire":
             try:
                 held[i].append(bank.acquire(i, lambda i=i: OWN[i]))
-            except BankFullError:
+            except PoolFullError:
                 assert sum(bool(leases) for leases in held.values()) == 3
         elif what == "release" and held[i]:
             held[i].pop().release()
@@ -308,7 +308,7 @@ def test_threads_share_a_bank():
                     first = own[i].d["encoder.layer.0.attention.self.query"]
                     if not torch.equal(lease.plane.values[lease.slot, :6], first):
                         wrong.append(i)
-            except BankFullError:
+            except PoolFullError:
                 pass
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from obstore.store import LocalStore, MemoryStore
 
-from veratune.errors import AdapterFileError, StoreError, UnknownAdapterError
+from veratune.errors import AdapterFileError, AdapterNotFoundError, StoreError
 from veratune.serving.store.store import CachedStore, ObjectStore, SqliteStore
 
 KINDS = ("sqlite", "memory", "folder", "cached")
@@ -54,7 +54,7 @@ def test_it_answers_as_a_dictionary_of_histories_would(store):
                 history[:] = [None] * (len(history) + 1)
                 assert store.delete(tenant, name).number == len(history)
             else:
-                with pytest.raises(UnknownAdapterError, match=f"no adapter '{name}'"):
+                with pytest.raises(AdapterNotFoundError, match=f"no adapter '{name}'"):
                     store.delete(tenant, name)
         else:
             number = rng.randint(1, len(history) + 1)
@@ -62,7 +62,7 @@ def test_it_answers_as_a_dictionary_of_histories_would(store):
                 history.append(history[number - 1])
                 assert store.roll_back(tenant, name, number).number == len(history)
             else:
-                with pytest.raises(UnknownAdapterError, match=f"no version {number} of"):
+                with pytest.raises(AdapterNotFoundError, match=f"no version {number} of"):
                     store.roll_back(tenant, name, number)
         for (owner, own), versions in known.items():
             if versions and versions[-1]:
@@ -70,13 +70,13 @@ def test_it_answers_as_a_dictionary_of_histories_would(store):
                 assert (newest.number, newest.size) == (len(versions), len(versions[-1]))
                 assert abs(newest.created - time.time()) < 60
             else:
-                with pytest.raises(UnknownAdapterError):
+                with pytest.raises(AdapterNotFoundError):
                     store.newest(owner, own)
             for i, data in enumerate(versions):
                 if data:
                     assert store.get(owner, own, i + 1) == data
                 else:
-                    with pytest.raises(UnknownAdapterError):
+                    with pytest.raises(AdapterNotFoundError):
                         store.get(owner, own, i + 1)
             if versions:
                 assert store.versions(owner, own)[0].number == len(versions)
@@ -132,7 +132,7 @@ def test_names_that_could_mean_something_else_are_refused(store, name):
 def test_mistakes(store, tmp_path):
     with pytest.raises(AdapterFileError, match="has no bytes"):
         store.put("a", "x", b"")
-    with pytest.raises(UnknownAdapterError, match="no adapter 'x'"):
+    with pytest.raises(AdapterNotFoundError, match="no adapter 'x'"):
         store.versions("a", "x")
     (tmp_path / "broken.db").write_bytes(b"this is no database" * 100)
     with pytest.raises(StoreError, match="cannot be opened as a store"):
@@ -161,9 +161,9 @@ def test_a_cache_asks_for_bytes_once_and_for_the_newest_version_now_and_then(tmp
     assert here.newest("a", "x").number == 2
     elsewhere.delete("a", "x")
     time.sleep(0.06)
-    with pytest.raises(UnknownAdapterError):
+    with pytest.raises(AdapterNotFoundError):
         here.newest("a", "x")
-    with pytest.raises(UnknownAdapterError):
+    with pytest.raises(AdapterNotFoundError):
         here.roll_back("a", "x", 1)
     here.close()
 
@@ -174,7 +174,7 @@ def test_a_full_cache_forgets_what_came_first(tmp_path):
         store.put("a", f"n{i}", bytes(100))
     assert store.cache.shrink(1000) <= 2
     assert store.get("a", "n0", 1) == bytes(100)  # from the origin
-    with pytest.raises(UnknownAdapterError):
+    with pytest.raises(AdapterNotFoundError):
         store.cache.get("a", "n1", 1)
     store.close()
 

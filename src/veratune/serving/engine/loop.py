@@ -22,7 +22,13 @@ import torch
 from torch import Tensor
 
 from veratune.adapter import Adapter
-from veratune.errors import BankFullError, ClosedError, ConfigError, UnsupportedError, VeratuneError
+from veratune.errors import (
+    ConfigError,
+    PoolFullError,
+    ShutdownError,
+    UnsupportedError,
+    VeratuneError,
+)
 from veratune.serving.engine.scheduler import Limits, Scheduler
 from veratune.serving.pool.pool import Bank, Key, Lease
 
@@ -128,11 +134,11 @@ class Loop(abc.ABC, Generic[R]):
     def submit(self, request: R) -> R:
         """Ask. Returns the request, whose answers come as they are made.
 
-        Raises ConfigError for one that is empty or does not fit, BusyError where too much waits, ClosedError after `close`.
+        Raises ConfigError for one that is empty or does not fit, QueueFullError where too much waits, ShutdownError after `close`.
         """
         self.check(request)
         if self._drain:
-            raise ClosedError("the server is going down and takes no more requests")
+            raise ShutdownError("the server is going down and takes no more requests")
         self.scheduler.add(request)
         return request
 
@@ -147,7 +153,7 @@ class Loop(abc.ABC, Generic[R]):
 
     def say_cancelled(self, request: R) -> None:
         """Tell who asked that the request was cancelled."""
-        request.listen(ClosedError("the request was cancelled"))
+        request.listen(ShutdownError("the request was cancelled"))
 
     def start(self) -> None:
         """Work in a thread until `close`."""
@@ -172,7 +178,7 @@ class Loop(abc.ABC, Generic[R]):
         if self._thread is not None:
             self._thread.join()
         self._fetchers.shutdown(wait=False, cancel_futures=True)
-        down = ClosedError("the server went down before the answer was whole")
+        down = ShutdownError("the server went down before the answer was whole")
         for request in [*self.rows(), *(request for request, _ in self._fetching)]:
             self.fail(request, down)
         self._fetching = []
@@ -211,7 +217,7 @@ class Loop(abc.ABC, Generic[R]):
                     )
                 except Exception as error:
                     # A full bank is as much a failure of this one request as a file that cannot be read.
-                    self.gone(request, "busy" if isinstance(error, BankFullError) else "error")
+                    self.gone(request, "busy" if isinstance(error, PoolFullError) else "error")
                     request.listen(error)
                 else:
                     request.leased = time.perf_counter()

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
-from veratune.errors import BusyError, ConfigError
+from veratune.errors import ConfigError, QueueFullError
 
 
 class Asked(Protocol):
@@ -86,18 +86,20 @@ class Scheduler(Generic[R]):
         return len(self._running)
 
     def add(self, request: R) -> None:
-        """Put a request at the end of its tenant's queue. Raises BusyError, naming the bound that it is over."""
+        """Put a request at the end of its tenant's queue. Raises QueueFullError, naming the bound that it is over."""
         limits = self.limits
         with self._lock:
             own = len(self._queues.get(request.tenant, ()))
             if own >= limits.waiting_tenant:
-                raise BusyError(
+                raise QueueFullError(
                     f"{own} requests of this tenant are waiting already; try again later"
                 )
             if self.waiting >= limits.waiting:
-                raise BusyError(f"{self.waiting} requests are waiting already; try again later")
+                raise QueueFullError(
+                    f"{self.waiting} requests are waiting already; try again later"
+                )
             if self._tokens + request.size > limits.tokens and self._tokens:
-                raise BusyError(
+                raise QueueFullError(
                     f"{self._tokens} tokens are being worked on or wait already; try again later"
                 )
             self._queues.setdefault(request.tenant, collections.deque()).append(request)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import psutil
 
-from veratune.errors import BusyError, ConfigError, DataError, StoreError, UnknownJobError
+from veratune.errors import ConfigError, DataError, JobNotFoundError, QueueFullError, StoreError
 from veratune.formats.atomic import write_atomic
 from veratune.serving.store.store import Version
 
@@ -132,7 +132,7 @@ class Jobs:
             ) from error
 
     def add_file(self, tenant: str, name: str, purpose: str, data: bytes) -> File:
-        """Keep rows to learn from. Raises DataError naming the first line that is no JSON object, BusyError where the tenant has too many."""
+        """Keep rows to learn from. Raises DataError naming the first line that is no JSON object, QueueFullError where the tenant has too many."""
         rows = 0
         for number, line in enumerate(data.split(b"\n"), 1):
             if not line.strip():
@@ -150,7 +150,7 @@ class Jobs:
         if not rows:
             raise DataError("the file has no rows; one JSON object a line is wanted")
         if len(self.files(tenant)) >= self.files_tenant:
-            raise BusyError(f"this tenant has {self.files_tenant} files already; delete some")
+            raise QueueFullError(f"this tenant has {self.files_tenant} files already; delete some")
         file = File(
             f"file-{secrets.token_hex(12)}", tenant, name[:200], purpose, len(data), time.time()
         )
@@ -164,22 +164,24 @@ class Jobs:
         return [File(**row) for row in rows]
 
     def file(self, tenant: str, name: str) -> File:
-        """A file by its id. Raises UnknownJobError."""
+        """A file by its id. Raises JobNotFoundError."""
         rows = self._read("SELECT * FROM files WHERE tenant = ? AND id = ?", (tenant, name))
         if not rows:
-            raise UnknownJobError(f"no file {name!r}")
+            raise JobNotFoundError(f"no file {name!r}")
         return File(**rows[0])
 
     def content(self, tenant: str, name: str) -> bytes:
-        """A file's bytes. Raises UnknownJobError."""
+        """A file's bytes. Raises JobNotFoundError."""
         return self._path(self.file(tenant, name).id).read_bytes()
 
     def drop_file(self, tenant: str, name: str) -> None:
-        """Delete a file. Raises UnknownJobError, or BusyError while a job wants it."""
+        """Delete a file. Raises JobNotFoundError, or QueueFullError while a job wants it."""
         file = self.file(tenant, name)
         wanted = "SELECT id FROM jobs WHERE tenant = ? AND status IN ('queued', 'running') AND (file = ? OR validation = ?)"
         if self._read(wanted, (tenant, name, name)):
-            raise BusyError(f"a job that has not ended learns from file {name!r}; cancel it first")
+            raise QueueFullError(
+                f"a job that has not ended learns from file {name!r}; cancel it first"
+            )
         self._write("DELETE FROM files WHERE id = ?", (file.id,))
         self._path(file.id).unlink(missing_ok=True)
 
@@ -189,8 +191,8 @@ class Jobs:
     ) -> Job:  # fmt: skip
         """Let a job wait for its turn. adapter: the name of what it makes; default: the job's id.
 
-        Raises UnknownJobError for a file that is not the tenant's, ConfigError for a model that cannot be fine-tuned here, DataError for
-        rows of the wrong columns, BusyError where the tenant has too many jobs waiting.
+        Raises JobNotFoundError for a file that is not the tenant's, ConfigError for a model that cannot be fine-tuned here, DataError for
+        rows of the wrong columns, QueueFullError where the tenant has too many jobs waiting.
         """
         if model not in self.bases:
             raise ConfigError(
@@ -202,7 +204,7 @@ class Jobs:
             "SELECT id FROM jobs WHERE tenant = ? AND status = 'queued'", (tenant,)
         )
         if len(waiting) >= self.waiting_tenant:
-            raise BusyError(
+            raise QueueFullError(
                 f"{len(waiting)} jobs of this tenant are waiting already; try again later"
             )
         own = f"job-{secrets.token_hex(8)}"
@@ -229,10 +231,10 @@ class Jobs:
         return self.job(tenant, own)
 
     def job(self, tenant: str, name: str) -> Job:
-        """A job by its id. Raises UnknownJobError."""
+        """A job by its id. Raises JobNotFoundError."""
         rows = self._read("SELECT * FROM jobs WHERE tenant = ? AND id = ?", (tenant, name))
         if not rows:
-            raise UnknownJobError(f"no job {name!r}")
+            raise JobNotFoundError(f"no job {name!r}")
         return _job(rows[0])
 
     def page(self, tenant: str, after: str = "", limit: int = 20) -> list[Job]:
@@ -253,7 +255,7 @@ class Jobs:
         return [Event(**row) for row in self._read(text, (job.id, after or 2**62, limit))]
 
     def cancel(self, tenant: str, name: str) -> Job:
-        """End a job that has not ended; one that has stays as it is. Raises UnknownJobError."""
+        """End a job that has not ended; one that has stays as it is. Raises JobNotFoundError."""
         job = self.job(tenant, name)
         if job.status in ("queued", "running"):
             with self._lock:

@@ -22,9 +22,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veratune.adapter import Adapter, base_id, check_fits, check_probe, probe
+from veratune.adapter import (
+    Adapter,
+    base_id,
+    check_fits,
+    check_weight_fingerprint,
+    weight_fingerprint,
+)
 from veratune.basis.basis import Basis
-from veratune.errors import AdapterError, BankFullError, ConfigError, ShapeError, UnsupportedError
+from veratune.errors import (
+    AdapterNotFoundError,
+    AdapterStateError,
+    ConfigError,
+    PoolFullError,
+    ShapeError,
+    UnsupportedError,
+)
 from veratune.layers.base import StandIn, VeraLayer, product_dtype, put_in
 from veratune.layers.linear import add_parts
 from veratune.ops.functional import vera_rows
@@ -103,7 +116,7 @@ class Plane:
             device,
             product_dtype(next(model.parameters())),
         )
-        self.probe = probe(model, list(sites))
+        self.weight_fingerprint = weight_fingerprint(model, list(sites))
         self.layers: dict[str, list[Share]] = {}
         self.order: list[tuple[str, str]] = []
         at = 0
@@ -224,12 +237,12 @@ class Bank:
         """slots: of each plane, slot 0 apart; dtype: of the values in memory; limit: bytes of the slots that are filled and of the frozen
         matrices of all planes together, or None; max_rank: the largest rank that is taken, or None.
 
-        Raises ConfigError, or AdapterError for a model that has adapters of its own.
+        Raises ConfigError, or AdapterStateError for a model that has adapters of its own.
         """
         if slots < 1:
             raise ConfigError(f"slots is {slots}; a bank wants at least 1")
         if any(isinstance(module, VeraLayer | BankLayer) for module in model.modules()):
-            raise AdapterError(
+            raise AdapterStateError(
                 "the model has adapters already; a bank wants the bare base model (veratune.detach)"
             )
         self.model, self.slots, self.dtype, self.limit, self.max_rank = (
@@ -281,7 +294,7 @@ class Bank:
         """A lease of an adapter, loaded if it is not in memory. key None: the bare base model.
 
         load: gives the adapter's file, checked. Raises what it raises, BaseModelError for an adapter of another model,
-        BankFullError where every slot is in use, AdapterError for a key that is not in memory without `load`.
+        PoolFullError where every slot is in use, AdapterNotFoundError for a key that is not in memory without `load`.
         """
         if key is None:
             return Lease(self, None, None, 0)
@@ -293,7 +306,9 @@ class Bank:
                 entry.pins += 1
                 return Lease(self, key, entry.plane, entry.slot, entry.task)
         if load is None:
-            raise AdapterError(f"no adapter {key!r} in the bank, and nothing to load it from")
+            raise AdapterNotFoundError(
+                f"no adapter {key!r} in the bank, and nothing to load it from"
+            )
         start = time.perf_counter()
         adapter = load()  # without the lock: a slow store holds up nobody else
         with self._lock:
@@ -327,11 +342,11 @@ class Bank:
     def rows(self, leases: Sequence[Lease | None]) -> Iterator[None]:
         """Within the block, row i of a batch speaks with the adapter of leases[i]; None is the bare base model.
 
-        Raises AdapterError for a lease that was given back.
+        Raises AdapterStateError for a lease that was given back.
         """
         for lease in leases:
             if lease is not None and not lease.held:
-                raise AdapterError(
+                raise AdapterStateError(
                     f"the lease of adapter {lease.key!r} was given back; acquire it again"
                 )
         device = next(self.model.parameters()).device
@@ -418,12 +433,12 @@ class Bank:
                 self._evict()
 
     def _evict(self, plane: Plane | None = None) -> None:
-        """Forget the adapter that was used longest ago, of one plane or of all. Raises BankFullError where all are in use."""
+        """Forget the adapter that was used longest ago, of one plane or of all. Raises PoolFullError where all are in use."""
         idle = next(
             (k for k, e in self._entries.items() if not e.pins and plane in (None, e.plane)), None
         )
         if idle is None:
-            raise BankFullError(
+            raise PoolFullError(
                 f"every adapter in memory is in use ({len(self._entries)} of them); wait, or give the bank more than {self.slots} slots"
                 + (f" or {self.limit:,} bytes" if self.limit is not None else "")
             )
@@ -470,7 +485,7 @@ class Bank:
         )
         plane = self._planes.get(kind)
         if plane is not None:
-            check_probe(plane.probe, adapter, base_id(self.model))
+            check_weight_fingerprint(plane.weight_fingerprint, adapter, base_id(self.model))
             return plane
         sites = check_fits(self.plain, adapter, head_shapes=False)
         self._make_room(

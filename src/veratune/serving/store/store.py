@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from veratune.errors import AdapterFileError, BadNameError, StoreError, UnknownAdapterError
+from veratune.errors import AdapterFileError, AdapterNotFoundError, InvalidNameError, StoreError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _LAST = 99_999_999  # versions count down from it in object keys, so that the newest comes first
@@ -44,7 +44,7 @@ class Entry:
 
 
 class Store(abc.ABC):
-    """Adapters by tenant and name. All methods may be called from several threads and raise BadNameError for a bad name.
+    """Adapters by tenant and name. All methods may be called from several threads and raise InvalidNameError for a bad name.
 
     What `put` returned for is stored, whatever happens to this process then.
     """
@@ -55,26 +55,26 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def newest(self, tenant: str, name: str) -> Version:
-        """The version that answers. Raises UnknownAdapterError."""
+        """The version that answers. Raises AdapterNotFoundError."""
 
     @abc.abstractmethod
     def get(self, tenant: str, name: str, number: int) -> bytes:
-        """The bytes of one version. Raises UnknownAdapterError, also for a version that was deleted."""
+        """The bytes of one version. Raises AdapterNotFoundError, also for a version that was deleted."""
 
     @abc.abstractmethod
     def versions(self, tenant: str, name: str) -> list[Version]:
-        """All versions, the newest first, tombstones too. Raises UnknownAdapterError for a name that was never there."""
+        """All versions, the newest first, tombstones too. Raises AdapterNotFoundError for a name that was never there."""
 
     @abc.abstractmethod
     def delete(self, tenant: str, name: str) -> Version:
-        """Put a tombstone over an adapter: it does not answer any more, and the bytes of its versions go. Raises UnknownAdapterError."""
+        """Put a tombstone over an adapter: it does not answer any more, and the bytes of its versions go. Raises AdapterNotFoundError."""
 
     @abc.abstractmethod
     def names(self, tenant: str, after: str = "", limit: int = 100) -> list[Entry]:
         """At most `limit` adapters of a tenant that are not deleted, by name, those behind `after`."""
 
     def roll_back(self, tenant: str, name: str, number: int) -> Version:
-        """Put an old version's bytes as the newest version. Raises UnknownAdapterError."""
+        """Put an old version's bytes as the newest version. Raises AdapterNotFoundError."""
         return self.put(tenant, name, self.get(tenant, name, number))
 
     def close(self) -> None:  # noqa: B027 (some stores hold nothing)
@@ -82,10 +82,10 @@ class Store(abc.ABC):
 
 
 def check_name(what: str, name: str) -> None:
-    """Raise BadNameError for a tenant's or adapter's name that is not letters, digits, dots, dashes and underscores."""
+    """Raise InvalidNameError for a tenant's or adapter's name that is not letters, digits, dots, dashes and underscores."""
     if not _NAME.fullmatch(name):
         shown = name if len(name) <= 40 else f"{name[:40]}..."
-        raise BadNameError(
+        raise InvalidNameError(
             f"{what} {shown!r} cannot be used: 1 to 128 letters, digits, dots, dashes and underscores are wanted, a letter or digit first"
         )
 
@@ -124,7 +124,7 @@ class SqliteStore(Store):
             "SELECT number, size, created FROM newest WHERE tenant = ? AND name = ?", (tenant, name)
         )
         if not row or not row[0][1]:
-            raise UnknownAdapterError(f"no adapter {name!r}")
+            raise AdapterNotFoundError(f"no adapter {name!r}")
         return Version(*row[0])
 
     def get(self, tenant: str, name: str, number: int) -> bytes:
@@ -134,7 +134,7 @@ class SqliteStore(Store):
             (tenant, name, number),
         )
         if not row or row[0][0] is None:
-            raise UnknownAdapterError(f"no version {number} of adapter {name!r}")
+            raise AdapterNotFoundError(f"no version {number} of adapter {name!r}")
         return bytes(row[0][0])
 
     def versions(self, tenant: str, name: str) -> list[Version]:
@@ -142,7 +142,7 @@ class SqliteStore(Store):
         text = "SELECT number, size, created FROM versions WHERE tenant = ? AND name = ? ORDER BY number DESC"
         found = [Version(*row) for row in self._read(text, (tenant, name))]
         if not found:
-            raise UnknownAdapterError(f"no adapter {name!r}")
+            raise AdapterNotFoundError(f"no adapter {name!r}")
         return found
 
     def delete(self, tenant: str, name: str) -> Version:
@@ -271,7 +271,7 @@ class ObjectStore(Store):
     def newest(self, tenant: str, name: str) -> Version:
         found = self._history(tenant, name)
         if not found or not found[0].size:
-            raise UnknownAdapterError(f"no adapter {name!r}")
+            raise AdapterNotFoundError(f"no adapter {name!r}")
         return found[0]
 
     def get(self, tenant: str, name: str, number: int) -> bytes:
@@ -284,13 +284,13 @@ class ObjectStore(Store):
         except FileNotFoundError:
             data = b""
         if not data:
-            raise UnknownAdapterError(f"no version {number} of adapter {name!r}")
+            raise AdapterNotFoundError(f"no version {number} of adapter {name!r}")
         return data
 
     def versions(self, tenant: str, name: str) -> list[Version]:
         found = self._history(tenant, name)
         if not found:
-            raise UnknownAdapterError(f"no adapter {name!r}")
+            raise AdapterNotFoundError(f"no adapter {name!r}")
         return found
 
     def delete(self, tenant: str, name: str) -> Version:
@@ -396,7 +396,7 @@ class CachedStore(Store):
     def get(self, tenant: str, name: str, number: int) -> bytes:
         try:
             return self.cache.get(tenant, name, number)
-        except UnknownAdapterError:
+        except AdapterNotFoundError:
             data = self.origin.get(tenant, name, number)
             self._keep(tenant, name, Version(number, len(data), time.time()), data)
             return data
@@ -407,7 +407,7 @@ class CachedStore(Store):
     def delete(self, tenant: str, name: str) -> Version:
         self._newest.pop((tenant, name), None)
         tombstone = self.origin.delete(tenant, name)
-        with contextlib.suppress(UnknownAdapterError):
+        with contextlib.suppress(AdapterNotFoundError):
             self.cache.delete(tenant, name)
         return tombstone
 

@@ -13,13 +13,12 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from veratune.errors import (
     AdapterFileError,
-    BadNameError,
-    BankFullError,
-    BusyError,
-    ClosedError,
+    AdapterNotFoundError,
+    JobNotFoundError,
+    PoolFullError,
+    QueueFullError,
+    ShutdownError,
     StoreError,
-    UnknownAdapterError,
-    UnknownJobError,
     VeratuneError,
 )
 from veratune.serving.engine.loop import Ask, Loop
@@ -99,10 +98,10 @@ ServiceDep = Annotated[Service, Depends(get_service)]
 
 
 def get_tenant(caller: CallerDep, tenant: str | None = None) -> str:
-    """The tenant that a call is for. Raises UnknownAdapterError for one that the key does not speak for."""
+    """The tenant that a call is for. Raises AdapterNotFoundError for one that the key does not speak for."""
     if tenant is None or tenant in caller.tenants:
         return tenant or caller.tenant
-    raise UnknownAdapterError("no such adapter, or this key may not use it")
+    raise AdapterNotFoundError("no such adapter, or this key may not use it")
 
 
 TenantDep = Annotated[str, Depends(get_tenant)]
@@ -147,16 +146,16 @@ def to_api_error(error: BaseException) -> ApiError:
     """An error as a client sees it."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, UnknownAdapterError):
+    if isinstance(error, AdapterNotFoundError):
         return ApiError(404, str(error), code="model_not_found")
-    if isinstance(error, UnknownJobError):
+    if isinstance(error, JobNotFoundError):
         return ApiError(404, str(error), code="not_found")
-    if isinstance(error, BusyError | BankFullError):
+    if isinstance(error, QueueFullError | PoolFullError):
         return ApiError(429, str(error), "rate_limit_error", "rate_limit_exceeded")
-    if isinstance(error, StoreError) and not isinstance(error, BadNameError):
+    if isinstance(error, StoreError):
         log.error("store: %s", error)
         return ApiError(503, "the store of adapters cannot be reached", "server_error")
-    if isinstance(error, ClosedError):
+    if isinstance(error, ShutdownError):
         return ApiError(503, str(error), "server_error")
     if isinstance(error, AdapterFileError):
         return ApiError(400, f"the adapter was refused: {error}", code="invalid_adapter")
