@@ -537,7 +537,7 @@ def test_a_hundred_adapters_hold_one_basis():
         vt.attach(model, vt.VeraConfig(rank=16, seed=77), f"tenant{i}")
     bases = {id(v.basis): v.basis for i in range(100) for v in vectors_of(model, f"tenant{i}")}
     assert len(bases) == 1
-    assert next(iter(bases.values())).bytes_held() == 4 * (16 * 32 + 32 * 16)
+    assert next(iter(bases.values())).allocated_bytes() == 4 * (16 * 32 + 32 * 16)
 
 
 def test_a_model_without_adapters_says_so():

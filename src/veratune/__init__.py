@@ -17,7 +17,7 @@ from veratune.config import VeraConfig
 from veratune.errors import VeratuneError
 from veratune.files import load, save
 from veratune.formats.lora import read_lora
-from veratune.layers.cached import cache_weights
+from veratune.layers.weight_cache import cache_weights
 
 __version__ = "0.1.0"
 

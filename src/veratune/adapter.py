@@ -272,7 +272,9 @@ def weight_fingerprint(model: nn.Module, sites: list[Site]) -> Tensor | None:
     site = min(sites, key=lambda s: s.name)
     module = model.get_submodule(site.module)
     base = base_module(model, site.module)
-    kept = getattr(module, "_kept", {}).get(site.part.parameter)  # the weight before a merge
+    kept = getattr(module, "weights_before_merge", {}).get(
+        site.part.parameter
+    )  # the weight before a merge
     weight = kept if kept is not None else dense_weight(base, site.part.parameter)
     if weight is None or weight.device.type == "meta":
         return None

@@ -30,14 +30,14 @@ from veratune.errors import (
 )
 from veratune.layers.attention import VeraMultiheadAttention
 from veratune.layers.base import (
-    Rounding,
+    MergeReport,
     Rows,
     VeraHead,
     VeraLayer,
     VeraVectors,
     VeraWeightLayer,
-    lost_in_all,
-    put_in,
+    replace_modules,
+    total_rounding_error,
 )
 from veratune.layers.conv import VeraConv, is_conv
 from veratune.layers.linear import VeraLinear
@@ -200,7 +200,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
             layer.rows = held
 
 
-def merge(model: nn.Module, name: str | None = None) -> list[Rounding]:
+def merge(model: nn.Module, name: str | None = None) -> list[MergeReport]:
     """W <- W + ΔW for one adapter (default: the active one): inference at the base model's own price.
 
     Summed in fp32 and rounded once to the base's dtype. Returns what rounding lost in each layer, and warns
@@ -233,7 +233,7 @@ def merge(model: nn.Module, name: str | None = None) -> list[Rounding]:
                 )
     use(model, name)
     report = [entry for layer in layers for entry in layer.merge(name)]
-    lost = lost_in_all(report)
+    lost = total_rounding_error(report)
     if lost > 0.05:
         warnings.warn(
             f"merging {name!r} rounded away {lost:.0%} of ΔW: the base model's dtype is too coarse for it. "
@@ -461,7 +461,7 @@ def _layers_at(model: nn.Module, kinds: Mapping[str, type[VeraLayer]]) -> dict[s
         for path, module in found.items()
         if not isinstance(module, VeraLayer)
     }
-    put_in(model, lambda module: made.get(module, module))
+    replace_modules(model, lambda module: made.get(module, module))
     return {
         path: module if isinstance(module, VeraLayer) else made[module]
         for path, module in found.items()
@@ -470,7 +470,9 @@ def _layers_at(model: nn.Module, kinds: Mapping[str, type[VeraLayer]]) -> dict[s
 
 def _put_back(model: nn.Module, choose: Callable[[VeraLayer], nn.Module]) -> None:
     """Replace each VeraLayer, wherever it stands, by what `choose` says."""
-    put_in(model, lambda module: choose(module) if isinstance(module, VeraLayer) else module)
+    replace_modules(
+        model, lambda module: choose(module) if isinstance(module, VeraLayer) else module
+    )
 
 
 def _forget(model: nn.Module, note: AdapterState) -> None:

@@ -187,7 +187,7 @@ def test_one_basis_for_a_net_of_many_shapes_and_words_for_targets():
     assert [v.layer for v in vectors_of(model, "a")] == ["stem", "depthwise", "pointwise"]
     assert len({id(v.basis) for v in vectors_of(model, "a")}) == 1
     model = net(seed=1234567)
-    assert vectors_of(model, "a")[0].basis.bytes_held() == 4 * (4 * 27 + 12 * 4)
+    assert vectors_of(model, "a")[0].basis.allocated_bytes() == 4 * (4 * 27 + 12 * 4)
     assert len(vectors_of(net(targets=["all-conv", "all-linear"]), "a")) == 4
     assert len(vectors_of(net(targets=["fc", "pointwise"]), "a")) == 2
     with pytest.raises(
@@ -299,7 +299,7 @@ def test_a_convolution_with_a_forward_of_its_own_is_called_with_the_merged_weigh
     wanted = model[1](
         nn.functional.conv2d(
             nn.functional.pad(x, (1, 1, 1, 1)),
-            2 * model[0].weights_with("default")["weight"],
+            2 * model[0].merged_weights("default")["weight"],
             model[0].bias,
         )
     )

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from veratune.basis.basis import MonarchBasis
 from veratune.errors import ShapeError, UnsupportedError
 from veratune.ops import functional
-from veratune.ops.functional import carries, delta_weight, plan_of, vera_linear, vera_rows
+from veratune.ops.functional import delta_weight, is_full_precision, plan_of, vera_linear, vera_rows
 from veratune.ops.matrix import dense
 
 sizes = st.integers(1, 24)
@@ -295,7 +295,13 @@ def test_low_precision_never_puts_delta_into_the_weight():
     A, B, d, b, W, _ = layer(768, 768, 64, torch.bfloat16)
     assert (
         plan_of(
-            torch.ones(4096, 768), A, B, (d, b), "auto", in_weight=carries(W.dtype), own_weight=True
+            torch.ones(4096, 768),
+            A,
+            B,
+            (d, b),
+            "auto",
+            in_weight=is_full_precision(W.dtype),
+            own_weight=True,
         ).plan
         == "factored"
     )

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veratune.basis.basis import MonarchBasis
-from veratune.ops.matrix import back, dense, grid_rows, times
+from veratune.ops.matrix import dense, grid_rows, matmul, rmatmul
 
 sizes = st.integers(1, 40)
 CPU = torch.device("cpu")
@@ -28,9 +28,9 @@ def test_products_are_those_of_the_dense_matrix(m, n, r):
             torch.randn(2, 3, columns, dtype=torch.float64),
             torch.randn(5, rows, dtype=torch.float64),
         )
-        torch.testing.assert_close(times(matrix, x), x @ full.T)
-        torch.testing.assert_close(back(matrix, y), y @ full)
-        torch.testing.assert_close(times(matrix, x[0, 0]), full @ x[0, 0])
+        torch.testing.assert_close(matmul(matrix, x), x @ full.T)
+        torch.testing.assert_close(rmatmul(matrix, y), y @ full)
+        torch.testing.assert_close(matmul(matrix, x[0, 0]), full @ x[0, 0])
 
 
 @given(sizes, sizes)

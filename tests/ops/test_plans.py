@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from veratune.config import PLANS
 from veratune.errors import DataError
 from veratune.ops import plans
-from veratune.ops.plans import CPU, Call, Choice, cheapest, choose, seconds, settle
+from veratune.ops.plans import (
+    CPU,
+    Call,
+    PlanChoice,
+    cheapest,
+    choose_plan,
+    seconds,
+    with_memory_policy,
+)
 
 sizes = st.integers(1, 4096)
 
@@ -26,10 +34,10 @@ def test_the_cheapest_is_taken_among_what_is_allowed(T, m, n, r, grad_x, grad_ve
         own_weight=in_weight,
     )
     choice = cheapest(call, CPU)
-    assert choice == settle(call, choice.plan)
+    assert choice == with_memory_policy(call, choice.plan)
     for plan in PLANS:
         if plans.allowed(call, plan):
-            assert seconds(call, choice, CPU) <= seconds(call, settle(call, plan), CPU)
+            assert seconds(call, choice, CPU) <= seconds(call, with_memory_policy(call, plan), CPU)
     if not in_weight:
         assert choice.plan in ("factored", "dense")
 
@@ -38,7 +46,7 @@ def test_sizes_whose_best_order_is_known_from_measurement():
     """Cells of the layer grid in which one plan won clearly on two cores."""
     assert cheapest(Call(2048, 768, 768, 1024), CPU).plan == "merged"
     assert cheapest(Call(2048, 768, 768, 256), CPU).plan == "projected"
-    assert cheapest(Call(64, 768, 768, 1024), CPU) == Choice("factored", True)
+    assert cheapest(Call(64, 768, 768, 1024), CPU) == PlanChoice("factored", True)
     assert cheapest(Call(2048, 2048, 2048, 1024), CPU).plan == "projected"
     assert (
         cheapest(Call(1, 768, 768, 256, grad_x=False, grad_vectors=False), CPU).plan == "factored"
@@ -48,7 +56,7 @@ def test_sizes_whose_best_order_is_known_from_measurement():
 @given(sizes, sizes, sizes, st.integers(1, 2048), st.sampled_from(PLANS))
 def test_what_is_kept_is_bounded(T, m, n, r, plan):
     call = Call(T, m, n, r)
-    choice = settle(call, plan)
+    choice = with_memory_policy(call, plan)
     if choice.keep and plan == "factored":
         assert T * (r + m) <= plans.FEW * m * n
     elif choice.keep:
@@ -58,7 +66,7 @@ def test_what_is_kept_is_bounded(T, m, n, r, plan):
 def test_a_measured_machine_goes_before_the_built_in_one(monkeypatch, tmp_path):
     call, cpu = Call(2048, 768, 768, 1024), torch.device("cpu")
     plans.forget()
-    assert choose(call, cpu) is choose(call, cpu)
+    assert choose_plan(call, cpu) is choose_plan(call, cpu)
     assert plans.machine_of(cpu) == CPU
     monkeypatch.setenv("VERATUNE_CACHE", str(tmp_path))
     figures = {
@@ -73,7 +81,7 @@ def test_a_measured_machine_goes_before_the_built_in_one(monkeypatch, tmp_path):
     assert plans.machine_of(cpu) == CPU
     plans.forget()
     assert plans.machine_of(cpu) == plans.Machine(**figures)
-    assert choose(call, cpu) == cheapest(call, plans.Machine(**figures))
+    assert choose_plan(call, cpu) == cheapest(call, plans.Machine(**figures))
     monkeypatch.undo()
     plans.forget()
 
@@ -92,5 +100,7 @@ def test_a_calibration_that_is_none_is_named(text, monkeypatch, tmp_path):
 @settings(max_examples=10)
 @given(st.sampled_from(PLANS))
 def test_more_rows_never_cost_less(plan):
-    costs = [seconds(Call(T, 768, 768, 256), Choice(plan, False), CPU) for T in (1, 16, 256, 4096)]
+    costs = [
+        seconds(Call(T, 768, 768, 256), PlanChoice(plan, False), CPU) for T in (1, 16, 256, 4096)
+    ]
     assert costs == sorted(costs)

@@ -8,7 +8,7 @@ from torch import nn
 import veratune as vt
 from tests import fakes
 from veratune.ops import projection
-from veratune.ops.matrix import times
+from veratune.ops.matrix import matmul
 from veratune.ops.projection import project
 
 
@@ -16,7 +16,7 @@ from veratune.ops.projection import project
 def counted(monkeypatch):
     """How many products with A were taken."""
     calls = []
-    monkeypatch.setattr(projection, "times", lambda A, x: calls.append(1) or times(A, x))
+    monkeypatch.setattr(projection, "matmul", lambda A, x: calls.append(1) or matmul(A, x))
     return calls
 
 

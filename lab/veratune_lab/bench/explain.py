@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from veratune.config import PLANS, VeraConfig
-from veratune.ops.plans import Call, cheapest, machine_of, seconds, settle
+from veratune.ops.plans import Call, cheapest, machine_of, seconds, with_memory_policy
 from veratune.targets import find_sites
 from veratune_lab.bench.steps import shape_of
 
@@ -33,7 +33,7 @@ def explain(model: str, rank: int | None = None) -> list[dict[str, Any]]:
             {
                 "layers": names, "T": T, "n": n, "m": m, "rank": rank, "plan": choice.plan, "keep": choice.keep,
                 "frozen": 4 * T * m * n / machine.flops,
-                "seconds": {plan: seconds(call, settle(call, plan), machine) for plan in PLANS},
+                "seconds": {plan: seconds(call, with_memory_policy(call, plan), machine) for plan in PLANS},
             }
         )  # fmt: skip
     return lines

@@ -82,7 +82,7 @@ def count(
             file_bytes = len(native.encode(adapter))
             basis = new_basis(vera, dict(adapter.shapes))
             basis.reserve([(s.name, *s.shape, s.rank) for s in sites], _META, torch.float32)
-            basis_bytes = basis.bytes_held()
+            basis_bytes = basis.allocated_bytes()
     elif method == "bitfit":
         inside = {id(p) for module in heads for p in module.parameters()}
         trainable = sum(

@@ -115,7 +115,7 @@ class Basis(abc.ABC):
                 sizes[role] = (max(held[0], size[0]), max(held[1], size[1]))
         return sizes
 
-    def bytes_held(self) -> int:
+    def allocated_bytes(self) -> int:
         """Bytes of all matrices in memory, over all devices and dtypes."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
 

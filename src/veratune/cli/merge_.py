@@ -25,7 +25,7 @@ def run(argv: Sequence[str]) -> int:
     from veratune.attach import detach, merge
     from veratune.errors import ConfigError
     from veratune.formats.atomic import new_folder
-    from veratune.layers.base import lost_in_all
+    from veratune.layers.base import total_rounding_error
 
     if flags.adapter is None:
         raise ConfigError("merge needs --adapter: there is nothing to merge without one")
@@ -36,6 +36,6 @@ def run(argv: Sequence[str]) -> int:
         detach(loaded.model, keep_merged=True)
         loaded.task.save(loaded.model, loaded.processor, place)
     print(
-        f"{folder}: {len(report)} weights merged in {flags.base_dtype}; rounding changed {lost_in_all(report):.2%} of ΔW"
+        f"{folder}: {len(report)} weights merged in {flags.base_dtype}; rounding changed {total_rounding_error(report):.2%} of ΔW"
     )
     return 0

@@ -33,7 +33,7 @@ class VeraMultiheadAttention(VeraWeightLayer):
         def call(*args: Any, **kwargs: Any) -> Any:
             narrow = self.weight_of("out_proj.weight").dtype
             wide = torch.promote_types(narrow, torch.float32)
-            changed = self.cached_weights(adapter) or self.weights_with(adapter)
+            changed = self.cached_weights(adapter) or self.merged_weights(adapter)
             weights = {
                 name: changed[name] if name in changed else p.to(wide)
                 for name, p in self.base.named_parameters()

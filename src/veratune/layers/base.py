@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from veratune.basis.basis import Basis
 from veratune.config import VeraConfig
 from veratune.errors import ShapeError, UnsupportedError
-from veratune.layers.cached import WEIGHTS
 from veratune.layers.quantized import is_dense
-from veratune.ops.functional import carries, delta_weight, vera_linear
+from veratune.layers.weight_cache import WEIGHTS
+from veratune.ops.functional import delta_weight, is_full_precision, vera_linear
 from veratune.ops.matrix import Matrix
 
 _BASE = "base."
@@ -59,7 +59,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rounding:
+class MergeReport:
     """What merging a layer in its own precision lost.
 
     layer: its name; delta_norm: the Frobenius norm of ΔW; lost: the norm of what rounding changed in
@@ -71,7 +71,7 @@ class Rounding:
     lost: float
 
 
-def lost_in_all(report: Iterable[Rounding]) -> float:
+def total_rounding_error(report: Iterable[MergeReport]) -> float:
     """What merging lost over all layers, as a fraction of the norm of all ΔW; 0 if there is no ΔW."""
     entries = list(report)
     norm = math.sqrt(sum(entry.delta_norm**2 for entry in entries))
@@ -147,7 +147,7 @@ class VeraVectors(nn.Module):
             self.layer, part.out_features, part.in_features, self.rank, device, dtype
         )
 
-    def drop(self, x: Tensor) -> Tensor:
+    def apply_dropout(self, x: Tensor) -> Tensor:
         """x with this adapter's dropout."""
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
 
@@ -157,7 +157,7 @@ class VeraVectors(nn.Module):
         """The adapter's share of the output, scale * b * (B (d * (A x))); with W x + bias where a weight is given."""
         A, B = self.pair(x.device, product_dtype(x))
         return vera_linear(
-            self.drop(x),
+            self.apply_dropout(x),
             A,
             B,
             self.d,
@@ -166,7 +166,7 @@ class VeraVectors(nn.Module):
             weight=weight,
             bias=bias,
             plan=self.config.plan,
-            reader=id(self),
+            layer_id=id(self),
         )
 
     def delta_weight(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -174,7 +174,7 @@ class VeraVectors(nn.Module):
         return delta_weight(*self.pair(device, dtype), self.d, self.b, self.scale)
 
 
-class StandIn(nn.Module):
+class ModuleWrapper(nn.Module):
     """A module in the place of another one. Attributes it does not have are those of the module it stands for.
 
     base: that module; name: its path in the model.
@@ -195,16 +195,16 @@ class StandIn(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
 
-def put_in(model: nn.Module, choose: Callable[[nn.Module], nn.Module]) -> None:
+def replace_modules(model: nn.Module, choose: Callable[[nn.Module], nn.Module]) -> None:
     """Put choose(module) where each module inside a model stands, in every place where it does. Stand-ins are not looked into."""
-    for parent in [m for m in model.modules() if not isinstance(m, StandIn)]:
+    for parent in [m for m in model.modules() if not isinstance(m, ModuleWrapper)]:
         for name, child in list(parent._modules.items()):
             chosen = child if child is None else choose(child)
             if chosen is not child:
                 setattr(parent, name, chosen)
 
 
-class VeraLayer(StandIn, abc.ABC):
+class VeraLayer(ModuleWrapper, abc.ABC):
     """A layer with adapters.
 
     active: the adapter that computes, or None; rows: the adapters of a mixed batch, which go before `active`; merged: the adapter that is
@@ -236,24 +236,24 @@ class VeraWeightLayer(VeraLayer):
 
     def __init__(self, base: nn.Module, name: str) -> None:
         super().__init__(base, name)
-        self._kept: dict[str, Tensor] = {}
+        self.weights_before_merge: dict[str, Tensor] = {}
 
     def add(self, adapter: str, vectors: VeraVectors) -> None:
         """Give an adapter its vectors at one part; an adapter's parts come by rising rows and do not overlap."""
         if adapter not in self.vera:
             self.vera[adapter] = nn.ModuleDict()
-        self._own(adapter)[vectors.part.key] = vectors.train(self.training)
+        self._parts(adapter)[vectors.part.key] = vectors.train(self.training)
 
     def vectors(self, adapter: str) -> list[VeraVectors]:
         """The adapter's vectors in this layer, by rising rows; none if it leaves the layer alone."""
-        return list(self._own(adapter).values()) if adapter in self.vera else []  # type: ignore[arg-type]
+        return list(self._parts(adapter).values()) if adapter in self.vera else []  # type: ignore[arg-type]
 
-    def _own(self, adapter: str) -> nn.ModuleDict:
+    def _parts(self, adapter: str) -> nn.ModuleDict:
         held = self.vera[adapter]
         assert isinstance(held, nn.ModuleDict)
         return held
 
-    def placed(self, delta: Tensor, weight: Tensor) -> Tensor:
+    def to_weight_layout(self, delta: Tensor, weight: Tensor) -> Tensor:
         """ΔW (m, n) of the whole layer in the layout of the stored weight."""
         return delta
 
@@ -279,12 +279,12 @@ class VeraWeightLayer(VeraLayer):
             if vectors.part.name:
                 rows = self.rows_of(weight)
                 delta = F.pad(delta, (0, 0, vectors.part.start, rows - vectors.part.stop))
-            delta = self.placed(delta, weight)
+            delta = self.to_weight_layout(delta, weight)
             held = out.get(vectors.part.parameter)
             out[vectors.part.parameter] = delta if held is None else held + delta
         return out
 
-    def weights_with(self, adapter: str) -> dict[str, Tensor]:
+    def merged_weights(self, adapter: str) -> dict[str, Tensor]:
         """W + ΔW for each weight that the adapter changes, in the layout of the weight and at least fp32."""
         return {
             parameter: self.weight_of(parameter).to(delta.dtype) + delta
@@ -292,7 +292,7 @@ class VeraWeightLayer(VeraLayer):
         }
 
     def cached_weights(self, adapter: str) -> dict[str, Tensor] | None:
-        """`weights_with`, kept from an earlier call where nothing has changed; None where they may not be used.
+        """`merged_weights`, kept from an earlier call where nothing has changed; None where they may not be used.
 
         That is in training, where gradients of the vectors are wanted, under a plan of the user's, in compiled code, and for
         weights that cannot be read or have under 32 bits.
@@ -304,7 +304,7 @@ class VeraWeightLayer(VeraLayer):
             if (
                 vectors.config.plan != "auto"
                 or not is_dense(weight)
-                or not carries(weight.dtype)
+                or not is_full_precision(weight.dtype)
                 or weight.is_inference()
             ):
                 return None
@@ -331,19 +331,19 @@ class VeraWeightLayer(VeraLayer):
                 )
 
     @torch.no_grad()
-    def merge(self, adapter: str) -> list[Rounding]:
+    def merge(self, adapter: str) -> list[MergeReport]:
         """W <- W + ΔW, summed in fp32 and rounded once. W is kept, so that `unmerge` gives back its bits."""
         WEIGHTS.drop(self)
         report = []
         for parameter, delta in self.deltas(adapter).items():
             weight = self.weight_of(parameter)
             before = weight.data.clone()
-            self._kept[parameter] = before
+            self.weights_before_merge[parameter] = before
             weight.data.copy_(before.to(delta.dtype) + delta)
             lost = (weight.data.to(delta.dtype) - before.to(delta.dtype) - delta).norm()
             norm = delta.norm()
             report.append(
-                Rounding(
+                MergeReport(
                     f"{self.name}.{parameter}",
                     norm.item(),
                     (lost / norm).item() if norm > 0 else 0.0,
@@ -355,10 +355,10 @@ class VeraWeightLayer(VeraLayer):
     @torch.no_grad()
     def unmerge(self, restore: bool = True) -> None:
         """Give W back bit for bit, or, without `restore`, forget it and stay merged."""
-        for parameter, before in self._kept.items():
+        for parameter, before in self.weights_before_merge.items():
             if restore:
                 self.weight_of(parameter).data.copy_(before)
-        self._kept = {}
+        self.weights_before_merge = {}
         self.merged = None
 
 

@@ -22,7 +22,7 @@ from veratune.layers.base import (
     is_plain,
     product_dtype,
 )
-from veratune.ops.functional import carries, plan_of, vera_conv
+from veratune.ops.functional import is_full_precision, plan_of, vera_conv
 from veratune.ops.matrix import dense
 
 _KINDS = (
@@ -94,7 +94,7 @@ class VeraConv(VeraWeightLayer):
             return self._with(self.current)(x, *args, **kwargs)
         return by_adapter(self, (x, *args), kwargs, self._with)
 
-    def placed(self, delta: Tensor, weight: Tensor) -> Tensor:
+    def to_weight_layout(self, delta: Tensor, weight: Tensor) -> Tensor:
         base: Any = self.base
         if not base.transposed:
             return delta.view(weight.shape)
@@ -112,12 +112,12 @@ class VeraConv(VeraWeightLayer):
         base: Any = self.base
 
         def call_with_weight(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if not carries(base.weight.dtype):
+            if not is_full_precision(base.weight.dtype):
                 raise UnsupportedError(
                     f"layer '{self.name}' has a forward of its own and a weight of {base.weight.dtype}, too coarse to take ΔW in; load "
                     "the base model in float32 or exclude the layer"
                 )
-            weights = self.cached_weights(adapter) or self.weights_with(adapter)
+            weights = self.cached_weights(adapter) or self.merged_weights(adapter)
             return torch.func.functional_call(base, weights, (x, *args), kwargs)
 
         def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -125,7 +125,7 @@ class VeraConv(VeraWeightLayer):
             whole = (
                 is_plain(base)
                 and weight.dtype == x.dtype == product_dtype(x)
-                and carries(weight.dtype)
+                and is_full_precision(weight.dtype)
             )
             kept = self.cached_weights(adapter) if whole else None
             if kept is not None:
@@ -133,10 +133,10 @@ class VeraConv(VeraWeightLayer):
             plan = self._plan(x, vectors, whole and not (vectors.config.dropout and self.training))
             if plan == "merged":
                 return self._convolve(
-                    x, self.weights_with(adapter)["weight"], base.bias, *args, **kwargs
+                    x, self.merged_weights(adapter)["weight"], base.bias, *args, **kwargs
                 )
             y = base(x, *args, **kwargs)
-            dropped = vectors.drop(x).to(product_dtype(x))
+            dropped = vectors.apply_dropout(x).to(product_dtype(x))
             if plan == "dense":
                 return y + self._convolve(
                     dropped, self.deltas(adapter)["weight"].to(dropped.dtype), None, *args, **kwargs

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from veratune.errors import UnsupportedError
 from veratune.layers.base import Part, Rows, VeraVectors, VeraWeightLayer, is_plain, product_dtype
 from veratune.layers.quantized import is_dense
-from veratune.ops.functional import carries, vera_rows
+from veratune.ops.functional import is_full_precision, vera_rows
 
 
 class VeraLinear(VeraWeightLayer):
@@ -29,7 +29,7 @@ class VeraLinear(VeraWeightLayer):
         """Whether the layer stores Wᵀ, as Hugging Face's Conv1D does."""
         return hasattr(self.base, "nf")
 
-    def placed(self, delta: Tensor, weight: Tensor) -> Tensor:
+    def to_weight_layout(self, delta: Tensor, weight: Tensor) -> Tensor:
         return self._matrix(delta)
 
     def rows_of(self, weight: Tensor) -> int:
@@ -41,9 +41,9 @@ class VeraLinear(VeraWeightLayer):
         if self.current is None:
             return self.base(x)
         vectors = self.vectors(self.current)
-        reason = self._must_be_called(x, vectors[0])
+        reason = self._fallback_reason(x, vectors[0])
         if reason is None:
-            return self._together(x, self.current, vectors)
+            return self._fused_forward(x, self.current, vectors)
         if vectors[0].config.plan in ("projected", "merged"):
             raise UnsupportedError(
                 f"plan={vectors[0].config.plan!r} puts ΔW into the weight of layer '{self.name}', but {reason}; "
@@ -51,7 +51,7 @@ class VeraLinear(VeraWeightLayer):
             )
         return add_parts(self.base(x), [(own.part, own(x)) for own in vectors])
 
-    def _must_be_called(self, x: Tensor, vectors: VeraVectors) -> str | None:
+    def _fallback_reason(self, x: Tensor, vectors: VeraVectors) -> str | None:
         """Why the base layer cannot be read in place of a call for this x; None if it can."""
         base: Any = self.base
         if type(base) is not nn.Linear and type(base).__name__ != "Conv1D":
@@ -65,7 +65,7 @@ class VeraLinear(VeraWeightLayer):
             return "it is trained itself"
         if x.dtype != weight.dtype or product_dtype(x) != weight.dtype:
             return f"it is {weight.dtype} and the product {product_dtype(x)}"
-        if vectors.config.plan in ("projected", "merged") and not carries(weight.dtype):
+        if vectors.config.plan in ("projected", "merged") and not is_full_precision(weight.dtype):
             return f"{weight.dtype} would round a small ΔW away"
         return (
             "the adapter's input is dropped out"
@@ -73,7 +73,7 @@ class VeraLinear(VeraWeightLayer):
             else None
         )
 
-    def _together(self, x: Tensor, adapter: str, vectors: Sequence[VeraVectors]) -> Tensor:
+    def _fused_forward(self, x: Tensor, adapter: str, vectors: Sequence[VeraVectors]) -> Tensor:
         """W x and the adapter's share in one go."""
         base: Any = self.base
         bias = base.bias
@@ -135,7 +135,7 @@ def _group(x: Tensor, group: list[tuple[VeraVectors, list[int]]]) -> Tensor:
         for name in ("d", "b")
     )
     A, B = first.pair(x.device, product_dtype(x))
-    return vera_rows(first.drop(x), A, B, d, b, index, first.scale)
+    return vera_rows(first.apply_dropout(x), A, B, d, b, index, first.scale)
 
 
 def add_parts(y: Tensor, shares: Sequence[tuple[Part, Tensor]]) -> Tensor:

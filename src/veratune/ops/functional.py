@@ -19,8 +19,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from veratune.errors import ShapeError, UnsupportedError
-from veratune.ops.matrix import Blocks, Matrix, RowBlocks, back, dense, times
-from veratune.ops.plans import Call, Choice, choose, settle
+from veratune.ops.matrix import BlockMatrix, Matrix, RowBlocks, dense, matmul, rmatmul
+from veratune.ops.plans import Call, PlanChoice, choose_plan, with_memory_policy
 from veratune.ops.projection import project
 
 
@@ -54,14 +54,14 @@ def vera_linear(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     plan: str = "auto",
-    reader: int | None = None,
+    layer_id: int | None = None,
 ) -> Tensor:
     """y = scale * b * (B (d * (A x))), and W x + bias before it where a weight is given
 
     x: (*T, n) activations; weight: W (m, n), frozen, in the dtype of the products, and bias: (m,).
     plan: the order of the products, one of `plans`; "auto" takes the cheapest that the precision allows. A and B of
     blocks are always cheapest one after the other.
-    reader: the number of a layer that may share A x with others that read the same x (see `projection`).
+    layer_id: the number of a layer that may share A x with others that read the same x (see `projection`).
     Returns (*T, m). Gradients flow to x, d, b and bias.
     Raises ShapeError naming the argument, what was found and what was wanted.
     Source: VeRA, arXiv 2310.11454, equation 2.
@@ -77,7 +77,7 @@ def vera_linear(
             "weight asks for a gradient, but vera_linear takes W as frozen; add the layer's own output instead"
         )
     x = x.to(A.dtype)
-    if isinstance(A, RowBlocks) and isinstance(B, Blocks) and plan in ("auto", "factored"):
+    if isinstance(A, RowBlocks) and isinstance(B, BlockMatrix) and plan in ("auto", "factored"):
         return _VeraBlocks.apply(x, weight, bias, A, B, d, b, scale)
     A, B = dense(A), dense(B)
     choice = plan_of(
@@ -86,12 +86,12 @@ def vera_linear(
         B,
         (d, b),
         plan,
-        in_weight=weight is not None and carries(weight.dtype),
+        in_weight=weight is not None and is_full_precision(weight.dtype),
         own_weight=weight is not None,
     )
     if choice.plan == "factored" and choice.keep:
         return _step_by_step(x, weight, bias, A, B, d, b, scale)
-    return _VeraLinear.apply(x, weight, bias, A, B, d, b, scale, choice.plan, choice.keep, reader)
+    return _VeraLinear.apply(x, weight, bias, A, B, d, b, scale, choice.plan, choice.keep, layer_id)
 
 
 def plan_of(
@@ -104,7 +104,7 @@ def plan_of(
     in_weight: bool,
     own_weight: bool,
     T: int | None = None,
-) -> Choice:
+) -> PlanChoice:
     """The order in which `vera_linear` takes its products for this x, with its memory policy.
 
     T: places of the output, where they are not the rows of x (a convolution's).
@@ -121,10 +121,10 @@ def plan_of(
         in_weight=in_weight,
         own_weight=own_weight,
     )
-    return choose(call, x.device) if plan == "auto" else settle(call, plan)
+    return choose_plan(call, x.device) if plan == "auto" else with_memory_policy(call, plan)
 
 
-def carries(dtype: torch.dtype) -> bool:
+def is_full_precision(dtype: torch.dtype) -> bool:
     """Whether W + ΔW in this dtype keeps a small ΔW; 16 bits round it away."""
     return dtype in (torch.float32, torch.float64)
 
@@ -163,9 +163,9 @@ def vera_rows(
         own = vectors if index is None else vectors.index_select(0, index)
         return own.view(x.shape[0], *middle, vectors.shape[1])
 
-    z = times(A, x) if projected is None else projected
+    z = matmul(A, x) if projected is None else projected
     z = z * scale if d is None else z * _scaled(spread(d), scale, z.dtype)
-    y = times(B, z)
+    y = matmul(B, z)
     return y if b is None else y * spread(b).to(y.dtype)
 
 
@@ -245,11 +245,11 @@ class _VeraLinear(Function):
         scale: float,
         plan: str,
         keep: bool,
-        reader: int | None,
+        layer_id: int | None,
     ) -> Tensor:
         kept: list[Tensor | None]
         if plan == "factored":
-            inner = project(x, A, reader)
+            inner = project(x, A, layer_id)
             y = _add_product(
                 F.linear(x, weight, bias) if weight is not None else None,
                 inner,
@@ -262,7 +262,7 @@ class _VeraLinear(Function):
                 y = _add_product(F.linear(x, weight, bias), x, inside.t())
             else:
                 y = F.linear(x, inside, bias)
-            kept = [project(x, A, reader) if plan == "projected" else x, inside if keep else None]
+            kept = [project(x, A, layer_id) if plan == "projected" else x, inside if keep else None]
         ctx.save_for_backward(*kept, weight, A, B, d, b)
         ctx.scale, ctx.plan = scale, plan
         return y
@@ -324,7 +324,7 @@ class _VeraBlocks(Function):
         weight: Tensor | None,
         bias: Tensor | None,
         A: RowBlocks,
-        B: Blocks,
+        B: BlockMatrix,
         d: Tensor | None,
         b: Tensor | None,
         scale: float,
@@ -336,7 +336,7 @@ class _VeraBlocks(Function):
         y = x.new_zeros(*x.shape[:-1], B.shape[0]) if weight is None else F.linear(x, weight, bias)
         last = torch.ones((), dtype=x.dtype, device=x.device) if b is None else b.to(x.dtype)
         for own_y, own_x in _some_rows(y, x):
-            own_y.addcmul_(B.times(first.times(own_x)), last, value=outer_scale)
+            own_y.addcmul_(B.matmul(first.matmul(own_x)), last, value=outer_scale)
         return y
 
     @staticmethod
@@ -350,15 +350,15 @@ class _VeraBlocks(Function):
         grad_x = grad.new_zeros(x.shape) if weight is None or not need_x else grad.matmul(weight)
         sums: list[list[Tensor]] = [[], []]
         for own_grad_x, own_x, own_grad in _some_rows(grad_x, x, grad):
-            inner = A.times(own_x)
+            inner = A.matmul(own_x)
             if need_b:
-                sums[1].append(_summed(B.times(inner * factor), own_grad, b))
+                sums[1].append(_summed(B.matmul(inner * factor), own_grad, b))
             if need_x or need_d:
-                middle = B.back(own_grad if b is None else own_grad * b.to(own_grad.dtype))
+                middle = B.rmatmul(own_grad if b is None else own_grad * b.to(own_grad.dtype))
                 if need_d:
                     sums[0].append(_summed(middle, inner, d))
                 if need_x:
-                    own_grad_x.add_(first.back(middle), alpha=scale if d is None else 1)
+                    own_grad_x.add_(first.rmatmul(middle), alpha=scale if d is None else 1)
         grad_d, grad_b = (torch.stack(found).sum(0) if found else None for found in sums)
         vectors = (None if grad_d is None else grad_d.mul_(scale), grad_b)
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
@@ -394,7 +394,7 @@ class _DeltaWeight(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         B, d, b = ctx.saved_tensors
-        grad_d, grad_b = _from_product(times(ctx.A, grad), B, d, b, ctx.scale)
+        grad_d, grad_b = _from_product(matmul(ctx.A, grad), B, d, b, ctx.scale)
         return (
             None,
             None,
@@ -416,7 +416,7 @@ def _with_delta(
     """W + ΔW, or ΔW alone; laid out in memory as W is."""
     left = _trained(B, d, b, scale)
     if weight is None:
-        return back(A, left)
+        return rmatmul(A, left)
     A = dense(A)
     if weight.stride(0) == 1 and weight.stride(1) != 1:
         return torch.addmm(weight.t(), A.t(), left.t()).t()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Blocks(abc.ABC):
+class BlockMatrix(abc.ABC):
     """A frozen matrix given by its blocks.
 
     shape: (rows, columns) of the matrix; values: the blocks.
@@ -30,11 +30,11 @@ class Blocks(abc.ABC):
     values: Tensor
 
     @abc.abstractmethod
-    def times(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Tensor) -> Tensor:
         """M x for each row of x: (*T, columns) to (*T, rows)."""
 
     @abc.abstractmethod
-    def back(self, y: Tensor) -> Tensor:
+    def rmatmul(self, y: Tensor) -> Tensor:
         """Mᵀ y for each row of y: (*T, rows) to (*T, columns)."""
 
     @property
@@ -43,23 +43,23 @@ class Blocks(abc.ABC):
 
     def dense(self) -> Tensor:
         """The matrix with all its zeros."""
-        return self.back(
+        return self.rmatmul(
             torch.eye(self.shape[0], dtype=self.values.dtype, device=self.values.device)
         )
 
 
-class RowBlocks(Blocks):
+class RowBlocks(BlockMatrix):
     """A (r, n): block i makes the inner values i k .. i k + k of inputs i c .. i c + c.
 
     values: (q, k, c), with q k >= r and q c >= n.
     """
 
-    def times(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Tensor) -> Tensor:
         q, _, c = self.values.shape
         z = torch.einsum("tqc,qkc->tqk", _grid(x, q, c), self.values)
         return _flat(z, x, self.shape[0])
 
-    def back(self, y: Tensor) -> Tensor:
+    def rmatmul(self, y: Tensor) -> Tensor:
         q, k, _ = self.values.shape
         x = torch.einsum("tqk,qkc->tqc", _grid(y, q, k), self.values)
         return _flat(x, y, self.shape[1])
@@ -70,17 +70,17 @@ class RowBlocks(Blocks):
         return RowBlocks(self.shape, self.values * F.pad(d, (0, q * k - len(d))).view(q, k, 1))
 
 
-class ColumnBlocks(Blocks):
+class ColumnBlocks(BlockMatrix):
     """B (m, r): output (a, j) is made of the inner values (i, j), by the same block for every j.
 
     values: (s, q); k: columns of the grid, with q k >= r and s k >= m.
     """
 
-    def times(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Tensor) -> Tensor:
         grid = _grid(x, self.values.shape[1], self.columns)
         return _flat(torch.matmul(self.values, grid), x, self.shape[0])
 
-    def back(self, y: Tensor) -> Tensor:
+    def rmatmul(self, y: Tensor) -> Tensor:
         grid = _grid(y, self.values.shape[0], self.columns)
         return _flat(torch.matmul(self.values.t(), grid), y, self.shape[1])
 
@@ -118,27 +118,27 @@ def _flat(grid: Tensor, like: Tensor, size: int) -> Tensor:
     return grid.reshape(*like.shape[:-1], grid.shape[1] * grid.shape[2])[..., :size]
 
 
-Matrix = Tensor | Blocks
+Matrix = Tensor | BlockMatrix
 
 
-def times(matrix: Matrix, x: Tensor) -> Tensor:
+def matmul(matrix: Matrix, x: Tensor) -> Tensor:
     """M x for each row of x."""
-    return matrix.times(x) if isinstance(matrix, Blocks) else F.linear(x, matrix)
+    return matrix.matmul(x) if isinstance(matrix, BlockMatrix) else F.linear(x, matrix)
 
 
-def back(matrix: Matrix, y: Tensor) -> Tensor:
+def rmatmul(matrix: Matrix, y: Tensor) -> Tensor:
     """Mᵀ y for each row of y."""
-    return matrix.back(y) if isinstance(matrix, Blocks) else y.matmul(matrix)
+    return matrix.rmatmul(y) if isinstance(matrix, BlockMatrix) else y.matmul(matrix)
 
 
 def dense(matrix: Matrix) -> Tensor:
     """The matrix as one tensor."""
-    return matrix.dense() if isinstance(matrix, Blocks) else matrix
+    return matrix.dense() if isinstance(matrix, BlockMatrix) else matrix
 
 
-def identity(matrix: Matrix) -> tuple[Any, ...]:
+def cache_key(matrix: Matrix) -> tuple[Any, ...]:
     """What tells a matrix from another one, or from itself after a write."""
-    values = matrix.values if isinstance(matrix, Blocks) else matrix
+    values = matrix.values if isinstance(matrix, BlockMatrix) else matrix
     return (
         matrix.shape,
         values.data_ptr(),

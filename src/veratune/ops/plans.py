@@ -65,7 +65,7 @@ ACCELERATOR = Machine(
 )
 
 _measured: dict[str, Machine] = {}
-_chosen: dict[tuple["Call", str], "Choice"] = {}
+_chosen: dict[tuple["Call", str], "PlanChoice"] = {}
 
 
 class Call(NamedTuple):
@@ -87,14 +87,14 @@ class Call(NamedTuple):
     own_weight: bool = True
 
 
-class Choice(NamedTuple):
+class PlanChoice(NamedTuple):
     """plan: one of PLANS; keep: whether the backward finds its intermediate (W + ΔW, ΔW, or B (d (A x))) kept."""
 
     plan: str
     keep: bool
 
 
-def choose(call: Call, device: torch.device) -> Choice:
+def choose_plan(call: Call, device: torch.device) -> PlanChoice:
     """The cheapest plan that the call allows on a device; the same answer for the same call."""
     if torch.compiler.is_compiling():  # sizes may be symbols there
         return cheapest(call, machine_of(device))
@@ -107,12 +107,12 @@ def choose(call: Call, device: torch.device) -> Choice:
     return found
 
 
-def cheapest(call: Call, machine: Machine) -> Choice:
+def cheapest(call: Call, machine: Machine) -> PlanChoice:
     """The plan with the fewest `seconds` among those that the call allows."""
-    best, least = Choice("factored", False), float("inf")
+    best, least = PlanChoice("factored", False), float("inf")
     for plan in PLANS:
         if allowed(call, plan):
-            choice = settle(call, plan)
+            choice = with_memory_policy(call, plan)
             cost = seconds(call, choice, machine)
             if cost < least:
                 best, least = choice, cost
@@ -126,20 +126,20 @@ def allowed(call: Call, plan: str) -> bool:
     return plan == "factored" or not call.grad_vectors or _affordable(call)
 
 
-def settle(call: Call, plan: str) -> Choice:
+def with_memory_policy(call: Call, plan: str) -> PlanChoice:
     """A plan with its memory policy for this call."""
     if plan == "factored":
-        return Choice(
+        return PlanChoice(
             plan, call.grad_vectors and call.T * (call.r + call.m) <= FEW * call.m * call.n
         )
-    return Choice(plan, call.grad_x and _affordable(call) and call.r > CHEAP * 2 * call.T)
+    return PlanChoice(plan, call.grad_x and _affordable(call) and call.r > CHEAP * 2 * call.T)
 
 
 def _affordable(call: Call) -> bool:
     return call.m * call.n <= KEEP * call.T * (call.r + call.m)
 
 
-def seconds(call: Call, choice: Choice, machine: Machine) -> float:
+def seconds(call: Call, choice: PlanChoice, machine: Machine) -> float:
     """Time of a training or inference call beyond the frozen layer's own, forward and backward together."""
     T, m, n, r = call.T, call.m, call.n, call.r
     total = 0.0

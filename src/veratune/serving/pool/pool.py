@@ -38,10 +38,10 @@ from veratune.errors import (
     ShapeError,
     UnsupportedError,
 )
-from veratune.layers.base import StandIn, VeraLayer, product_dtype, put_in
+from veratune.layers.base import ModuleWrapper, VeraLayer, product_dtype, replace_modules
 from veratune.layers.linear import add_parts
 from veratune.ops.functional import vera_rows
-from veratune.ops.matrix import Matrix, identity, times
+from veratune.ops.matrix import Matrix, cache_key, matmul
 from veratune.targets import Site, find_heads
 
 Key = Hashable
@@ -282,7 +282,7 @@ class Bank:
         """Bytes of the frozen matrices of all planes, which share those that are equal."""
         with self._lock:
             return sum(
-                basis.bytes_held()
+                basis.allocated_bytes()
                 for basis in {id(p.basis): p.basis for p in self._planes.values()}.values()
             )
 
@@ -387,10 +387,10 @@ class Bank:
         """A x, once for the layers that read the same x one after the other: query, key and value."""
         last = self._projected
         version = 0 if x.is_inference() else x._version
-        key = (version, *identity(A))
+        key = (version, *cache_key(A))
         if last is not None and last[0] is x and last[1] == key:
             return last[2]
-        product = times(A, x)
+        product = matmul(A, x)
         if not x.is_inference():  # writes to x could not be told
             self._projected = (x, key, product)
         return product
@@ -398,7 +398,7 @@ class Bank:
     def close(self) -> None:
         """Give the model its own layers back and forget all adapters."""
         with self._lock:
-            put_in(
+            replace_modules(
                 self.model, lambda module: module.base if isinstance(module, BankLayer) else module
             )
             self._wrapped, self._planes = {}, {}
@@ -489,7 +489,7 @@ class Bank:
             return plane
         sites = check_fits(self.plain, adapter, head_shapes=False)
         self._make_room(
-            max(0, self._check_size(adapter, sites) - adapter.basis.bytes_held())
+            max(0, self._check_size(adapter, sites) - adapter.basis.allocated_bytes())
         )  # another plane may have them already
         plane = Plane(self.plain, adapter, sites, self.slots, self.dtype)
         kinds = dict.fromkeys(plane.layers, BankLinear) | dict.fromkeys(
@@ -505,13 +505,13 @@ class Bank:
                 raise UnsupportedError(
                     f"'{path}' is a head of one adapter and adapted inside by another; a bank serves one or the other"
                 )
-        put_in(self.model, lambda module: made.get(module, module))
+        replace_modules(self.model, lambda module: made.get(module, module))
         self._wrapped |= {layer.name: layer for layer in made.values()}
         self._planes[kind] = plane
         return plane
 
 
-class BankLayer(StandIn):
+class BankLayer(ModuleWrapper):
     """The module that stands where a layer stood."""
 
     def __init__(self, base: nn.Module, name: str, bank: Bank) -> None:

@@ -8,8 +8,8 @@ import veratune as vt
 from tests import fakes
 from veratune.attach import vectors_of
 from veratune.errors import ConfigError
-from veratune.layers import cached
-from veratune.layers.cached import WEIGHTS, CachedWeights
+from veratune.layers import weight_cache
+from veratune.layers.weight_cache import WEIGHTS, WeightCache
 
 TOKENS = torch.arange(12).view(2, 6)
 
@@ -17,8 +17,8 @@ TOKENS = torch.arange(12).view(2, 6)
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """A cache of the test's own."""
-    made = CachedWeights(2**30)
-    for module in ("cached", "base"):
+    made = WeightCache(2**30)
+    for module in ("weight_cache", "base"):
         monkeypatch.setattr(f"veratune.layers.{module}.WEIGHTS", made)
     return made
 
@@ -151,7 +151,7 @@ def test_attention_blocks_are_kept_too(fresh):
 
 def test_the_limit_is_a_number_of_bytes(monkeypatch):
     vt.cache_weights(0)
-    assert cached.WEIGHTS.limit == 0
+    assert weight_cache.WEIGHTS.limit == 0
     with pytest.raises(ConfigError, match="limit is -1; it must be a number of bytes, 0 or more"):
         vt.cache_weights(-1)
-    assert isinstance(WEIGHTS, CachedWeights)
+    assert isinstance(WEIGHTS, WeightCache)

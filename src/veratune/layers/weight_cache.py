@@ -34,7 +34,7 @@ class _Entry:
         )
 
 
-class CachedWeights:
+class WeightCache:
     """At most `limit` bytes of W + ΔW over all models of the process; the adapter used longest ago makes room.
 
     An adapter never displaces its own layers: one that is too large for the limit keeps as many layers as fit.
@@ -68,7 +68,7 @@ class CachedWeights:
             if not self._make_room(size, adapter):
                 return None
             with torch.no_grad():
-                made = layer.weights_with(adapter)
+                made = layer.merged_weights(adapter)
             entry = _Entry(made, [v.detach().clone() for v in vectors], bases)
             self._entries[key] = entry
             self.bytes += entry.bytes
@@ -107,7 +107,7 @@ class CachedWeights:
             self.bytes -= entry.bytes
 
 
-WEIGHTS = CachedWeights(limit=2**30)
+WEIGHTS = WeightCache(limit=2**30)
 
 
 def cache_weights(limit: int) -> None:
