@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-from veratune.serving.store.store import SqliteStore, Version
+from veratune.serving.store.base import Version
+from veratune.serving.store.sqlite import SqliteStore
 from veratune_lab.bench.measure import machine
 
 HERE = Path(__file__).parent
@@ -52,17 +53,17 @@ def main():
 
         for size in (flags.most // 100, flags.most // 10, flags.most):
             for start in track(range(have, size - 500, 5000), description=f"{size:,}"):
-                with store._write() as db:
-                    for i in range(start, min(start + 5000, size - 500)):
-                        store._insert(db, *name(i), Version(1, flags.bytes, 0.0), data)
+                version = Version(1, flags.bytes, 0.0)
+                rows = range(start, min(start + 5000, size - 500))
+                store.insert_many((*name(i), version, data) for i in rows)
             put = times(lambda i=i: store.put(*name(i), data) for i in range(size - 500, size))
             have = size
             who = [draw.randrange(size) for _ in range(2000)]
             lines.append({
                 "adapters": size, "bytes_each": flags.bytes, "file_bytes": store.path.stat().st_size, "put": put,
                 "newest": times(lambda i=i: store.newest(*name(i)) for i in who), "get": times(lambda i=i: store.get(*name(i), 1) for i in who),
-                "unknown": times(lambda i=i: store.names(f"t{i % TENANTS}", "adapter-999", 1) for i in who[:500]),
-                "names": times(lambda i=i: store.names(f"t{i % TENANTS}", "", 100) for i in who[:200]), **machine(),
+                "unknown": times(lambda i=i: store.list(f"t{i % TENANTS}", "adapter-999", 1) for i in who[:500]),
+                "names": times(lambda i=i: store.list(f"t{i % TENANTS}", "", 100) for i in who[:200]), **machine(),
             })  # fmt: skip
             print(json.dumps(lines[-1]))
         store.close()

@@ -31,7 +31,7 @@ from veratune.serving.engine.loop import apart
 from veratune.serving.engine.sampling import Sampling
 from veratune.serving.engine.scheduler import Limits
 from veratune.serving.pool.pool import Bank
-from veratune.serving.store.store import SqliteStore
+from veratune.serving.store.sqlite import SqliteStore
 from veratune_lab.bench.load import Load, OpenLoad
 from veratune_lab.bench.measure import machine
 

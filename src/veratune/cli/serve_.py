@@ -262,7 +262,9 @@ def start(flags: Namespace, notes: Console) -> "Service":
     from veratune.serving.http.app import log_to_stderr
     from veratune.serving.keys import OPEN
     from veratune.serving.service import Service
-    from veratune.serving.store.store import CachedStore, ObjectStore, SqliteStore
+    from veratune.serving.store.cached import CachedStore
+    from veratune.serving.store.object import ObjectStore
+    from veratune.serving.store.sqlite import SqliteStore
 
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from veratune.errors import ConfigError, InvalidNameError
 from veratune.formats.atomic import write_atomic
-from veratune.serving.store.store import check_name
+from veratune.serving.store.base import check_name
 
 log = logging.getLogger(__name__)
 PREFIX = "vt-"

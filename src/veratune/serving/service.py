@@ -18,7 +18,7 @@ from veratune.serving.engine.encoder import Encoder
 from veratune.serving.engine.engine import Engine
 from veratune.serving.engine.loop import Loop
 from veratune.serving.keys import Caller
-from veratune.serving.store.store import Entry, Store, Version
+from veratune.serving.store.base import Entry, Store, Version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Service:
             with contextlib.suppress(AdapterNotFoundError):
                 out += [
                     (prefix + entry.name, entry)
-                    for entry in self.store.names(tenant, begin, limit - len(out))
+                    for entry in self.store.list(tenant, begin, limit - len(out))
                 ]
             if len(out) >= limit:
                 break
@@ -177,7 +177,7 @@ class Service:
     def ready(self) -> str | None:
         """Why the server cannot answer now; None if it can."""
         try:
-            self.store.names("default", limit=1)
+            self.store.list("default", limit=1)
         except VeratuneError as error:
             return str(error)
         return (

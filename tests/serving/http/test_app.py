@@ -29,7 +29,7 @@ from veratune.serving.jobs.jobs import Jobs
 from veratune.serving.keys import Caller, Keys
 from veratune.serving.pool.pool import Bank
 from veratune.serving.service import Service
-from veratune.serving.store.store import SqliteStore
+from veratune.serving.store.sqlite import SqliteStore
 
 QV = vt.VeraConfig(rank=6, targets=("query", "value"))
 OWN = {name: adapter(small_llama, QV, i) for i, name in enumerate(("alice", "bob", "new"))}

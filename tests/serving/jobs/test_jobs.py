@@ -16,7 +16,7 @@ from tests.serving.http.test_app import FILES, Served
 from veratune.errors import ConfigError, DataError, JobNotFoundError, QueueFullError
 from veratune.formats import native
 from veratune.serving.jobs.jobs import Base, Jobs
-from veratune.serving.store.store import Version
+from veratune.serving.store.base import Version
 
 ROWS = [{"prompt": f"turn the light {word}", "completion": word} for word in ("on", "off")] * 4
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()

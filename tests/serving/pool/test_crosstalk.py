@@ -17,7 +17,7 @@ from veratune.serving.engine.scheduler import Limits
 from veratune.serving.keys import Caller
 from veratune.serving.pool.pool import Bank
 from veratune.serving.service import Service
-from veratune.serving.store.store import SqliteStore
+from veratune.serving.store.sqlite import SqliteStore
 
 TENANTS, CONTENTS, TOKENS = 8, 3, 6
 PROMPTS = [[5, 6, 7], [9], [5, 6, 7, 5, 6, 7, 5, 6, 7, 5]]

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from obstore.store import LocalStore, MemoryStore
 
-from veratune.errors import AdapterFileError, AdapterNotFoundError, StoreError
-from veratune.serving.store.store import CachedStore, ObjectStore, SqliteStore
+from veratune.errors import AdapterFileError, AdapterNotFoundError, InvalidNameError, StoreError
+from veratune.serving.store.cached import CachedStore
+from veratune.serving.store.object import ObjectStore
+from veratune.serving.store.sqlite import SqliteStore
 
 KINDS = ("sqlite", "memory", "folder", "cached")
 
@@ -86,17 +88,17 @@ def test_it_answers_as_a_dictionary_of_histories_would(store):
                 for (tenant_, own), versions in known.items()
                 if tenant_ == owner and versions and versions[-1]
             )
-            assert [entry.name for entry in store.names(owner)] == alive
+            assert [entry.name for entry in store.list(owner)] == alive
 
 
 def test_lists_are_paged(store):
     for i in range(7):
         store.put("a", f"n{i}", b"x")
     store.delete("a", "n3")
-    first = store.names("a", limit=4)
+    first = store.list("a", limit=4)
     assert [entry.name for entry in first] == ["n0", "n1", "n2", "n4"]
-    assert [entry.name for entry in store.names("a", after=first[-1].name)] == ["n5", "n6"]
-    assert store.names("b") == []
+    assert [entry.name for entry in store.list("a", after=first[-1].name)] == ["n5", "n6"]
+    assert store.list("b") == []
 
 
 def test_threads_that_put_at_once_get_a_version_each(store):
@@ -121,12 +123,12 @@ def test_threads_that_put_at_once_get_a_version_each(store):
     "name", ["", "a/b", "../x", ".hidden", "a b", "a\n", "ä", "x" * 129, "a\0"]
 )
 def test_names_that_could_mean_something_else_are_refused(store, name):
-    with pytest.raises(StoreError, match="cannot be used: 1 to 128 letters"):
+    with pytest.raises(InvalidNameError, match="cannot be used: 1 to 128 letters"):
         store.put("a", name, b"x")
-    with pytest.raises(StoreError, match="cannot be used"):
+    with pytest.raises(InvalidNameError, match="cannot be used"):
         store.put(name, "x", b"x")
-    with pytest.raises(StoreError, match="cannot be used"):
-        store.names(name)
+    with pytest.raises(InvalidNameError, match="cannot be used"):
+        store.list(name)
 
 
 def test_mistakes(store, tmp_path):
@@ -172,7 +174,7 @@ def test_a_full_cache_forgets_what_came_first(tmp_path):
     store = CachedStore(ObjectStore(MemoryStore()), SqliteStore(tmp_path / "c.db"), limit=1000)
     for i in range(30):
         store.put("a", f"n{i}", bytes(100))
-    assert store.cache.shrink(1000) <= 2
+    assert store.cache.evict(1000) <= 2
     assert store.get("a", "n0", 1) == bytes(100)  # from the origin
     with pytest.raises(AdapterNotFoundError):
         store.cache.get("a", "n1", 1)
@@ -182,7 +184,8 @@ def test_a_full_cache_forgets_what_came_first(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-from veratune.serving.store.store import ObjectStore, SqliteStore
+from veratune.serving.store.object import ObjectStore
+from veratune.serving.store.sqlite import SqliteStore
 from obstore.store import LocalStore
 path = Path(sys.argv[2])
 store = SqliteStore(path / "a.db") if sys.argv[1] == "sqlite" else ObjectStore(LocalStore(path, mkdir=True))

@@ -25,7 +25,7 @@ import psutil
 
 from veratune.errors import ConfigError, DataError, JobNotFoundError, QueueFullError, StoreError
 from veratune.formats.atomic import write_atomic
-from veratune.serving.store.store import Version
+from veratune.serving.store.base import Version
 
 log = logging.getLogger(__name__)
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]

@@ -16,7 +16,7 @@ from veratune.serving.http.routes.base import (
     TenantDep,
     page,
 )
-from veratune.serving.store.store import Version
+from veratune.serving.store.base import Version
 
 router = APIRouter()
 Number = Annotated[int, Field(ge=1, lt=2**31)]  # of a version
@@ -65,7 +65,7 @@ def adapters(
     tenant: TenantDep, service: ServiceDep, after: str = "", limit: Limit = 100
 ) -> dict[str, Any]:
     """A tenant's adapters by name."""
-    found = service.store.names(tenant, after, limit)
+    found = service.store.list(tenant, after, limit)
     return page([_adapter(e.name, tenant, e.version) for e in found], len(found) == limit)
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from veratune.errors import UnsupportedError
 from veratune.serving.http.routes.base import Body, Limit, TenantDep, page
 from veratune.serving.jobs.jobs import File, Job, Jobs
-from veratune.serving.store.store import check_name
+from veratune.serving.store.base import check_name
 
 router = APIRouter()
 _LR = 1e-2  # what a multiplier of 1 stands for: the default of `veratune train`
