@@ -8,6 +8,7 @@ from veratune.adapter import Adapter, extract, install
 from veratune.basis.basis import Basis
 from veratune.errors import AdapterFileError, InvalidNameError
 from veratune.formats import native, peft
+from veratune.formats.peft_files import CONFIG_NAME, is_checkpoint
 
 
 def save(model: nn.Module, path: str | Path, name: str | None = None) -> int:
@@ -55,9 +56,9 @@ def read(path: str | Path, model: nn.Module) -> Adapter:
     """An adapter from a veratune file or a PEFT folder; `model` tells a PEFT checkpoint its layers' sizes."""
     path = Path(path)
     if path.is_dir():
-        if not (path / peft.CONFIG).exists():
+        if not is_checkpoint(path):
             raise AdapterFileError(
-                f"{path}: a folder without {peft.CONFIG}; give an adapter file or a PEFT checkpoint"
+                f"{path}: a folder without {CONFIG_NAME}; give an adapter file or a PEFT checkpoint"
             )
         return peft.read(path, model)
     return native.read(path)

@@ -30,7 +30,7 @@ def test_no_space_leaves_the_old_content_and_nothing_else(tmp_path):
     ).stdout
     assert (
         out.strip()
-        == f"{path}: could not write 5,000 bytes: File too large; what was there before is untouched"
+        == f"{path}: could not write 5,000 bytes: File too large; the previous file is unchanged"
     )
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]

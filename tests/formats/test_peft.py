@@ -12,6 +12,8 @@ from tests import fakes
 from tests.fakes import scramble
 from veratune.errors import AdapterFileError, BaseModelError, UnsupportedError
 from veratune.formats import peft as own
+from veratune.formats.peft_files import CONFIG_NAME, WEIGHTS_NAME
+from veratune.formats.peft_lora import write_lora
 
 TOKENS = torch.arange(2, 26).view(3, 8)
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -71,7 +73,7 @@ def test_what_peft_trained_loads_here(make, settings, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
-@pytest.mark.parametrize("write", [own.write_vera, own.write_lora])
+@pytest.mark.parametrize("write", [own.write_vera, write_lora])
 @pytest.mark.parametrize(
     ("make", "settings"),
     [
@@ -141,7 +143,7 @@ def test_a_second_adapter_of_a_peft_model_is_told_apart(tmp_path):
 
 
 def edit(folder, **entries):
-    path = folder / own.CONFIG
+    path = folder / CONFIG_NAME
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
@@ -166,19 +168,19 @@ def test_bad_checkpoints(tmp_path):
     with pytest.raises(AdapterFileError, match="a PEFT LORA checkpoint; only VERA can be read"):
         vt.load(fakes.llama(), folder)
     edit(folder, peft_type="VERA")
-    weights = (folder / own.WEIGHTS).read_bytes()
-    (folder / own.WEIGHTS).write_bytes(weights[:-100])
+    weights = (folder / WEIGHTS_NAME).read_bytes()
+    (folder / WEIGHTS_NAME).write_bytes(weights[:-100])
     with pytest.raises(AdapterFileError, match="not a whole safetensors file"):
         vt.load(fakes.llama(), folder)
     tensors = safetensors.torch.load(weights)
     key = next(k for k in tensors if k.endswith("lambda_b"))
-    safetensors.torch.save_file(tensors | {key: tensors[key] * float("nan")}, folder / own.WEIGHTS)
+    safetensors.torch.save_file(tensors | {key: tensors[key] * float("nan")}, folder / WEIGHTS_NAME)
     with pytest.raises(AdapterFileError, match="b holds NaN or infinity"):
         vt.load(fakes.llama(), folder)
-    (folder / own.WEIGHTS).rename(folder / "adapter_model.bin")
+    (folder / WEIGHTS_NAME).rename(folder / "adapter_model.bin")
     with pytest.raises(AdapterFileError, match="a pickle, which is never read"):
         vt.load(fakes.llama(), folder)
-    (folder / own.CONFIG).write_text("{")
+    (folder / CONFIG_NAME).write_text("{")
     with pytest.raises(AdapterFileError, match="is not JSON"):
         vt.load(fakes.llama(), folder)
     with pytest.raises(AdapterFileError, match="a folder without adapter_config.json"):

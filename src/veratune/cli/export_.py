@@ -7,19 +7,27 @@ from veratune.cli.parsing import Parser, new_parser, parse
 
 
 def parser() -> Parser:
-    out = new_parser("export", "Write an adapter for other tools.")
+    out = new_parser("export", "Write an adapter for other programs.")
     out.add_argument("file", type=str, help="adapter file")
     out.add_argument(
         "--to",
         type=Literal["peft", "peft-lora", "safetensors"],
         required=True,
-        help="peft: a PEFT VeRA folder; peft-lora: a PEFT LoRA folder; safetensors: veratune's own file, in another dtype",
+        help="peft: a PEFT VeRA folder; peft-lora: a PEFT LoRA folder, exact; "
+        "safetensors: veratune's own file, in another dtype",
     )
     out.add_argument(
         "--out",
         type=str,
         required=True,
         help="an empty folder (peft, peft-lora) or a file (safetensors)",
+    )
+    out.add_argument(
+        "--model",
+        type=str | None,
+        default=None,
+        help="the base model's config.json, folder or id; needed for parts of fused layers and for "
+        "convolutions",
     )
     out.add_argument(
         "--dtype",
@@ -35,7 +43,7 @@ def run(argv: Sequence[str]) -> int:
     import torch
 
     from veratune.errors import ConfigError
-    from veratune.formats import native, peft
+    from veratune.formats import native, peft, peft_lora
 
     if flags.dtype is not None and flags.to != "safetensors":
         raise ConfigError(f"--dtype is for --to safetensors; {flags.to} is written in float32")
@@ -44,9 +52,11 @@ def run(argv: Sequence[str]) -> int:
         native.write(
             adapter if flags.dtype is None else adapter.to(getattr(torch, flags.dtype)), flags.out
         )
-    elif flags.to == "peft":
-        peft.write_vera(adapter, flags.out)
     else:
-        peft.write_lora(adapter, flags.out)
+        from veratune.analysis.count import empty_model
+
+        model = None if flags.model is None else empty_model(flags.model)
+        write = peft.write_vera if flags.to == "peft" else peft_lora.write_lora
+        write(adapter, flags.out, model)
     print(flags.out)
     return 0

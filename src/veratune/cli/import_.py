@@ -1,6 +1,5 @@
 """veratune import"""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,12 +40,12 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _named(folder: Path) -> str:
+    from veratune.formats.peft_files import read_settings
+
     try:
-        named = json.loads((folder / "adapter_config.json").read_text()).get(
-            "base_model_name_or_path"
-        )
-    except (OSError, ValueError, AttributeError) as error:
-        raise AdapterFileError(f"{folder}: no PEFT checkpoint: {error}") from None
+        named = read_settings(folder).get("base_model_name_or_path")
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{folder}: {error}") from None
     if not named:
         raise AdapterFileError(
             f"{folder}: the checkpoint does not name its base model; give --model"

@@ -1,1 +1,1 @@
-"""Adapter <-> file, and nothing else."""
+"""Adapters as files: veratune's own, and those of other programs."""

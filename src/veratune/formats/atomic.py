@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writes: a file or folder appears complete or not at all."""
 
 import contextlib
 import os
@@ -11,10 +11,14 @@ from veratune.errors import OutputError
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, finds the old content or the new and never a part.
+    """Write a file atomically: temporary file, fsync, rename.
 
-    A temporary file beside it is written, synced to disk and renamed. Raises OutputError (no space, no
-    folder, no permission); then nothing new stays behind.
+    Args:
+        path: The file. Missing parent folders are created.
+        data: Its content.
+
+    Raises:
+        OutputError: No space, no folder or no permission. The previous file is unchanged.
     """
     temporary = None
     try:
@@ -29,7 +33,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
-        with contextlib.suppress(OSError):  # not every file system syncs folders
+        with contextlib.suppress(OSError):  # some file systems cannot sync a folder
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -38,7 +42,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise OutputError(
-            f"{path}: could not write {len(data):,} bytes: {reason}; what was there before is untouched"
+            f"{path}: could not write {len(data):,} bytes: {reason}; the previous file is unchanged"
         ) from error
     finally:
         if temporary is not None:
@@ -48,9 +52,17 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder of files that is there whole or not at all: fill the one that is given; at the end it becomes `path`.
+    """Create a folder atomically: the block fills a temporary one, which is then renamed.
 
-    Raises OutputError if `path` is in use or cannot be written; whatever is raised, nothing new stays behind.
+    Args:
+        path: The folder. It must be absent or empty.
+
+    Yields:
+        The temporary folder to write into.
+
+    Raises:
+        OutputError: `path` holds something already, or cannot be written. On any error nothing new
+            is left behind.
     """
     refuse_used(path)
     temporary = None
@@ -72,16 +84,21 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def refuse_used(path: Path, hint: str = "choose another or empty it") -> None:
-    """Raise OutputError if a folder for results holds something already, or is no folder. hint: what to do then."""
+    """Raise OutputError if an output folder is not empty or not a folder.
+
+    Args:
+        path: The folder.
+        hint: What the user can do, as the end of the message.
+    """
     try:
-        found = next(path.iterdir(), None) if path.exists() else None
+        entry = next(path.iterdir(), None) if path.exists() else None
     except OSError as error:
         raise OutputError(
             f"{path}: not a folder that can be written: {error.strerror or error}"
         ) from error
-    if found is not None:
+    if entry is not None:
         raise OutputError(
-            f"{path}: the output folder is not empty (it holds '{found.name}'); {hint}"
+            f"{path}: the output folder is not empty (it holds '{entry.name}'); {hint}"
         )
 
 

@@ -1,15 +1,19 @@
-"""A trained LoRA as the frozen basis of an adapter: PEFT folders, and single files in PEFT's, diffusers' and kohya's names.
+"""Read a trained LoRA: PEFT folders, and single files with PEFT's, diffusers' or kohya's names.
 
-    PEFT        base_model.model.<layer>.lora_A.weight, .lora_B.weight      alpha in adapter_config.json
-    diffusers   unet.<layer>.lora_A.weight (or .lora.down.weight)           .alpha beside them, or alpha = r
-    kohya       lora_unet_<layer with _ for .>.lora_down.weight             .alpha beside them
+    PEFT        base_model.model.<layer>.lora_A.weight      alpha in adapter_config.json
+    diffusers   unet.<layer>.lora_A.weight                  .alpha beside them, or alpha = r
+                unet.<layer>.lora.down.weight
+    kohya       lora_unet_<layer, . as _>.lora_down.weight  .alpha beside them
 
-B is multiplied by alpha / r. A convolution's A of shape (r, n, k, k) and B of (m, r, 1, 1) are read as matrices.
+B is multiplied by alpha / r. A convolution's A of shape (r, n, k, k) and B of (m, r, 1, 1) are read
+as matrices.
 """
 
+import dataclasses
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +24,14 @@ from torch import Tensor, nn
 
 from veratune.basis.lora import LoraBasis
 from veratune.errors import AdapterFileError, BaseModelError, UnsupportedError, near
+from veratune.formats.peft_files import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME
 from veratune.targets import layers_of
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 _KEY = re.compile(
-    r"(?P<layer>.+?)\.(?:lora_(?P<one>[AB])(?:\.\w+)?|lora[._](?P<two>down|up))\.weight"
+    r"(?P<layer>.+?)\.(?:lora_(?P<peft>[AB])(?:\.\w+)?|lora[._](?P<kohya>down|up))\.weight"
 )
 _PREFIXES = (
-    "base_model.model.",
+    KEY_PREFIX,
     "lora_unet_",
     "lora_te_",
     "lora_te1_",
@@ -37,87 +40,125 @@ _PREFIXES = (
 )
 
 
-def read_lora(path: str | Path, model: nn.Module) -> LoraBasis:
-    """The matrices of a LoRA for `model`, to attach vectors over: `attach(model, VeraConfig(basis="lora"), basis=...)`.
+@dataclasses.dataclass
+class _Stored:
+    """The tensors of one layer in a file."""
 
-    path: a PEFT folder or a .safetensors file. model: tells the layers' names apart; give the module that the file speaks of,
-    or one that holds it (a pipeline's U-Net under the name "unet").
-    Raises AdapterFileError (not a LoRA, half a pair), UnsupportedError (DoRA, trained biases), BaseModelError (layers that the
-    model does not have).
+    A: Tensor | None = None
+    B: Tensor | None = None
+    alpha: float | None = None
+
+
+def read_lora(path: str | Path, model: nn.Module) -> LoraBasis:
+    """Read the matrices of a trained LoRA, for `attach(model, VeraConfig(basis="lora"), basis=...)`.
+
+    Args:
+        path: A PEFT folder or a .safetensors file.
+        model: The model that the LoRA adapts, or one that holds it (a pipeline's U-Net under the
+            name "unet"). The meta device will do.
+
+    Returns:
+        (A, B) of each layer, with alpha / r multiplied into B.
+
+    Raises:
+        AdapterFileError: Not a LoRA, or half of a pair.
+        UnsupportedError: DoRA, or trained biases.
+        BaseModelError: The model lacks a layer.
     """
     path = Path(path)
+    config, stored = _read(path)
+    names = _Names(model)
+    pairs = {}
+    for key, entry in stored.items():
+        layer = names.find(key)
+        if layer is None:
+            name = key.removeprefix(KEY_PREFIX)
+            raise BaseModelError(
+                f"{path}: the LoRA has layer '{name}', {type(model).__name__} has not"
+                f"{near(name, names.paths)}"
+            )
+        if entry.A is None or entry.B is None:
+            raise AdapterFileError(
+                f"{path}: layer '{key}' has no {'A' if entry.A is None else 'B'} "
+                "(down and up make a pair)"
+            )
+        A, B = entry.A.flatten(1).float(), entry.B.flatten(1).float()
+        rank = A.shape[0]
+        alpha = _alpha(config, layer, rank) if entry.alpha is None else entry.alpha
+        pairs[layer] = (A, B * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)))
+    if not pairs:
+        raise AdapterFileError(f"{path}: no LoRA pair in it")
+    return LoraBasis(pairs)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
+    """The configuration (empty for a single file), and the tensors by the layer's name in the file."""
     config: dict[str, Any] = {}
     file = path
     if path.is_dir():
-        file = path / WEIGHTS
+        file = path / WEIGHTS_NAME
         try:
-            config = json.loads((path / CONFIG).read_text())
+            config = json.loads((path / CONFIG_NAME).read_text())
         except (OSError, ValueError) as error:
-            raise AdapterFileError(f"{path}: no readable {CONFIG}: {error}") from None
+            raise AdapterFileError(f"{path}: no readable {CONFIG_NAME}: {error}") from None
     try:
         tensors = safetensors.torch.load_file(file)
     except (OSError, safetensors.SafetensorError) as error:
         raise AdapterFileError(f"{file}: not a whole safetensors file ({error})") from None
-    known = {name: name for name, _ in layers_of(model)}
-    flat = {name.replace(".", "_"): name for name in known}
-    pairs: dict[str, dict[str, Tensor]] = {}
+    stored: dict[str, _Stored] = {}
     for key, tensor in tensors.items():
-        if key.endswith(".alpha"):
-            pairs.setdefault(key.removesuffix(".alpha"), {})["alpha"] = tensor
-            continue
-        found = _KEY.fullmatch(key)
-        if found is None:
-            what = (
-                "DoRA's magnitudes"
-                if "magnitude" in key or "dora_scale" in key
-                else f"the tensor {key!r}"
-            )
-            raise UnsupportedError(f"{path}: it has {what}; only plain LoRA pairs can be a basis")
-        side = found["one"] or {"down": "A", "up": "B"}[found["two"]]
         if not torch.isfinite(tensor).all():
             raise AdapterFileError(f"{path}: {key!r} holds NaN or infinity")
-        pairs.setdefault(found["layer"], {})[side] = tensor
-    out = {}
-    for stored, held in pairs.items():
-        if "A" not in held or "B" not in held:
-            raise AdapterFileError(
-                f"{path}: layer '{stored}' has no {'A' if 'A' not in held else 'B'} (down and up make a pair)"
+        if key.endswith(".alpha"):
+            stored.setdefault(key.removesuffix(".alpha"), _Stored()).alpha = float(tensor)
+            continue
+        match = _KEY.fullmatch(key)
+        if match is None:
+            dora = "magnitude" in key or "dora_scale" in key
+            what = "DoRA's magnitudes" if dora else f"the tensor {key!r}"
+            raise UnsupportedError(f"{path}: it has {what}; only plain LoRA pairs can be a basis")
+        entry = stored.setdefault(match["layer"], _Stored())
+        if match["peft"] == "A" or match["kohya"] == "down":
+            entry.A = tensor
+        else:
+            entry.B = tensor
+    return config, stored
+
+
+class _Names:
+    """Finds a model's layer by the name that a file gives it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.paths: Mapping[str, str] = {name: name for name, _ in layers_of(model)}
+        self._flat = {name.replace(".", "_"): name for name in self.paths}
+
+    def find(self, stored: str) -> str | None:
+        """The path of a layer: as stored, without a tool's prefix, or inside or outside a wrapper."""
+        forms = [stored, *(stored.removeprefix(p) for p in _PREFIXES if stored.startswith(p))]
+        forms += [
+            form.partition(".")[2]
+            for form in forms
+            if form.startswith(("unet.", "transformer.", "text_encoder."))
+        ]
+        forms += [f"unet.{form}" for form in forms] + [f"text_encoder.{form}" for form in forms]
+        forms += [f"unet_{form}" for form in forms] + [
+            f"text_encoder_{form}" for form in forms if not form.startswith("unet")
+        ]
+        for form in forms:
+            for table in (self.paths, self._flat):
+                if form in table:
+                    return table[form]
+        return None
+
+
+def _alpha(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    """PEFT's alpha of a layer: the first entry of alpha_pattern that matches, or lora_alpha."""
+    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+        name = str(pattern).removeprefix("^").removesuffix("$")
+        if not re.fullmatch(r"[\w.-]+", name):  # a file's regular expression is never evaluated
+            raise UnsupportedError(
+                f"alpha_pattern has the regular expression {pattern!r}; only layer names are read"
             )
-        layer = _layer(stored, known, flat)
-        if layer is None:
-            layer = stored.removeprefix(_PREFIXES[0])
-            raise BaseModelError(
-                f"{path}: the LoRA has layer '{layer}', {type(model).__name__} has not{near(layer, known)}"
-            )
-        A, B = held["A"].flatten(1).float(), held["B"].flatten(1).float()
-        alpha = float(held["alpha"]) if "alpha" in held else _alpha(config, layer, A.shape[0])
-        out[layer] = (
-            A,
-            B * (alpha / (math.sqrt(A.shape[0]) if config.get("use_rslora") else A.shape[0])),
-        )
-    if not out:
-        raise AdapterFileError(f"{path}: no LoRA pair in it")
-    return LoraBasis(out)
-
-
-def _layer(stored: str, known: dict[str, str], flat: dict[str, str]) -> str | None:
-    """The model's own name of a layer: as it stands, without the prefixes of tools, or inside or outside a wrapper."""
-    forms = [stored, *(stored.removeprefix(p) for p in _PREFIXES if stored.startswith(p))]
-    forms += [
-        form.partition(".")[2]
-        for form in forms
-        if form.startswith(("unet.", "transformer.", "text_encoder."))
-    ]
-    forms += [f"unet.{form}" for form in forms] + [f"text_encoder.{form}" for form in forms]
-    forms += [f"unet_{form}" for form in forms] + [
-        f"text_encoder_{form}" for form in forms if not form.startswith("unet")
-    ]
-    return next((table[form] for form in forms for table in (known, flat) if form in table), None)
-
-
-def _alpha(config: dict[str, Any], layer: str, rank: int) -> float:
-    patterns = config.get("alpha_pattern") or {}
-    for pattern, alpha in patterns.items():
-        if re.search(rf"(^|\.){pattern}$", layer):
+        if f".{layer}".endswith(f".{name}"):
             return float(alpha)
     return float(config.get("lora_alpha", rank))

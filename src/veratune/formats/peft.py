@@ -1,38 +1,49 @@
-"""Checkpoints of Hugging Face PEFT: VeRA both ways, and LoRA out.
+"""PEFT VeRA checkpoints, read and written.
 
-A PEFT folder holds `adapter_config.json` and `adapter_model.safetensors`. PEFT's VeRA knows linear layers
-adapted whole, at one rank, on one pair (A, B) for all; what it cannot express is refused with the reason.
-Source: peft 0.21.2, tuners/vera and utils/save_and_load.py.
+PEFT's VeRA adapts whole linear layers, at one rank, with one pair (A, B) for all layers. An adapter
+beyond that is refused with the reason. Source: peft 0.21.2, tuners/vera.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from veratune.adapter import Adapter, base_id
 from veratune.config import VeraConfig
 from veratune.errors import AdapterFileError, BaseModelError, UnsupportedError, VeratuneError, near
-from veratune.formats.atomic import new_folder
+from veratune.formats.lora_matrices import stored_transposed, vectors_of_layer
+from veratune.formats.peft_files import (
+    CONFIG_NAME,
+    KEY_PREFIX,
+    WEIGHTS_NAME,
+    read_settings,
+    read_tensors,
+    write_checkpoint,
+)
 from veratune.ops.matrix import dense
-from veratune.targets import PART, layers_of, linear_shape
+from veratune.targets import PART, is_attention, layers_of, linear_shape
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _CPU = torch.device("cpu")
 
 
 def read(folder: str | Path, model: nn.Module) -> Adapter:
-    """A PEFT VeRA checkpoint as an Adapter with basis="peft".
+    """Read a PEFT VeRA checkpoint as an Adapter with basis="peft".
 
-    model: the base model (the meta device will do): a checkpoint does not say how wide its layers are.
-    Raises AdapterFileError for a checkpoint that is damaged, is not VeRA, holds pickles, or whose matrices
-    are not those that its seed draws; UnsupportedError for settings that have no counterpart here.
+    Args:
+        folder: The checkpoint.
+        model: The base model; the meta device will do. It gives the sizes of the layers, which a
+            checkpoint does not record.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        AdapterFileError: The checkpoint is damaged, not VeRA, a pickle, or its A and B are not those
+            that its seed draws.
+        UnsupportedError: It has settings that veratune does not have.
+        BaseModelError: The model lacks a layer.
     """
     folder = Path(folder)
     try:
@@ -41,41 +52,34 @@ def read(folder: str | Path, model: nn.Module) -> Adapter:
         raise type(error)(f"{folder}: {error}") from None
 
 
-def write_vera(adapter: Adapter, folder: str | Path) -> None:
+def write_vera(adapter: Adapter, folder: str | Path, model: nn.Module | None = None) -> None:
     """Write an Adapter as a PEFT VeRA checkpoint that computes the same ΔW (to fp32 rounding).
 
-    The matrices are written too (megabytes), so any basis that all layers share will do: the layers' scales
-    go into d. Raises UnsupportedError where PEFT cannot express the adapter; OutputError.
+    A and B are written too (megabytes), so that any basis that all layers share can be expressed.
+    Each layer's scale goes into its d.
+
+    Args:
+        adapter: The adapter.
+        folder: The checkpoint's folder; absent or empty.
+        model: The base model, if at hand: it tells PEFT how the weights are stored (GPT-2's Conv1D).
+
+    Raises:
+        UnsupportedError: PEFT's VeRA cannot express the adapter.
+        OutputError: The folder is in use or cannot be written.
     """
-    config = adapter.config
-    _refuse_parts(adapter, "PEFT's VeRA")
-    if config.basis == "monarch":
-        raise UnsupportedError(
-            "PEFT's VeRA has full matrices A and B; this adapter has basis='monarch', whose blocks differ with a layer's size. "
-            "Export it as a LoRA instead"
-        )
-    if config.sharing != "shared":
-        raise UnsupportedError(
-            f"PEFT's VeRA has one pair (A, B) for all layers; this adapter has sharing={config.sharing!r}"
-        )
-    ranks = sorted(set(adapter.ranks.values()))
-    if len(ranks) > 1:
-        raise UnsupportedError(
-            f"PEFT's VeRA has one rank; this adapter has the ranks {', '.join(map(str, ranks))}"
-        )
-    rank = ranks[0]
+    rank = _common_rank(adapter)
     max_out, max_in = (max(sizes) for sizes in zip(*adapter.shapes.values(), strict=True))
     A, B = (
         dense(matrix)
         for matrix in adapter.basis.pair("", max_out, max_in, rank, _CPU, torch.float32)
     )
     tensors = {"base_model.vera_A": A, "base_model.vera_B": B}
-    for layer, (m, n) in adapter.shapes.items():
-        d = adapter.d[layer].float() if layer in adapter.d else torch.ones(rank)
-        tensors[f"{_PREFIX}{layer}.vera_lambda_d"] = d * adapter.basis.scale(rank, n)
-        tensors[f"{_PREFIX}{layer}.vera_lambda_b"] = (
-            adapter.b[layer].float() if layer in adapter.b else torch.ones(m)
-        )
+    for layer, (_, n) in adapter.shapes.items():
+        d, b = vectors_of_layer(adapter, layer)
+        tensors[f"{KEY_PREFIX}{layer}.vera_lambda_d"] = d * adapter.basis.scale(rank, n)
+        tensors[f"{KEY_PREFIX}{layer}.vera_lambda_b"] = b
+    tensors |= {f"{KEY_PREFIX}{name}": tensor for name, tensor in adapter.head.items()}
+    config = adapter.config
     settings = {
         "peft_type": "VERA",
         "r": rank,
@@ -85,103 +89,94 @@ def write_vera(adapter: Adapter, folder: str | Path) -> None:
         "d_initial": config.start_d,
         "bias": "none",
         "init_weights": True,
-    }
-    _write(adapter, folder, settings, tensors)
-
-
-def write_lora(adapter: Adapter, folder: str | Path) -> None:
-    """Write an Adapter as a PEFT LoRA of the same rank: lora_A = diag(d) A, lora_B = diag(b) B.
-
-    Every tool that takes LoRA takes it; megabytes where VeRA needs kilobytes.
-    Raises UnsupportedError for parts of fused layers; OutputError.
-    """
-    config = adapter.config
-    _refuse_parts(adapter, "PEFT's LoRA of one layer")
-    tensors = {}
-    for layer, (m, n) in adapter.shapes.items():
-        rank = adapter.ranks[layer]
-        A, B = (
-            dense(matrix) for matrix in adapter.basis.pair(layer, m, n, rank, _CPU, torch.float32)
-        )
-        d = adapter.d[layer].float() if layer in adapter.d else torch.ones(rank)
-        b = adapter.b[layer].float() if layer in adapter.b else torch.ones(m)
-        tensors[f"{_PREFIX}{layer}.lora_A.weight"] = (d * adapter.basis.scale(rank, n))[:, None] * A
-        tensors[f"{_PREFIX}{layer}.lora_B.weight"] = b[:, None] * B
-    ranks = {layer: rank for layer, rank in adapter.ranks.items() if rank != config.rank}
-    settings = {
-        "peft_type": "LORA",
-        "r": config.rank,
-        "lora_alpha": config.rank,
-        "rank_pattern": ranks,
-        "alpha_pattern": ranks,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-    }
-    _write(adapter, folder, settings, tensors)
-
-
-def _write(
-    adapter: Adapter, folder: str | Path, settings: dict[str, Any], tensors: dict[str, Tensor]
-) -> None:
-    for name, tensor in adapter.head.items():
-        tensors[f"{_PREFIX}{name}"] = tensor
-    settings |= {
         "base_model_name_or_path": adapter.base_id or None,
         "target_modules": list(adapter.shapes),
-        "modules_to_save": list(adapter.config.head) or None,
-        "fan_in_fan_out": False,
+        "modules_to_save": list(config.head) or None,
+        "fan_in_fan_out": stored_transposed(model),
         "inference_mode": True,
         "task_type": None,
     }
-    data = safetensors.torch.save(
-        {k: v.contiguous().clone() for k, v in tensors.items()}, {"format": "pt"}
-    )
-    with new_folder(Path(folder)) as path:
-        (path / WEIGHTS).write_bytes(data)
-        (path / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True))
+    write_checkpoint(folder, settings, tensors)
 
 
-def _refuse_parts(adapter: Adapter, what: str) -> None:
+def _common_rank(adapter: Adapter) -> int:
+    """The adapter's one rank. Raises UnsupportedError where PEFT's VeRA cannot express it."""
     for layer in adapter.shapes:
         if PART in layer:
             raise UnsupportedError(
-                f"{what} adapts whole layers, and '{layer}' is part of one; train with fused='whole' to export the adapter"
+                f"PEFT's VeRA adapts whole layers, and '{layer}' is part of one; "
+                "export with --to peft-lora, or train with fused='whole'"
             )
         if layer in adapter.kernels:
             raise UnsupportedError(
-                f"'{layer}' is a convolution, which is not exported to {what}; merge the adapter instead"
+                f"PEFT's VeRA adapts linear layers, and '{layer}' is a convolution; "
+                "export with --to peft-lora"
             )
+    config = adapter.config
+    if config.basis == "monarch":
+        raise UnsupportedError(
+            "PEFT's VeRA has full matrices A and B; this adapter has basis='monarch', whose blocks "
+            "differ with a layer's size. Export with --to peft-lora"
+        )
+    if config.sharing != "shared":
+        raise UnsupportedError(
+            "PEFT's VeRA has one pair (A, B) for all layers; this adapter has "
+            f"sharing={config.sharing!r}. Export with --to peft-lora"
+        )
+    ranks = sorted(set(adapter.ranks.values()))
+    if len(ranks) > 1:
+        raise UnsupportedError(
+            "PEFT's VeRA has one rank; this adapter has the ranks "
+            f"{', '.join(map(str, ranks))}. Export with --to peft-lora"
+        )
+    return ranks[0]
 
 
 def _read(folder: Path, model: nn.Module) -> Adapter:
-    settings, tensors = _settings(folder), _tensors(folder)
+    settings, tensors = read_settings(folder), read_tensors(folder)
     kind = settings.get("peft_type")
     if kind != "VERA":
         raise AdapterFileError(f"it is a PEFT {kind} checkpoint; only VERA can be read")
     if settings.get("bias", "none") != "none":
         raise UnsupportedError(
-            f"it was trained with bias={settings['bias']!r}; only the vectors and heads can be taken over"
+            f"it was trained with bias={settings['bias']!r}; only vectors and heads can be read"
         )
     A, B = tensors.pop("base_model.vera_A", None), tensors.pop("base_model.vera_B", None)
+    d, b, head = _split(tensors)
+    config = _config(settings, d, head)
+    base = settings.get("base_model_name_or_path") or base_id(model)
+    adapter = Adapter(config, _shapes(d, model), d, b, head, base)
+    _check_basis(adapter, A, B)
+    return adapter
+
+
+def _split(
+    tensors: dict[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """(d, b, head) of a checkpoint's tensors, by name."""
     d, b, head = {}, {}, {}
-    for key in sorted(tensors):  # safetensors hands them out in another order each time
-        tensor, name = tensors[key], key.removeprefix(_PREFIX)
+    for key in sorted(tensors):  # safetensors returns them in another order each time
+        name = key.removeprefix(KEY_PREFIX)
         if name.endswith(".vera_lambda_d"):
-            d[name.removesuffix(".vera_lambda_d")] = tensor
+            d[name.removesuffix(".vera_lambda_d")] = tensors[key]
         elif name.endswith(".vera_lambda_b"):
-            b[name.removesuffix(".vera_lambda_b")] = tensor
+            b[name.removesuffix(".vera_lambda_b")] = tensors[key]
         else:
-            head[name] = tensor
+            head[name] = tensors[key]
     if not d:
-        raise AdapterFileError(f"{WEIGHTS} holds no vera_lambda_d")
+        raise AdapterFileError(f"{WEIGHTS_NAME} holds no vera_lambda_d")
+    return d, b, head
+
+
+def _config(settings: dict[str, Any], d: dict[str, Tensor], head: dict[str, Tensor]) -> VeraConfig:
+    """The VeraConfig of PEFT's settings."""
     heads = tuple(
-        h
-        for h in settings.get("modules_to_save") or ()
-        if any(f".{h}." in f".{name}" for name in head)
+        module
+        for module in settings.get("modules_to_save") or ()
+        if any(f".{module}." in f".{name}" for name in head)
     )
     try:
-        config = VeraConfig(
+        return VeraConfig(
             rank=settings["r"],
             targets=_targets(settings, d),
             layers=settings.get("layers_to_transform"),
@@ -194,47 +189,16 @@ def _read(folder: Path, model: nn.Module) -> Adapter:
             dtype=str(next(iter(d.values())).dtype).removeprefix("torch."),  # type: ignore[arg-type]
         )
     except KeyError as error:
-        raise AdapterFileError(f"{CONFIG} has no entry {error}") from None
+        raise AdapterFileError(f"{CONFIG_NAME} has no entry {error}") from None
     except VeratuneError as error:
-        raise AdapterFileError(f"{CONFIG}: {error}") from None
-    adapter = Adapter(
-        config,
-        _shapes(d, model),
-        d,
-        b,
-        head,
-        settings.get("base_model_name_or_path") or base_id(model),
-    )
-    _check_basis(adapter, A, B)
-    return adapter
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads((folder / CONFIG).read_text())
-    except OSError as error:
-        raise AdapterFileError(f"no PEFT checkpoint: {CONFIG}: {error.strerror}") from None
-    except ValueError as error:
-        raise AdapterFileError(f"{CONFIG} is not JSON ({error})") from None
-    if not isinstance(settings, dict):
-        raise AdapterFileError(f"{CONFIG} is not a JSON object")
-    return settings
-
-
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load((folder / WEIGHTS).read_bytes())
-    except OSError as error:
-        hint = "; it holds adapter_model.bin, a pickle, which is never read: save it again as safetensors"
-        raise AdapterFileError(
-            f"{WEIGHTS}: {error.strerror}{hint if (folder / 'adapter_model.bin').exists() else ''}"
-        ) from None
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise AdapterFileError(f"{WEIGHTS} is not a whole safetensors file ({error})") from None
+        raise AdapterFileError(f"{CONFIG_NAME}: {error}") from None
 
 
 def _targets(settings: dict[str, Any], d: dict[str, Tensor]) -> tuple[str, ...]:
-    """PEFT's list of name endings means the same here; its regular expressions do not: those layers are named in full."""
+    """The targets: PEFT's list of name endings as it is, or every layer in full.
+
+    PEFT's regular expressions have no counterpart here.
+    """
     targets = settings.get("target_modules")
     if (
         isinstance(targets, list)
@@ -248,7 +212,7 @@ def _targets(settings: dict[str, Any], d: dict[str, Tensor]) -> tuple[str, ...]:
 def _shapes(d: dict[str, Tensor], model: nn.Module) -> dict[str, tuple[int, int]]:
     layers = dict(layers_of(model))
     for layer in d:
-        if layer not in layers or isinstance(layers[layer], nn.MultiheadAttention):
+        if layer not in layers or is_attention(layers[layer]):
             raise BaseModelError(
                 f"it adapts '{layer}', which {type(model).__name__} does not have{near(layer, layers)}"
             )
@@ -256,15 +220,16 @@ def _shapes(d: dict[str, Tensor], model: nn.Module) -> dict[str, tuple[int, int]
 
 
 def _check_basis(adapter: Adapter, A: Tensor | None, B: Tensor | None) -> None:
-    """The matrices in the file, if they are there, must be those that the seed draws."""
+    """Raise AdapterFileError if the checkpoint's A and B are not those that its seed draws."""
     if A is None or B is None:
         return
     max_out, max_in = (max(sizes) for sizes in zip(*adapter.shapes.values(), strict=True))
     rank = adapter.config.rank
     if A.shape != (rank, max_in) or B.shape != (max_out, rank):
         raise AdapterFileError(
-            f"its vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} do not fit the layers, which want {(rank, max_in)} and "
-            f"{(max_out, rank)}. PEFT lets a second adapter share the first one's matrices; train it alone to move it"
+            f"its vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} do not fit the layers, which "
+            f"want {(rank, max_in)} and {(max_out, rank)}. PEFT lets a second adapter share the first "
+            "one's matrices; train it alone to move it"
         )
     drawn = [
         dense(matrix)
@@ -272,6 +237,7 @@ def _check_basis(adapter: Adapter, A: Tensor | None, B: Tensor | None) -> None:
     ]
     if not (torch.equal(A, drawn[0].to(A.dtype)) and torch.equal(B, drawn[1].to(B.dtype))):
         raise AdapterFileError(
-            f"its vera_A and vera_B are not what seed {adapter.config.seed} draws, so they came from elsewhere (another "
-            "adapter in the same PEFT model, another torch, or an export): they cannot be had again from a seed"
+            f"its vera_A and vera_B are not what seed {adapter.config.seed} draws, so they came from "
+            "elsewhere (another adapter in the same PEFT model, another torch, or an export): a seed "
+            "cannot reproduce them"
         )
