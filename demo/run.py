@@ -69,10 +69,10 @@ def main() -> None:
     import transformers
 
     from veratune import VeraConfig, use
-    from veratune.cli.train_ import show_on
-    from veratune.inference.evaluate import evaluate_both, load_for
-    from veratune.inference.generate import answer
-    from veratune.tasks.data import load_rows
+    from veratune.cli.train_ import preview_on
+    from veratune.inference.evaluate import evaluate_with_base, load_with_adapter
+    from veratune.inference.generate import generate_completions
+    from veratune.tasks.data import load_examples
     from veratune.training.run import peak_memory, train
     from veratune.training.settings import TrainSettings
 
@@ -81,25 +81,27 @@ def main() -> None:
         out=str(RUN), lr=LR, batch_size=8, epochs=3, max_length=128, device="cpu", keep="last",
     )  # fmt: skip
     console.print("Fine-tuning SmolLM2-135M on 160 sentences ...")
-    result = train(settings, VeraConfig(rank=RANK, targets=TARGETS), show_on(console))
+    result = train(settings, VeraConfig(rank=RANK, targets=TARGETS), preview_on(console))
 
     console.print("Asking the base model and the adapted one 32 held-out sentences ...")
     with contextlib.redirect_stderr(io.StringIO()):
-        loaded = load_for(str(MODEL), result.path, device="cpu")
+        loaded = load_with_adapter(str(MODEL), result.path, device="cpu")
         heldout = str(HERE / "heldout.jsonl")
-        before, after = evaluate_both(
+        before, after = evaluate_with_base(
             loaded, heldout, generate=True, max_new_tokens=40, batch_size=32
         )
         sizes = peft_bytes()
 
-    rows = load_rows(heldout)
-    talk = [{"role": "user", "content": rows[1]["prompt"]}]
+    rows = load_examples(heldout)
+    conversation = [{"role": "user", "content": rows[1]["prompt"]}]
     examples = {}
     for who, name in (("before", None), ("after", "default")):
         use(loaded.model, name)
-        examples[who] = next(answer(loaded.model, loaded.processor, [talk], max_new_tokens=40))
+        examples[who] = next(
+            generate_completions(loaded.model, loaded.processor, [conversation], max_new_tokens=40)
+        )
     console.print(
-        f"\nAsked: {talk[0]['content']}\nbefore: {examples['before']!r}\nafter:  {examples['after']!r}\n"
+        f"\nAsked: {conversation[0]['content']}\nbefore: {examples['before']!r}\nafter:  {examples['after']!r}\n"
     )
 
     table = Table(title="VeRA on SmolLM2-135M: sentence -> JSON command", title_justify="left")

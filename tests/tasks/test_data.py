@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset, disable_caching
 
 from veratune.errors import DataError
-from veratune.tasks.data import has_split, load_rows, pick_columns
+from veratune.tasks.data import has_split, load_examples, pick_columns
 
 ROWS = [{"text": "a, b", "label": 1}, {"text": "c", "label": 0}]
 disable_caching()
@@ -34,26 +34,26 @@ def write(path, rows=ROWS):
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv", "parquet"])
 def test_every_kind_of_file(ending, tmp_path):
-    assert list(load_rows(str(write(tmp_path / f"x.{ending}")))) == ROWS
+    assert list(load_examples(str(write(tmp_path / f"x.{ending}")))) == ROWS
 
 
 def test_plain_text(tmp_path):
     (tmp_path / "x.txt").write_text("one\ntwo\n")
-    assert load_rows(str(tmp_path / "x.txt"))["text"] == ["one", "two"]
+    assert load_examples(str(tmp_path / "x.txt"))["text"] == ["one", "two"]
 
 
 def test_a_folder_has_splits(tmp_path):
     write(tmp_path / "train.jsonl")
     write(tmp_path / "dev.jsonl", ROWS[:1])
-    assert len(load_rows(str(tmp_path), "train")) == 2
-    assert len(load_rows(str(tmp_path), "validation")) == 1
+    assert len(load_examples(str(tmp_path), "train")) == 2
+    assert len(load_examples(str(tmp_path), "validation")) == 1
     assert has_split(str(tmp_path), "validation")
     assert not has_split(str(tmp_path), "test")
     assert not has_split(str(tmp_path / "train.jsonl"), "train")
     with pytest.raises(
         DataError, match="no file for the split 'test'; it has dev.jsonl, train.jsonl"
     ):
-        load_rows(str(tmp_path), "test")
+        load_examples(str(tmp_path), "test")
 
 
 @pytest.mark.parametrize(
@@ -74,19 +74,19 @@ def test_a_folder_has_splits(tmp_path):
 def test_bad_files(name, content, message, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message) as caught:
-        load_rows(str(tmp_path / name))
+        load_examples(str(tmp_path / name))
     assert "\n" not in str(caught.value)
 
 
 def test_what_is_not_there(tmp_path):
     with pytest.raises(DataError, match="no such file or folder"):
-        load_rows(str(tmp_path / "nothing.jsonl"))
+        load_examples(str(tmp_path / "nothing.jsonl"))
     with pytest.raises(
         DataError, match="is no local file or folder, and as a data set id it could not be fetched"
     ):
-        load_rows("nobody/nothing")
+        load_examples("nobody/nothing")
     with pytest.raises(DataError, match="is a file; a configuration"):
-        load_rows(str(write(tmp_path / "x.jsonl")), config="mrpc")
+        load_examples(str(write(tmp_path / "x.jsonl")), config="mrpc")
 
 
 def test_columns():

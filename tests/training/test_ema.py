@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from veratune.errors import ConfigError
-from veratune.training.ema import Average
+from veratune.training.ema import EMACallback
 from veratune.training.settings import TrainSettings
 
 
@@ -13,7 +13,7 @@ def test_the_average_is_the_formula_and_survives_a_checkpoint(tmp_path):
     model = nn.Linear(2, 1)
     model.bias.requires_grad_(False)
     start = model.weight.detach().clone()
-    average, wanted = Average(model, 0.9), start.clone()
+    average, wanted = EMACallback(model, 0.9), start.clone()
     for step in range(1, 4):
         with torch.no_grad():
             model.weight += 1
@@ -21,7 +21,7 @@ def test_the_average_is_the_formula_and_survives_a_checkpoint(tmp_path):
         wanted = 0.9 * wanted + 0.1 * (start + step)
     state = SimpleNamespace(is_world_process_zero=True, global_step=3)
     average.on_save(SimpleNamespace(output_dir=tmp_path), state, None)
-    resumed = Average(model, 0.9, tmp_path / "checkpoint-3")
+    resumed = EMACallback(model, 0.9, tmp_path / "checkpoint-3")
     resumed.on_train_end(None, None, None)
     torch.testing.assert_close(model.weight.detach(), wanted)
 

@@ -8,7 +8,7 @@ import veratune as vt
 from tests import fakes
 from veratune.errors import AdapterFileError, ConfigError
 from veratune.training.baselines.inserted import INSERTED
-from veratune.training.methods import Plain, Vera, method_of, readable
+from veratune.training.methods import BaselineMethod, VeraMethod, build_method, has_whole_file
 from veratune.training.run import _norms
 from veratune.training.settings import TrainSettings
 
@@ -18,14 +18,15 @@ TARGETS = vt.VeraConfig(rank=4, targets=["query", "value"])
 
 def prepared(name, **peft):
     model = fakes.bert(labels=2)
-    method = method_of(name, TARGETS, peft)
+    method = build_method(name, TARGETS, peft)
     method.prepare(model, ("classifier",), {})
     return model, method
 
 
 def sizes(model, method):
     return tuple(
-        sum(p.numel() for p in found) for found in (method.inside(model), method.head(model))
+        sum(p.numel() for p in found)
+        for found in (method.adapter_parameters(model), method.head(model))
     )
 
 
@@ -60,7 +61,7 @@ def test_each_method_trains_its_own_parameters():
 def test_full_leaves_what_came_frozen():
     model = fakes.bert(labels=2)
     model.bert.embeddings.requires_grad_(False)
-    Plain("full", TARGETS, {}).prepare(model, ("classifier",), {})
+    BaselineMethod("full", TARGETS, {}).prepare(model, ("classifier",), {})
     assert not any(p.requires_grad for p in model.bert.embeddings.parameters())
     assert all(p.requires_grad for p in model.bert.encoder.parameters())
 
@@ -71,30 +72,30 @@ def test_what_was_trained_comes_back(tmp_path, name):
     model, method = prepared(name)
     model.eval()
     with torch.no_grad():
-        for parameter in (*method.inside(model), *method.head(model)):
+        for parameter in (*method.adapter_parameters(model), *method.head(model)):
             parameter.add_(torch.randn_like(parameter))
     size = method.write(model, tmp_path)
     assert size == (tmp_path / method.file).stat().st_size
-    assert readable(method, tmp_path)
+    assert has_whole_file(method, tmp_path)
     other, again = prepared(name)
     other.eval()
     assert not torch.allclose(other(**inputs).logits, model(**inputs).logits)
     again.read(other, tmp_path)
     assert torch.equal(other(**inputs).logits, model(**inputs).logits)
     (tmp_path / method.file).write_bytes((tmp_path / method.file).read_bytes()[:50])
-    assert not readable(method, tmp_path)
+    assert not has_whole_file(method, tmp_path)
 
 
 def test_batch_statistics_go_with_the_head(tmp_path):
     def net():
         return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
 
-    model, method = net(), Plain("head", TARGETS, {})
+    model, method = net(), BaselineMethod("head", TARGETS, {})
     method.prepare(model, ("1", "2"), {})
     model(torch.randn(16, 3) + 5)
     method.write(model, tmp_path)
     other = net()
-    again = Plain("head", TARGETS, {})
+    again = BaselineMethod("head", TARGETS, {})
     again.prepare(other, ("1", "2"), {})
     again.read(other, tmp_path)
     assert torch.equal(other[1].running_mean, model[1].running_mean)
@@ -103,13 +104,13 @@ def test_batch_statistics_go_with_the_head(tmp_path):
 
 def test_mistakes():
     with pytest.raises(ConfigError, match="unknown method 'veraa'.*did you mean 'vera'"):
-        method_of("veraa", TARGETS, {})
+        build_method("veraa", TARGETS, {})
     with pytest.raises(ConfigError, match="PEFT has no method 'lorra'; did you mean"):
         prepared("peft:lorra")
     with pytest.raises(ConfigError, match="PEFT refuses peft:lora with"):
         prepared("peft:lora", nonsense=1)
     with pytest.raises(ConfigError, match="method is 'head', but the task has no output"):
-        Plain("head", TARGETS, {}).prepare(fakes.bert(), (), {})
+        BaselineMethod("head", TARGETS, {}).prepare(fakes.bert(), (), {})
 
 
 def test_a_file_of_another_model_is_refused(tmp_path):
@@ -124,7 +125,7 @@ def test_a_file_of_another_model_is_refused(tmp_path):
 
 def test_vera_stores_the_adapter_itself(tmp_path):
     model, method = prepared("vera")
-    assert isinstance(method, Vera)
+    assert isinstance(method, VeraMethod)
     method.write(model, tmp_path)
     vt.load(fakes.bert(labels=2), tmp_path / "adapter.safetensors")
 
@@ -137,8 +138,8 @@ def test_batch_normalisation_learns_with_the_head_but_in_full_fine_tuning(method
     settings = TrainSettings(
         model="m", task="t", data="d", out="o", method=method, batch_norm="train"
     )
-    heads, still = _norms(settings, model, ("c",))
-    assert (heads, still) == (("c", *at_head), [])
+    heads, frozen_norms = _norms(settings, model, ("c",))
+    assert (heads, frozen_norms) == (("c", *at_head), [])
     frozen = TrainSettings(
         model="m", task="t", data="d", out="o", method=method, batch_norm="frozen"
     )

@@ -17,7 +17,7 @@ import veratune as vt
 from tests import fakes
 from veratune.errors import ConfigError, DataError, OutputError
 from veratune.formats import native
-from veratune.inference.evaluate import evaluate, evaluate_both, load_for
+from veratune.inference.evaluate import evaluate, evaluate_with_base, load_with_adapter
 from veratune.training.run import sweep, train
 from veratune.training.settings import TrainSettings
 
@@ -80,8 +80,8 @@ def test_classification_learns_and_the_file_knows_its_task(place, tmp_path):
     assert adapter.task["labels"] == ["minus", "plus"]
     assert result.trained == adapter.trained_values
     assert result.head == sum(t.numel() for t in adapter.head.values()) == 2 * 32 + 2
-    loaded = load_for(str(place / "bert"), result.path, device="cpu")
-    base, after = evaluate_both(loaded, str(place / "sentiment"))
+    loaded = load_with_adapter(str(place / "bert"), result.path, device="cpu")
+    base, after = evaluate_with_base(loaded, str(place / "sentiment"))
     assert after["accuracy"] == result.after["accuracy"] > base["accuracy"]
     run = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
     assert run["rank"] == 16
@@ -103,18 +103,18 @@ def test_regression_and_language_tasks_learn(place, tmp_path):
         VERA,
     )
     assert result.after["mse"] < result.before["mse"]
-    talk = {
+    conversation = {
         "model": str(place / "llama"),
         "task": "instruction",
         "data": str(place / "talk.jsonl"),
         "eval_data": str(place / "talk.jsonl"),
     }
     result = train(
-        settings(place, tmp_path / "b", **talk, max_length=40, lr=0.1, epochs=40),
+        settings(place, tmp_path / "b", **conversation, max_length=40, lr=0.1, epochs=40),
         dataclasses.replace(VERA, rank=64),
     )
     assert result.after["loss"] < 0.3 * result.before["loss"]
-    loaded = load_for(str(place / "llama"), result.path, device="cpu")
+    loaded = load_with_adapter(str(place / "llama"), result.path, device="cpu")
     scores = evaluate(loaded, str(place / "talk.jsonl"), generate=True, max_new_tokens=8)
     assert scores["exact_match"] == 1.0
     text = {
@@ -187,7 +187,7 @@ def finish(process: subprocess.Popen) -> None:
 
 @pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_resume_after_kill_ends_with_the_bits_of_an_unbroken_run(place, tmp_path, kills):
-    changes = {"epochs": 6, "checkpoints": 2}
+    changes = {"epochs": 6, "save_steps": 2}
     whole, broken = (
         settings(place, tmp_path / "whole", **changes),
         settings(place, tmp_path / "broken", **changes),
@@ -212,7 +212,7 @@ def test_resume_after_kill_ends_with_the_bits_of_an_unbroken_run(place, tmp_path
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(place, tmp_path):
-    one = settings(place, tmp_path / "run", epochs=2, checkpoints=3)
+    one = settings(place, tmp_path / "run", epochs=2, save_steps=3)
     train(one, VERA)
     first = (tmp_path / "run" / "adapter.safetensors").read_bytes()
     last = max(
@@ -351,8 +351,8 @@ def test_an_output_folder_in_use_and_a_changed_run(place, tmp_path):
         ({"lr": float("nan")}, "lr is nan; it must be a finite number of at least 0"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         (
-            {"warmup": 1.5},
-            r"warmup is 1.5; it is a share of all steps, in \[0, 1\), or a whole number of them",
+            {"warmup_ratio": 1.5},
+            r"warmup_ratio is 1.5; it is a share of all steps, in \[0, 1\)",
         ),
         ({"label_smoothing": 1.0}, r"label_smoothing is 1.0; it is a weight, in \[0, 1\)"),
         ({"b_lr": 0.1, "method": "full"}, "b_lr is set, but method 'full' has no vectors b"),
@@ -416,9 +416,9 @@ def test_mixed_precision_and_smoothed_targets(place, tmp_path):
     smooth = train(
         settings(place, tmp_path / "c", epochs=2, label_smoothing=0.3, group_by_length=True), VERA
     )
-    loaded = load_for(str(place / "bert"), smooth.path, device="cpu")
+    loaded = load_with_adapter(str(place / "bert"), smooth.path, device="cpu")
     rows = loaded.task.encode(
-        loaded.task.load_rows(str(place / "sentiment"), "validation"), loaded.processor
+        loaded.task.load_examples(str(place / "sentiment"), "validation"), loaded.processor
     )
     log = torch.log_softmax(
         loaded.model(
@@ -440,8 +440,8 @@ def test_the_vectors_b_may_have_a_learning_rate_of_their_own(place, tmp_path):
             max_steps=1,
             lr=1e-2,
             b_lr=4e-2,
-            warmup=0,
-            schedule="constant_with_warmup",
+            warmup_ratio=0,
+            lr_scheduler="constant_with_warmup",
         ),
         VERA,
     )
@@ -458,7 +458,13 @@ def test_the_vectors_b_may_have_a_learning_rate_of_their_own(place, tmp_path):
 
 def test_warmup_in_steps(place, tmp_path):
     train(
-        settings(place, tmp_path / "run", max_steps=12, warmup=12, schedule="constant_with_warmup"),
+        settings(
+            place,
+            tmp_path / "run",
+            max_steps=12,
+            warmup_steps=12,
+            lr_scheduler="constant_with_warmup",
+        ),
         VERA,
     )
     state = json.loads(

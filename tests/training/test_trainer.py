@@ -5,7 +5,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 import veratune as vt
-from veratune.training.methods import Rates, Vera
+from veratune.training.methods import LearningRates, VeraMethod
 from veratune.training.trainer import VeraTrainer
 
 
@@ -31,13 +31,13 @@ def trainer(model, folder):
         save_strategy="no",
         disable_tqdm=True,
     )
-    method = Vera(vt.VeraConfig())
+    method = VeraMethod(vt.VeraConfig())
     return VeraTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
         method=method,
-        rates=Rates(0.1, 0.1),
+        rates=LearningRates(0.1, 0.1),
         loss_per_token=False,
     )
 

@@ -78,7 +78,7 @@ class CifarJpeg(Experiment):
         data = place.dataset("cifar10_jpeg")
         settings = {
             "model": network, "data": data, "eval_data": data, "eval_split": "test", "batch_size": 64, "epochs": self.epochs[scale],
-            "checkpoints": 10**6, "keep": "last", "method": method, "lr": rates.get(targets, 1e-3), **rest,
+            "save_steps": 10**6, "keep": "last", "method": method, "lr": rates.get(targets, 1e-3), **rest,
         }  # fmt: skip
         exclude = (f"net.{last}*",) if targets == "all-linear" else ()
         return fine_tune(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from veratune.config import VeraConfig
-from veratune.training.methods import Method, Plain
+from veratune.training.methods import BaselineMethod, Method
 from veratune_lab.paper.experiment import (
     Cell,
     Experiment,
@@ -58,7 +58,7 @@ PRINTED = {
 }
 
 
-class Loralib(Plain):
+class Loralib(BaselineMethod):
     """LoRA on convolutions as loralib has it: W + (B A) in W's shape, A (r k, n k) at random and B (m k, r k) zero.
 
     zeros: A zero too, which never trains. Source: github.com/microsoft/LoRA, ConvLoRA.

@@ -13,8 +13,8 @@ from veratune.config import VeraConfig
 from veratune.errors import DataError
 from veratune.formats.lora import read_lora
 from veratune.tasks.diffusion.diffusion import Pixels, Unconditional, UnconditionalImage
-from veratune.tasks.vision.images import load_image_rows, open_image
-from veratune.training.methods import Method, Plain, Vera
+from veratune.tasks.vision.images import decode_image, load_image_examples
+from veratune.training.methods import BaselineMethod, Method, VeraMethod
 from veratune_lab.paper.experiment import (
     Cell,
     Experiment,
@@ -73,12 +73,14 @@ class DigitsTask(UnconditionalImage):
         super().__init__(sample_steps=STEPS, **options)
         self.rows, self.style = rows, style
 
-    def load_rows(self, source: str, split: str = "train", config: str | None = None) -> Dataset:
-        rows = some(load_image_rows(source, split, config), self.rows.get(split))
+    def load_examples(
+        self, source: str, split: str = "train", config: str | None = None
+    ) -> Dataset:
+        rows = some(load_image_examples(source, split, config), self.rows.get(split))
         if self.style is None:
             return rows
         styled = [
-            self.style(open_image(value, i).convert("L")) for i, value in enumerate(rows["image"])
+            self.style(decode_image(value, i).convert("L")) for i, value in enumerate(rows["image"])
         ]
         return Dataset.from_dict({"image": styled})
 
@@ -221,12 +223,12 @@ class LoraStyles(Experiment):
         epochs = self.epochs[scale] * (1 if kind == "family" else 10)
         method, vera = None, {}
         if kind.startswith("vectors"):
-            family = run_folder(place, scale, "family: outline", seed) / Plain.file
+            family = run_folder(place, scale, "family: outline", seed) / BaselineMethod.file
             if not family.is_file():
                 raise DataError(
                     f"{family}: the family's LoRA is not there; run that cell first (without --only)"
                 )
-            method = Vera(
+            method = VeraMethod(
                 VeraConfig(basis="lora"), read_lora(family, Unconditional(DDPM(), None, 1))
             )
         if kind.endswith("last stages only"):
@@ -274,7 +276,7 @@ def _adapt(
 ) -> Line:  # fmt: skip
     run = {
         "model": place.model("ddpm_mnist"), "data": data, "eval_data": data, "eval_split": "test", "batch_size": 64, "epochs": epochs,
-        "checkpoints": 10**6, "keep": "last", **settings,
+        "save_steps": 10**6, "keep": "last", **settings,
     }  # fmt: skip
     lora = str(settings.get("method", "")).startswith("peft")
     words: dict[str, Any] = (

@@ -91,7 +91,7 @@ class Detection(Experiment):
         source = place.dataset(name)
         settings = {
             "model": "rt-detr-efficientnet-lite0", "data": source, "eval_data": source, "eval_split": split, "batch_size": 8,
-            "epochs": self.epochs[scale], "checkpoints": 10**6, "keep": "last", "head_lr": 1e-3, "clip": 0.5, "weight_decay": 1e-4, **METHODS[method],
+            "epochs": self.epochs[scale], "save_steps": 10**6, "keep": "last", "head_lr": 1e-3, "max_grad_norm": 0.5, "weight_decay": 1e-4, **METHODS[method],
         }  # fmt: skip
         lora = method.startswith(
             "LoRA"

@@ -19,7 +19,7 @@ from veratune.config import VeraConfig
 from veratune.errors import ConfigError, DataError
 from veratune.scoring.judge import Judge
 from veratune.tasks.base import Task
-from veratune.training.methods import Method, method_of
+from veratune.training.methods import Method, build_method
 from veratune.training.run import RESULTS, RUN, train
 from veratune.training.settings import TrainSettings
 
@@ -165,8 +165,10 @@ def load_trained(
     processor = task.load_processor(run.model)
     model: Any = task.load_model(run.model, processor, dtype=run.base_dtype, quantize=run.quantize)
     if folder is not None:
-        method = method_of(run.method, dataclasses.replace(vera, seed=run.basis_seed), run.options)
-        method.prepare(model, task.heads(model), task.describe())
+        method = build_method(
+            run.method, dataclasses.replace(vera, seed=run.basis_seed), run.options
+        )
+        method.prepare(model, task.heads(model), task.to_metadata())
         method.read(model, folder)
     if place.device == "auto" and torch.cuda.is_available() and run.quantize is None:
         model.cuda()

@@ -38,8 +38,10 @@ class FewShot(ImageClassification):
         super().__init__(**options)
         self.shots, self.seed = shots, seed
 
-    def load_rows(self, source: str, split: str = "train", config: str | None = None) -> Dataset:
-        rows = super().load_rows(source, split, config)
+    def load_examples(
+        self, source: str, split: str = "train", config: str | None = None
+    ) -> Dataset:
+        rows = super().load_examples(source, split, config)
         return (
             few(rows, pick_columns(rows, self.roles, self.columns)["label"], self.shots, self.seed)
             if split == "train"
@@ -240,7 +242,7 @@ class Table5(_FewShotTable):
         source = HUB[data] if model else place.dataset(LOCAL[data])
         settings = {
             "model": model or str(dinov2_small(place.out / "dinov2-small")), "data": source, "eval_data": source,
-            "eval_split": HUB_TEST.get(data, "test"), "weight_decay": 0.01, "batch_size": 16, "epochs": self.epochs[scale], "checkpoints": 10**6,
+            "eval_split": HUB_TEST.get(data, "test"), "weight_decay": 0.01, "batch_size": 16, "epochs": self.epochs[scale], "save_steps": 10**6,
             "keep": "last", "lr": rates[0], "head_lr": rates[1], **_method(method, 8),
         }  # fmt: skip
         task = FewShot(10, seed)
@@ -277,7 +279,7 @@ class EfficientNetFewShot(_FewShotTable):
         lr, head_lr = self.rates[method]
         settings = {
             "model": "efficientnet-lite0", "data": source, "eval_data": source, "eval_split": "test", "batch_size": 16,
-            "epochs": self.epochs[scale], "checkpoints": 10**6, "keep": "last", "lr": lr, "head_lr": head_lr, **_method(method, 4),
+            "epochs": self.epochs[scale], "save_steps": 10**6, "keep": "last", "lr": lr, "head_lr": head_lr, **_method(method, 4),
         }  # fmt: skip
         build = (
             (lambda classes: plain_padding(efficientnet(classes)))

@@ -85,8 +85,10 @@ class _Subset:
 
     counts: Mapping[str, int | None]
 
-    def load_rows(self, source: str, split: str = "train", config: str | None = None) -> Dataset:
-        return some(super().load_rows(source, split, config), self.counts.get(split))  # type: ignore[misc]
+    def load_examples(
+        self, source: str, split: str = "train", config: str | None = None
+    ) -> Dataset:
+        return some(super().load_examples(source, split, config), self.counts.get(split))  # type: ignore[misc]
 
 
 class _Classification(_Subset, TextClassification): ...
@@ -123,7 +125,7 @@ def scaled_run(
     quick = scale == "quick"
     source = place.dataset(f"glue_{task}")
     settings = {
-        "model": minilm(), "data": source, "batch_size": 32, "epochs": 1.0 if quick else own.epochs, "checkpoints": 10**6, "keep": "last",
+        "model": minilm(), "data": source, "batch_size": 32, "epochs": 1.0 if quick else own.epochs, "save_steps": 10**6, "keep": "last",
         "mixed_precision": "bf16", "group_by_length": True, **trial.settings,
     }  # fmt: skip
     rows, evaluated = (200, 100) if quick else (own.rows, EVALUATED)

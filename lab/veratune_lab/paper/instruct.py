@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from veratune.config import VeraConfig
-from veratune.inference.generate import answer
+from veratune.inference.generate import generate_completions
 from veratune.scoring.judge import mean_rating, read_questions
 from veratune.tasks.text.language import Instruction, Message
 from veratune_lab.bench.peers import FROZEN, OURS, Peer
@@ -30,11 +30,11 @@ from veratune_lab.paper.experiment import (
 from veratune_lab.paper.language_models import smollm2
 
 _COMMON: dict[str, Any] = {
-    "warmup": 0.1,
+    "warmup_ratio": 0.1,
     "batch_size": 4,
-    "accumulation": 4,
+    "gradient_accumulation_steps": 4,
     "epochs": 1,
-    "schedule": "cosine",
+    "lr_scheduler": "cosine",
 }
 TABLE9: dict[str, dict[str, Any]] = {
     "LoRA": {"rank": 64, "lr": 4e-4, **_COMMON},
@@ -60,8 +60,10 @@ class Alpaca(Instruction):
         super().__init__(max_length=max_length)
         self.train, self.held, self.longest = train, held, longest
 
-    def load_rows(self, source: str, split: str = "train", config: str | None = None) -> Dataset:
-        rows = super().load_rows(source, "train", config)
+    def load_examples(
+        self, source: str, split: str = "train", config: str | None = None
+    ) -> Dataset:
+        rows = super().load_examples(source, "train", config)
         if self.longest is not None:
             longest = self.longest
             rows = rows.filter(lambda row: sum(map(len, row.values())) < longest)
@@ -116,7 +118,7 @@ class Table4(Experiment):
         settings: dict[str, Any] = {
             "data": source,
             "keep": "last",
-            "checkpoints": 10**6,
+            "save_steps": 10**6,
             **own,
         }
         if full:
@@ -133,7 +135,7 @@ class Table4(Experiment):
                 "mixed_precision": "bf16",
                 "group_by_length": True,
             }
-            settings |= {"lr": SMALL.get(method, 0), "accumulation": 2}
+            settings |= {"lr": SMALL.get(method, 0), "gradient_accumulation_steps": 2}
         if method == "LoRA":
             settings |= {"method": "peft:lora", "options": {"r": 64, "lora_alpha": 16}}
         elif method == "nothing":
@@ -258,7 +260,7 @@ def answer_turns(
         asked = [i for i, turns in enumerate(questions) if turn < len(turns)]
         for i in asked:
             talks[i].append({"role": "user", "content": questions[i][turn]})
-        said = answer(
+        said = generate_completions(
             model, tokenizer, [talks[i] for i in asked], max_new_tokens=max_new_tokens, batch_size=8
         )
         for i, text in zip(asked, said, strict=True):

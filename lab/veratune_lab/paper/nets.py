@@ -31,8 +31,10 @@ class NetworkTask(ImageClassification):
             heads,
         )
 
-    def load_rows(self, source: str, split: str = "train", config: str | None = None) -> Dataset:
-        return some(super().load_rows(source, split, config), self.rows.get(split))
+    def load_examples(
+        self, source: str, split: str = "train", config: str | None = None
+    ) -> Dataset:
+        return some(super().load_examples(source, split, config), self.rows.get(split))
 
     def load_processor(self, model: str) -> Any:
         mean, std = IMAGENET

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veratune.config import VeraConfig
 from veratune.layers.base import VeraWeightLayer
-from veratune.training.methods import Method, Vera
+from veratune.training.methods import Method, VeraMethod
 from veratune_lab.paper.experiment import (
     Cell,
     Line,
@@ -41,7 +41,7 @@ TITLES = {"sst2": "SST-2", "stsb": "STS-B", "e2e": "E2E loss"}
 E2E_SIZE = Size(96, 48, 0, {})
 
 
-class WithMagnitude(Vera):
+class WithMagnitude(VeraMethod):
     """VeRA with a trained scale of every output: m * (W x + ΔW x + bias), m from 1.
 
     DVoRA's magnitude with the norms of W + ΔW's rows taken into m. Its scores are measured in the run; the file has no place for m.
@@ -56,11 +56,11 @@ class WithMagnitude(Vera):
             )
             layer.register_forward_hook(_scaled)
 
-    def inside(self, model: nn.Module) -> list[nn.Parameter]:
+    def adapter_parameters(self, model: nn.Module) -> list[nn.Parameter]:
         scales = [
             m.get_parameter("magnitude") for m in model.modules() if isinstance(m, VeraWeightLayer)
         ]
-        return [*super().inside(model), *scales]
+        return [*super().adapter_parameters(model), *scales]
 
 
 def _scaled(layer: nn.Module, args: Any, out: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Recipe:
     vera: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     language: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     b: float | None = None
-    method: type[Vera] | None = None
+    method: type[VeraMethod] | None = None
 
 
 _TOP = {f"re:.*layer\\.{i}\\..*": 64 for i in (0, 1, 2)} | {
@@ -148,7 +148,7 @@ class Recipes(Tuned):
         scale: Scale,
         task: str,
         trial: Trial,
-        kind: type[Vera] | None,
+        kind: type[VeraMethod] | None,
         place: Place,
         seed: int,
         folder: Path,
@@ -157,7 +157,7 @@ class Recipes(Tuned):
         if task != "e2e":
             return scaled_run(task, trial, scale, place, seed, method)
         settings = {
-            "model": smollm2(place.out.parent / "smollm2"), "data": place.dataset("e2e_nlg"), "keep": "last", "checkpoints": 10**6, "batch_size": 8,
+            "model": smollm2(place.out.parent / "smollm2"), "data": place.dataset("e2e_nlg"), "keep": "last", "save_steps": 10**6, "batch_size": 8,
             "epochs": 1, "mixed_precision": "bf16", "group_by_length": True, **trial.settings,
         }  # fmt: skip
         key = {

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from veratune.config import VeraConfig
-from veratune.inference.generate import answer
+from veratune.inference.generate import generate_completions
 from veratune.scoring.nlg import nlg_scores
 from veratune.tasks.text.language import Instruction
 from veratune_lab.paper.experiment import (
@@ -33,7 +33,7 @@ _COMMON: dict[str, Any] = {
     "epochs": 5,
     "batch_size": 8,
     "weight_decay": 0.01,
-    "warmup": 500,
+    "warmup_steps": 500,
     "label_smoothing": 0.1,
 }
 TABLE10: dict[str, dict[str, Any]] = {
@@ -97,14 +97,16 @@ class E2e(Instruction):
         super().__init__(COLUMNS, max_length)
         self.size = size
 
-    def load_rows(self, source: str, split: str = "train", config: str | None = None) -> Dataset:
-        rows = super().load_rows(source, split, config)
+    def load_examples(
+        self, source: str, split: str = "train", config: str | None = None
+    ) -> Dataset:
+        rows = super().load_examples(source, split, config)
         return some(rows, {"train": self.size.rows, "validation": self.size.losses}.get(split))
 
     def inputs(self, source: str) -> tuple[list[str], list[list[str]]]:
         """The test split's inputs, each once, and their references."""
         groups: dict[str, list[str]] = {}
-        for row in super().load_rows(source, "test"):
+        for row in super().load_examples(source, "test"):
             groups.setdefault(row["mr"], []).append(row["ref"])
         # Every so many of them: their order goes from short to long.
         step = max(1, len(groups) // (self.size.inputs or len(groups)))
@@ -132,7 +134,7 @@ class Table3(Experiment):
     def _run(scale: Scale, model: str, method: str, place: Place, seed: int, folder: Path) -> Line:
         source, size = place.dataset("e2e_nlg"), SIZES[scale]
         task = E2e(size, max_length=512 if model else 128)
-        settings: dict[str, Any] = {"data": source, "keep": "last", "checkpoints": 10**6}
+        settings: dict[str, Any] = {"data": source, "keep": "last", "save_steps": 10**6}
         if model:
             settings |= {
                 "model": place.model(model.rpartition("/")[2], model),
@@ -142,7 +144,7 @@ class Table3(Experiment):
         else:
             own, rank = SMALL.get(method, ({"method": "head"}, 1))
             settings |= {
-                "model": smollm2(place.out.parent / "smollm2"), "batch_size": 8, "epochs": 1, "warmup": 0.06, "mixed_precision": "bf16",
+                "model": smollm2(place.out.parent / "smollm2"), "batch_size": 8, "epochs": 1, "warmup_ratio": 0.06, "mixed_precision": "bf16",
                 "group_by_length": True, **own,
             }  # fmt: skip
         vera = VeraConfig(rank=rank, targets=QV)
@@ -155,7 +157,9 @@ class Table3(Experiment):
         asked, references = task.inputs(source)
         talks = [[{"role": "user", "content": mr}] for mr in asked]
         outputs = list(
-            answer(net, tokenizer, talks, max_new_tokens=96, batch_size=10, **size.beams)
+            generate_completions(
+                net, tokenizer, talks, max_new_tokens=96, batch_size=10, **size.beams
+            )
         )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "outputs.txt").write_text(

@@ -41,8 +41,8 @@ def run(argv: Sequence[str]) -> int:
     if flags.temperature < 0:
         raise ConfigError(f"temperature is {flags.temperature}; it must be at least 0")
     from veratune.attach import active, use
-    from veratune.inference.evaluate import NAME
-    from veratune.inference.generate import stream_answer
+    from veratune.inference.evaluate import ADAPTER_NAME
+    from veratune.inference.generate import stream_completion
     from veratune.tasks.text.language import Instruction
 
     loaded = load(flags)
@@ -52,15 +52,15 @@ def run(argv: Sequence[str]) -> int:
         )
     if flags.system is not None:
         loaded.task.system = flags.system
-    talk: list[dict[str, str]] = []
+    conversation: list[dict[str, str]] = []
 
     def reply(text: str) -> None:
-        talk.append({"role": "user", "content": text})
-        answer = stream_answer(
-            loaded.model, loaded.processor, loaded.task.with_system(talk),  # type: ignore[attr-defined]
+        conversation.append({"role": "user", "content": text})
+        answer = stream_completion(
+            loaded.model, loaded.processor, loaded.task.with_system(conversation),  # type: ignore[attr-defined]
             max_new_tokens=flags.max_new_tokens, temperature=flags.temperature,
         )  # fmt: skip
-        talk.append({"role": "assistant", "content": answer})
+        conversation.append({"role": "assistant", "content": answer})
 
     if flags.prompt is not None:
         reply(flags.prompt)
@@ -74,12 +74,12 @@ def run(argv: Sequence[str]) -> int:
         if text == "/quit":
             return 0
         if text == "/new":
-            talk.clear()
+            conversation.clear()
         elif text == "/base":
             if flags.adapter is None:
                 print("there is no adapter: this is the base model", file=sys.stderr)
                 continue
-            use(loaded.model, None if active(loaded.model) else NAME)
+            use(loaded.model, None if active(loaded.model) else ADAPTER_NAME)
             print(
                 "adapter on" if active(loaded.model) else "adapter off: the bare base model",
                 file=sys.stderr,

@@ -105,9 +105,9 @@ def add_loading(out: Parser) -> None:
 
 def load(flags: Namespace, **more: Any) -> "Loaded":
     """What the flags of `add_loading` ask for."""
-    from veratune.inference.evaluate import load_for
+    from veratune.inference.evaluate import load_with_adapter
 
-    return load_for(
+    return load_with_adapter(
         flags.model, flags.adapter, task=flags.task, dtype=flags.base_dtype, quantize=flags.quantize,
         check_base=flags.check_base, device=flags.device, **more,
     )  # fmt: skip
@@ -115,7 +115,7 @@ def load(flags: Namespace, **more: Any) -> "Loaded":
 
 def run(argv: Sequence[str]) -> int:
     flags = parse(parser(), argv)
-    from veratune.inference.evaluate import evaluate, evaluate_both
+    from veratune.inference.evaluate import evaluate, evaluate_with_base
 
     loaded = load(flags, columns=flags.columns)
     options = {
@@ -126,7 +126,7 @@ def run(argv: Sequence[str]) -> int:
         scores = {"base": evaluate(loaded, flags.data, **options)}
     elif flags.base:
         scores = dict(
-            zip(("base", "adapter"), evaluate_both(loaded, flags.data, **options), strict=True)
+            zip(("base", "adapter"), evaluate_with_base(loaded, flags.data, **options), strict=True)
         )
     else:
         scores = {"adapter": evaluate(loaded, flags.data, **options)}

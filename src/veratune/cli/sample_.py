@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
         )
     from veratune.analysis.pictures import draw_grid
     from veratune.attach import use
-    from veratune.inference.evaluate import NAME
+    from veratune.inference.evaluate import ADAPTER_NAME
     from veratune.tasks.diffusion.diffusion import Diffusion, ImageGeneration
 
     loaded = load(flags)
@@ -54,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
         ["adapter"] if flags.adapter else []
     ):
         if flags.adapter:
-            use(loaded.model, NAME if who == "adapter" else None)
+            use(loaded.model, ADAPTER_NAME if who == "adapter" else None)
         lists = loaded.model.draw(
             flags.count, prompts, flags.seed, flags.steps, loaded.processor.side
         )

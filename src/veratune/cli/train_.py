@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
 
     console = Console(quiet=flags.json or os.environ.get("RANK", "0") != "0", highlight=False)
     if flags.sweep:
-        results = sweep(settings, vera, _grid(flags.sweep), show_on(console))
+        results = sweep(settings, vera, _grid(flags.sweep), preview_on(console))
         if flags.json:
             print_json(
                 [{"settings": chosen, **dataclasses.asdict(result)} for chosen, result in results]
@@ -57,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
         console.print(_ranking(results))
         console.print(f"The best adapter: {settings.out}/adapter.safetensors")
         return 0
-    result = train(settings, vera, show_on(console))
+    result = train(settings, vera, preview_on(console))
     if flags.json and os.environ.get("RANK", "0") == "0":
         print_json(dataclasses.asdict(result))
     console.print(report(result))
@@ -116,7 +116,7 @@ def _value(text: str) -> Any:
         return yaml.safe_load(text)
 
 
-def show_on(console: Console) -> Any:
+def preview_on(console: Console) -> Any:
     """What prints a training example, the part that the loss is on in green."""
 
     def show(pieces: list[tuple[str, bool]]) -> None:

@@ -16,12 +16,12 @@ from veratune.attach import use
 from veratune.errors import ConfigError, UnsupportedError
 from veratune.files import read
 from veratune.formats import native
-from veratune.inference.generate import answer, exact_match
+from veratune.inference.generate import exact_match, generate_completions
 from veratune.tasks.base import Quantize, Task
-from veratune.tasks.registry import from_description, task_class
+from veratune.tasks.registry import task_class, task_from_metadata
 from veratune.tasks.text.language import Instruction
 
-NAME = "default"  # of the adapter that these commands put into a model
+ADAPTER_NAME = "default"  # of the adapter that these commands put into a model
 
 
 class TaskTrainer(Trainer):
@@ -59,7 +59,7 @@ class Loaded:
     adapter: Adapter | None
 
 
-def load_for(
+def load_with_adapter(
     model: str,
     adapter: str | None,
     *,
@@ -79,7 +79,7 @@ def load_for(
         native.read(adapter) if adapter is not None and adapter.endswith(native.SUFFIX) else None
     )
     if task is None and known is not None and known.task:
-        job = from_description(known.task)
+        job = task_from_metadata(known.task)
     else:
         job = task_class(task or Instruction.name)()
     job.columns |= dict(columns or {})
@@ -93,7 +93,7 @@ def load_for(
         base.cuda()
     if adapter is not None:
         known = known or read(adapter, base)
-        install(base, known, NAME, check_base=check_base)
+        install(base, known, ADAPTER_NAME, check_base=check_base)
     return Loaded(model=base.eval(), processor=processor, task=job, adapter=known)
 
 
@@ -107,13 +107,13 @@ def evaluate(
     generate: bool = False,
     max_new_tokens: int = 128,
 ) -> dict[str, float]:
-    """The task's scores on rows of data, in the forms that `load_rows` takes.
+    """The task's scores on rows of data, in the forms that `load_examples` takes.
 
     generate: also answer every row greedily and count exact matches with its last turn (task instruction).
     Raises DataError, or UnsupportedError for generate with another task.
     """
-    rows = loaded.task.load_rows(data, split, data_config)
-    encoded = loaded.task.encode(rows, loaded.processor)
+    examples = loaded.task.load_examples(data, split, data_config)
+    encoded = loaded.task.encode(examples, loaded.processor)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -144,25 +144,25 @@ def evaluate(
             raise UnsupportedError(
                 f"generate answers conversations; task {loaded.task.name!r} has none"
             )
-        talks = loaded.task.messages(rows)
-        answers = answer(
+        conversations = loaded.task.messages(examples)
+        answers = generate_completions(
             loaded.model,
             loaded.processor,
-            [t[:-1] for t in talks],
+            [t[:-1] for t in conversations],
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
         )
-        result["exact_match"] = exact_match(answers, [t[-1]["content"] for t in talks])
+        result["exact_match"] = exact_match(answers, [t[-1]["content"] for t in conversations])
     return result
 
 
-def evaluate_both(
+def evaluate_with_base(
     loaded: Loaded, data: str, **options: Any
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The scores of the bare base model and of the adapter, in that order."""
     use(loaded.model, None)
     base = evaluate(loaded, data, **options)
-    use(loaded.model, NAME)
+    use(loaded.model, ADAPTER_NAME)
     return base, evaluate(loaded, data, **options)
 
 

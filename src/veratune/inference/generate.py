@@ -9,10 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from veratune.tasks.text.language import Message, render
 
 
-def answer(
+def generate_completions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    talks: Sequence[list[Message]],
+    conversations: Sequence[list[Message]],
     *,
     max_new_tokens: int = 128,
     batch_size: int = 16,
@@ -25,10 +25,10 @@ def answer(
     side = tokenizer.padding_side
     tokenizer.padding_side = "left"
     try:
-        for start in range(0, len(talks), batch_size):
+        for start in range(0, len(conversations), batch_size):
             prompts = [
-                render(talk, tokenizer, answer_next=True)
-                for talk in talks[start : start + batch_size]
+                render(conversation, tokenizer, add_generation_prompt=True)
+                for conversation in conversations[start : start + batch_size]
             ]
             inputs = tokenizer(
                 prompts, return_tensors="pt", padding=True, add_special_tokens=False
@@ -47,17 +47,19 @@ def answer(
         tokenizer.padding_side = side
 
 
-def stream_answer(
+def stream_completion(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    talk: list[Message],
+    conversation: list[Message],
     *,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
 ) -> str:
     """The model's next turn, printed as it comes, and returned. temperature: 0 is greedy."""
     inputs = tokenizer(
-        render(talk, tokenizer, answer_next=True), return_tensors="pt", add_special_tokens=False
+        render(conversation, tokenizer, add_generation_prompt=True),
+        return_tensors="pt",
+        add_special_tokens=False,
     ).to(model.device)
     sampling = (
         {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from veratune.errors import ConfigError, DataError, UnsupportedError
-from veratune.tasks.data import has_split, load_rows
+from veratune.tasks.data import has_split, load_examples
 
 Quantize = Literal["4bit", "8bit"]
 Metrics = Callable[[Any], dict[str, float]]
@@ -38,7 +38,7 @@ class Task(abc.ABC):
     name: ClassVar[str]
     roles: ClassVar[Mapping[str, tuple[str, ...]]]
     optional: ClassVar[frozenset[str]] = frozenset()
-    takes: ClassVar[frozenset[str]] = frozenset()
+    accepted_settings: ClassVar[frozenset[str]] = frozenset()
     metric: ClassVar[str] = "loss"
     greater_is_better: ClassVar[bool] = False
     loss_per_token: ClassVar[bool] = False
@@ -51,19 +51,21 @@ class Task(abc.ABC):
         """columns: the data's column for each role that has an unusual name."""
         self.columns = dict(columns or {})
 
-    def load_rows(self, source: str, split: str = "train", config: str | None = None) -> Dataset:
-        """The rows of one split. Raises DataError; see `veratune.tasks.data.load_rows`."""
-        return load_rows(source, split, config)
+    def load_examples(
+        self, source: str, split: str = "train", config: str | None = None
+    ) -> Dataset:
+        """The rows of one split. Raises DataError; see `veratune.tasks.data.load_examples`."""
+        return load_examples(source, split, config)
 
     def has_split(self, source: str, split: str) -> bool:
         """Whether a folder has rows for a split; asked before an optional split is loaded."""
         return has_split(source, split)
 
-    def learn(self, rows: Dataset) -> None:  # noqa: B027 (most tasks have nothing to learn)
+    def fit_labels(self, examples: Dataset) -> None:  # noqa: B027 (most tasks have nothing to learn)
         """Take from the training rows what the model's construction needs, such as the label names."""
 
-    def describe(self) -> dict[str, Any]:
-        """What an adapter's file remembers of the task, as JSON types; the inverse of `from_description`."""
+    def to_metadata(self) -> dict[str, Any]:
+        """What an adapter's file remembers of the task, as JSON types; the inverse of `task_from_metadata`."""
         return {"name": self.name, "columns": self.columns}
 
     @abc.abstractmethod
@@ -79,7 +81,7 @@ class Task(abc.ABC):
         return ()
 
     @abc.abstractmethod
-    def encode(self, rows: Dataset, processor: Any, training: bool = False) -> Dataset:
+    def encode(self, examples: Dataset, processor: Any, training: bool = False) -> Dataset:
         """Rows as inputs and labels; training: with whatever is done to training rows only.
 
         Raises DataError for a missing column or a bad label.
@@ -106,7 +108,7 @@ class Task(abc.ABC):
         model.save_pretrained(folder)  # type: ignore[operator]
         processor.save_pretrained(folder)
 
-    def draw(self, model: nn.Module, rows: Dataset, processor: Any, folder: Path) -> list[Path]:
+    def draw(self, model: nn.Module, examples: Dataset, processor: Any, folder: Path) -> list[Path]:
         """Pictures of what a trained model does, as PNG files in a folder; none for most tasks."""
         return []
 
@@ -114,7 +116,7 @@ class Task(abc.ABC):
 class TextTask(Task):
     """What all tasks on text have in common: a tokenizer, and a length."""
 
-    takes = frozenset({"max_length"})
+    accepted_settings = frozenset({"max_length"})
 
     def __init__(self, columns: Mapping[str, str] | None = None, max_length: int = 512) -> None:
         """max_length: tokens an example keeps."""
@@ -123,8 +125,8 @@ class TextTask(Task):
         super().__init__(columns)
         self.max_length = max_length
 
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"max_length": self.max_length}
+    def to_metadata(self) -> dict[str, Any]:
+        return super().to_metadata() | {"max_length": self.max_length}
 
     def load_processor(self, model: str) -> PreTrainedTokenizerBase:
         """The tokenizer, with a padding token."""

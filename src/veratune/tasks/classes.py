@@ -12,16 +12,16 @@ from veratune.tasks.base import Metrics
 
 
 def label_names(
-    rows: Dataset, column: str, otherwise: str = "class numbers or names are wanted"
+    examples: Dataset, column: str, otherwise: str = "class numbers or names are wanted"
 ) -> list[str]:
     """The names of the classes: those that the data set declares, integers from 0, or all names in alphabetical order.
 
     otherwise: what an error says to do with values that are no classes. Raises DataError.
     """
-    feature = rows.features[column]
+    feature = examples.features[column]
     if hasattr(feature, "names"):
         return list(feature.names)
-    values = set(rows[column])
+    values = set(examples[column])
     if all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         if min(values) < 0:
             raise DataError(
@@ -40,12 +40,12 @@ def label_names(
     return labels
 
 
-def class_numbers(rows: Dataset, column: str, labels: list[str]) -> list[int]:
+def class_ids(examples: Dataset, column: str, labels: list[str]) -> list[int]:
     """The class of every row as its place in `labels`. Raises DataError naming the first row of a class that is not there."""
     index = {name: i for i, name in enumerate(labels)}
-    declared = getattr(rows.features[column], "names", None)
+    declared = getattr(examples.features[column], "names", None)
     numbers = []
-    for row, value in enumerate(rows[column]):
+    for row, value in enumerate(examples[column]):
         if declared is not None and 0 <= value < len(
             declared
         ):  # the number is that of this file's own list of names

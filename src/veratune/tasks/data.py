@@ -22,7 +22,7 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
 
 
-def load_rows(source: str, split: str = "train", config: str | None = None) -> Dataset:
+def load_examples(source: str, split: str = "train", config: str | None = None) -> Dataset:
     """The rows of one split.
 
     source: a file (jsonl, json, csv, tsv, parquet, txt), a folder of such files named after their splits,
@@ -37,16 +37,16 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
             raise DataError(
                 f"{path} is a file; a configuration ({config!r}) is only for data set ids"
             )
-        rows = _read_file(path)
+        examples = _read_file(path)
     else:
         if path.suffix in READERS or path.is_absolute() or source.startswith((".", "~")):
             raise DataError(f"{source}: no such file or folder")
-        rows = _from_hub(source, split, config)
-    if len(rows) == 0:
+        examples = _from_hub(source, split, config)
+    if len(examples) == 0:
         raise DataError(
             f"{path if path.is_file() else source}: the data set is empty; at least one row is wanted"
         )
-    return rows
+    return examples
 
 
 def has_split(source: str, split: str) -> bool:
@@ -59,7 +59,7 @@ def has_split(source: str, split: str) -> bool:
 
 
 def pick_columns(
-    rows: Dataset,
+    examples: Dataset,
     roles: Mapping[str, tuple[str, ...]],
     wanted: Mapping[str, str],
     optional: frozenset[str] = frozenset(),
@@ -69,7 +69,7 @@ def pick_columns(
     roles: usual column names by role; wanted: columns by role, as the user said. Returns column by role;
     optional roles may be absent. Raises DataError naming the missing column and the columns there are.
     """
-    there = rows.column_names
+    there = examples.column_names
     for role in wanted:
         if role not in roles:
             raise DataError(

@@ -33,7 +33,7 @@ def task_class(name: str) -> type[Task]:
     return TASKS[name]
 
 
-def from_description(description: Mapping[str, Any]) -> Task:
+def task_from_metadata(description: Mapping[str, Any]) -> Task:
     """The task that an adapter's file remembers. Raises AdapterFileError if it is none that is known here."""
     settings = dict(description)
     try:

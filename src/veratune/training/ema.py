@@ -1,4 +1,4 @@
-"""Average: an exponential moving average of what is trained, kept through checkpoints."""
+"""EMACallback: an exponential moving average of what is trained, kept through checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from veratune.formats.atomic import write_atomic
 FILE = "average.safetensors"
 
 
-class Average(TrainerCallback):
+class EMACallback(TrainerCallback):
     """a <- decay * a + (1 - decay) * p after every optimizer step; a takes p's place when training ends.
 
     decay: in (0, 1). model: whose trained parameters are averaged. checkpoint: to go on from.

@@ -2,7 +2,7 @@
 
 Method (abstract)
 ├── Vera     the vectors of an adapter, and the head; the file is the adapter's
-└── Plain    parameters of the model itself: all, biases, or what PEFT and `veratune.training.baselines.inserted` add
+└── BaselineMethod    parameters of the model itself: all, biases, or what PEFT and `veratune.training.baselines.inserted` add
 """
 
 import abc
@@ -25,18 +25,18 @@ from veratune.config import VeraConfig
 from veratune.errors import AdapterFileError, ConfigError, VeratuneError, near
 from veratune.formats import native
 from veratune.formats.atomic import write_atomic
-from veratune.inference.evaluate import NAME
+from veratune.inference.evaluate import ADAPTER_NAME
 from veratune.targets import find_heads, find_sites
-from veratune.training.baselines.adalora import Allocate
+from veratune.training.baselines.adalora import AdaLoraCallback
 from veratune.training.baselines.inserted import INSERTED, insert
 from veratune.training.baselines.inserted import NAME as WHERE
 
 
 @dataclasses.dataclass(frozen=True)
-class Rates:
-    """Peak learning rates: inside (of the vectors, or of what else the method trains), of the head, of b where it has its own."""
+class LearningRates:
+    """Peak learning rates: adapter (d and b, or what else the method trains), of the head, of b where it has its own."""
 
-    inside: float
+    adapter: float
     head: float
     b: float | None = None
 
@@ -55,17 +55,19 @@ class Method(abc.ABC):
     def head(self, model: nn.Module) -> list[nn.Parameter]:
         """What is trained at the head's learning rate."""
 
-    def inside(self, model: nn.Module) -> list[nn.Parameter]:
+    def adapter_parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """What is trained at the learning rate of the vectors: all else that asks for gradients."""
         head = {id(p) for p in self.head(model)}
         return [p for p in model.parameters() if p.requires_grad and id(p) not in head]
 
-    def groups(self, model: nn.Module, rates: Rates) -> list[tuple[list[nn.Parameter], float]]:
+    def groups(
+        self, model: nn.Module, rates: LearningRates
+    ) -> list[tuple[list[nn.Parameter], float]]:
         """Everything that is trained, with its learning rate."""
-        return [(self.inside(model), rates.inside), (self.head(model), rates.head)]
+        return [(self.adapter_parameters(model), rates.adapter), (self.head(model), rates.head)]
 
     @abc.abstractmethod
-    def write(self, model: nn.Module, folder: Path, mine: bool = True) -> int:
+    def write(self, model: nn.Module, folder: Path, is_main: bool = True) -> int:
         """Write what was trained into a folder, if it is this process' turn. Returns the file's bytes."""
 
     @abc.abstractmethod
@@ -77,7 +79,7 @@ class Method(abc.ABC):
         """Raise VeratuneError or OSError where a folder's file is not whole."""
 
 
-class Vera(Method):
+class VeraMethod(Method):
     """VeRA as `config` says, on a basis of the user's where one is given."""
 
     file = "adapter.safetensors"
@@ -86,40 +88,44 @@ class Vera(Method):
         self.config, self.basis = config, basis
 
     def prepare(self, model: nn.Module, heads: tuple[str, ...], task: Mapping[str, Any]) -> None:
-        attach(model, dataclasses.replace(self.config, head=heads), NAME, basis=self.basis)
-        set_task_metadata(model, NAME, task)
+        attach(model, dataclasses.replace(self.config, head=heads), ADAPTER_NAME, basis=self.basis)
+        set_task_metadata(model, ADAPTER_NAME, task)
 
     def head(self, model: nn.Module) -> list[nn.Parameter]:
-        return [p for module in heads_of(model, NAME).values() for p in module.parameters()]
+        return [p for module in heads_of(model, ADAPTER_NAME).values() for p in module.parameters()]
 
-    def inside(self, model: nn.Module) -> list[nn.Parameter]:
-        return [p for v in vectors_of(model, NAME) for p in v.parameters()]
+    def adapter_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        return [p for v in vectors_of(model, ADAPTER_NAME) for p in v.parameters()]
 
-    def groups(self, model: nn.Module, rates: Rates) -> list[tuple[list[nn.Parameter], float]]:
+    def groups(
+        self, model: nn.Module, rates: LearningRates
+    ) -> list[tuple[list[nn.Parameter], float]]:
         if rates.b is None:
             return super().groups(model, rates)
-        named = [(name, p) for v in vectors_of(model, NAME) for name, p in v.named_parameters()]
+        named = [
+            (name, p) for v in vectors_of(model, ADAPTER_NAME) for name, p in v.named_parameters()
+        ]
         d, b = ([p for name, p in named if name == which] for which in ("d", "b"))
-        return [(d, rates.inside), (b, rates.b), (self.head(model), rates.head)]
+        return [(d, rates.adapter), (b, rates.b), (self.head(model), rates.head)]
 
-    def write(self, model: nn.Module, folder: Path, mine: bool = True) -> int:
-        adapter = extract(model, NAME)  # every process: a sharded adapter is gathered here
-        return native.write(adapter, folder / self.file) if mine else 0
+    def write(self, model: nn.Module, folder: Path, is_main: bool = True) -> int:
+        adapter = extract(model, ADAPTER_NAME)  # every process: a sharded adapter is gathered here
+        return native.write(adapter, folder / self.file) if is_main else 0
 
     def read(self, model: nn.Module, folder: Path) -> None:
-        update(model, native.read(folder / self.file), NAME)
+        update(model, native.read(folder / self.file), ADAPTER_NAME)
 
     def check(self, folder: Path) -> None:
         native.read(folder / self.file)
 
 
-class Plain(Method):
+class BaselineMethod(Method):
     """Parameters of the model itself. The file holds them by name, and the head's batch statistics."""
 
     file = "trained.safetensors"
 
     def __init__(self, method: str, config: VeraConfig, options: Mapping[str, Any]) -> None:
-        """method: as `method_of` knows it, but vera; config: its targets are those of LoRAs; options: the method's own settings."""
+        """method: as `build_method` knows it, but vera; config: its targets are those of LoRAs; options: the method's own settings."""
         self.method, self.config, self.options = method, config, dict(options)
         self.callbacks: list[TrainerCallback] = []
         self._heads: tuple[str, ...] = ()
@@ -147,12 +153,12 @@ class Plain(Method):
     def head(self, model: nn.Module) -> list[nn.Parameter]:
         return [p for _, module in find_heads(model, self._heads) for p in module.parameters()]
 
-    def write(self, model: nn.Module, folder: Path, mine: bool = True) -> int:
+    def write(self, model: nn.Module, folder: Path, is_main: bool = True) -> int:
         tensors = {name: t.detach().cpu().contiguous() for name, t in self._state(model).items()}
         data = safetensors.torch.save(tensors, {"method": self.method})
-        if mine:
+        if is_main:
             write_atomic(folder / self.file, data)
-        return len(data) if mine else 0
+        return len(data) if is_main else 0
 
     def read(self, model: nn.Module, folder: Path) -> None:
         stored, own = safetensors.torch.load_file(folder / self.file), self._state(model)
@@ -212,7 +218,7 @@ class Plain(Method):
             )
             if name == "adalora":
                 self.callbacks.append(
-                    Allocate(model, tuner, bool({"tinit", "tfinal"} & set(self.options)))
+                    AdaLoraCallback(model, tuner, bool({"tinit", "tfinal"} & set(self.options)))
                 )
         except (TypeError, ValueError) as error:
             raise ConfigError(
@@ -220,19 +226,19 @@ class Plain(Method):
             ) from error
 
 
-def method_of(name: str, config: VeraConfig, options: Mapping[str, Any]) -> Method:
+def build_method(name: str, config: VeraConfig, options: Mapping[str, Any]) -> Method:
     """The method of a name. Raises ConfigError for an unknown one."""
     if name == "vera":
-        return Vera(config)
+        return VeraMethod(config)
     known = ("vera", "head", "bitfit", "full", *INSERTED)
     if name not in known and not name.startswith("peft:"):
         raise ConfigError(
             f"unknown method {name!r}; there are {', '.join(known)} and peft:NAME{near(name, (*known, 'peft:lora'))}"
         )
-    return Plain(name, config, options)
+    return BaselineMethod(name, config, options)
 
 
-def readable(method: Method, folder: Path) -> bool:
+def has_whole_file(method: Method, folder: Path) -> bool:
     """Whether a folder holds a whole file of this method."""
     try:
         method.check(folder)

@@ -25,10 +25,10 @@ from veratune.inference.evaluate import scores
 from veratune.targets import find_heads
 from veratune.tasks.base import Task
 from veratune.tasks.registry import task_class
-from veratune.training.ema import Average
-from veratune.training.methods import Method, Rates, method_of
+from veratune.training.ema import EMACallback
+from veratune.training.methods import LearningRates, Method, build_method
 from veratune.training.settings import TrainSettings
-from veratune.training.trainer import Progress, Samples, VeraTrainer, last_checkpoint
+from veratune.training.trainer import ProgressLogger, SampleCallback, VeraTrainer, last_checkpoint
 
 RUN = "run.yaml"
 RESULTS = "results.json"
@@ -57,20 +57,20 @@ class TrainResult:
     peak_memory: int
 
 
-Show = Callable[[list[tuple[str, bool]]], None]
+PreviewCallback = Callable[[list[tuple[str, bool]]], None]
 
 
 def train(
     settings: TrainSettings,
     vera: VeraConfig,
-    show: Show | None = None,
+    on_preview: PreviewCallback | None = None,
     *,
     task: Task | None = None,
     method: Method | None = None,
 ) -> TrainResult:
     """Fine-tune a base model with VeRA and write the adapter to `settings.out`.
 
-    show: called with previews of the first training examples (pieces of text, and whether the loss is on
+    on_preview: called with previews of the first training examples (pieces of text, and whether the loss is on
     them). task, method: objects of one's own, instead of those that the settings name. Raises VeratuneError for every mistake in settings, data or model, before anything is written.
     """
     vera = dataclasses.replace(vera, seed=settings.basis_seed)
@@ -78,35 +78,35 @@ def train(
     if _first_process():
         _check_out(settings, vera, out)
     task = task or build_task(settings)
-    method = method or method_of(settings.method, vera, settings.options)
+    method = method or build_method(settings.method, vera, settings.options)
     if settings.label_smoothing and not task.cross_entropy:
         raise ConfigError(
             f"label_smoothing is {settings.label_smoothing}, but the loss of task {task.name!r} is no cross entropy; leave it out"
         )
-    rows, eval_rows = _load_data(settings, task)
-    task.learn(rows)
+    examples, eval_examples = _load_data(settings, task)
+    task.fit_labels(examples)
     processor = task.load_processor(settings.model)
-    train_set = task.encode(rows, processor, training=True)
+    train_set = task.encode(examples, processor, training=True)
     if settings.group_by_length and "input_ids" not in train_set.column_names:
         raise ConfigError(
             f"group_by_length is for texts; examples of task {task.name!r} have no length, leave it out"
         )
-    eval_set = task.encode(eval_rows, processor) if eval_rows is not None else None
+    eval_set = task.encode(eval_examples, processor) if eval_examples is not None else None
 
     set_seed(settings.seed)
     options = {"dtype": settings.base_dtype, "quantize": settings.quantize}
     model = task.load_model(settings.model, processor, **options)
-    heads, still = _norms(settings, model, vera.head or task.heads(model))
-    method.prepare(model, heads, task.describe())
+    heads, frozen_norms = _norms(settings, model, vera.head or task.heads(model))
+    method.prepare(model, heads, task.to_metadata())
 
     if _first_process():
         _open_out(settings, vera, out)
-        if show is not None:
+        if on_preview is not None:
             for example in itertools.islice(train_set, settings.preview):
-                show(task.preview(example, processor))
+                on_preview(task.preview(example, processor))
     checkpoint = last_checkpoint(out / "checkpoints", method) if settings.resume else None
     trainer = _trainer(
-        settings, model, task, method, processor, train_set, eval_set, still, checkpoint
+        settings, model, task, method, processor, train_set, eval_set, frozen_norms, checkpoint
     )
     before = {} if eval_set is None else _before(trainer, out)
     set_seed(settings.seed)  # what was drawn so far must not matter to a resumed run
@@ -118,7 +118,7 @@ def train(
     result = TrainResult(
         path=str(out / method.file),
         bytes=size,
-        trained=sum(p.numel() for p in method.inside(model)),
+        trained=sum(p.numel() for p in method.adapter_parameters(model)),
         head=sum(p.numel() for p in method.head(model)),
         before=before,
         after=after,
@@ -129,13 +129,16 @@ def train(
     )
     if _first_process():
         write_atomic(out / RESULTS, json.dumps(dataclasses.asdict(result), indent=2).encode())
-        if eval_rows is not None:
-            task.draw(model, eval_rows, processor, out)
+        if eval_examples is not None:
+            task.draw(model, eval_examples, processor, out)
     return result
 
 
 def sweep(
-    settings: TrainSettings, vera: VeraConfig, grid: dict[str, list[Any]], show: Show | None = None
+    settings: TrainSettings,
+    vera: VeraConfig,
+    grid: dict[str, list[Any]],
+    on_preview: PreviewCallback | None = None,
 ) -> list[tuple[dict[str, Any], TrainResult]]:
     """Train once for every combination of values; best first by the task's score.
 
@@ -167,7 +170,7 @@ def sweep(
         resumed = (folder / RUN).is_file()
         run = dataclasses.replace(settings, out=str(folder), resume=resumed, **own)
         other = dataclasses.replace(vera, **{k: v for k, v in chosen.items() if k not in own})
-        results.append((chosen, train(run, other, None if results else show)))
+        results.append((chosen, train(run, other, None if results else on_preview)))
     results.sort(key=lambda entry: entry[1].after.get(metric, float("nan")), reverse=greater)
     best = Path(results[0][1].path)
     write_atomic(out / best.name, best.read_bytes())
@@ -176,11 +179,11 @@ def sweep(
 
 def build_task(settings: TrainSettings) -> Task:
     """The task with the run's columns and whatever else of the run is its own. Raises ConfigError for what it does not take."""
-    kind, options = task_class(settings.task), settings.of_task()
+    kind, options = task_class(settings.task), settings.task_settings()
     for name in options:
-        if name not in kind.takes:
+        if name not in kind.accepted_settings:
             raise ConfigError(
-                f"{name} is set, but task {settings.task!r} does not take it{near(name, kind.takes)}; leave it out"
+                f"{name} is set, but task {settings.task!r} does not take it{near(name, kind.accepted_settings)}; leave it out"
             )
     return kind(settings.columns, **options)
 
@@ -197,7 +200,7 @@ def peak_memory() -> int:
 def _norms(
     settings: TrainSettings, model: nn.Module, heads: tuple[str, ...]
 ) -> tuple[tuple[str, ...], list[nn.Module]]:
-    """What is trained in full, and the batch normalisations that stand still, as settings.batch_norm says."""
+    """What is trained in full, and the batch normalisations that stay frozen, as settings.batch_norm says."""
     norms = {
         p: m for p, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
     }
@@ -214,16 +217,18 @@ def _norms(
 
 
 def _load_data(settings: TrainSettings, task: Task) -> tuple[Dataset, Dataset | None]:
-    rows = task.load_rows(settings.data, settings.split, settings.data_config)
+    examples = task.load_examples(settings.data, settings.split, settings.data_config)
     if settings.eval_data is not None:
-        return rows, task.load_rows(settings.eval_data, settings.eval_split, settings.data_config)
+        return examples, task.load_examples(
+            settings.eval_data, settings.eval_split, settings.data_config
+        )
     if task.has_split(settings.data, settings.eval_split):
-        return rows, task.load_rows(settings.data, settings.eval_split)
+        return examples, task.load_examples(settings.data, settings.eval_split)
     if settings.patience:
         raise ConfigError(
             "patience stops on an evaluation score, but there is no evaluation data; give --eval-data"
         )
-    return rows, None
+    return examples, None
 
 
 def _trainer(
@@ -234,17 +239,17 @@ def _trainer(
     processor: Any,
     train_set: Dataset,
     eval_set: Dataset | None,
-    still: list[nn.Module],
+    frozen_norms: list[nn.Module],
     checkpoint: Path | None,
 ) -> VeraTrainer:
     evaluates, out = eval_set is not None, Path(settings.out)
     every: dict[str, Any] = {"save_strategy": "epoch"}
-    if settings.checkpoints:
-        every = {"save_strategy": "steps", "save_steps": settings.checkpoints}
+    if settings.save_steps:
+        every = {"save_strategy": "steps", "save_steps": settings.save_steps}
     if evaluates:
         every |= {
             "eval_strategy": every["save_strategy"],
-            "eval_steps": settings.checkpoints or None,
+            "eval_steps": settings.save_steps or None,
         }
     on_gpu = torch.cuda.is_available() and settings.device != "cpu"
     arguments = TrainingArguments(
@@ -252,14 +257,14 @@ def _trainer(
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
         train_sampling_strategy="group_by_length" if settings.group_by_length else "random",
-        gradient_accumulation_steps=settings.accumulation,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         learning_rate=settings.lr,
         weight_decay=settings.weight_decay,
-        max_grad_norm=settings.clip,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup,
+        max_grad_norm=settings.max_grad_norm,
+        lr_scheduler_type=settings.lr_scheduler,
+        warmup_steps=settings.warmup_steps or settings.warmup_ratio,
         save_total_limit=2,
         load_best_model_at_end=evaluates and settings.keep == "best",
         metric_for_best_model=task.metric,
@@ -283,11 +288,14 @@ def _trainer(
         disable_tqdm=False,
         **every,
     )
-    callbacks: list[TrainerCallback] = [Samples(task, model, processor, out), *method.callbacks]
+    callbacks: list[TrainerCallback] = [
+        SampleCallback(task, model, processor, out),
+        *method.callbacks,
+    ]
     if settings.patience:
         callbacks.append(EarlyStoppingCallback(settings.patience))
     if settings.ema:
-        callbacks.append(Average(model, settings.ema, checkpoint))
+        callbacks.append(EMACallback(model, settings.ema, checkpoint))
     trainer = VeraTrainer(
         model=model,
         args=arguments,
@@ -298,13 +306,13 @@ def _trainer(
         compute_metrics=task.metrics(),
         callbacks=callbacks,
         method=method,
-        still=still,
+        frozen_norms=frozen_norms,
         loss_per_token=task.loss_per_token,
         outputs=task.outputs,
-        rates=Rates(settings.lr, settings.head_lr, settings.b_lr),
+        rates=LearningRates(settings.lr, settings.head_lr, settings.b_lr),
     )
     trainer.remove_callback(ProgressCallback)  # it writes to standard output
-    trainer.add_callback(Progress)
+    trainer.add_callback(ProgressLogger)
     return trainer
 
 

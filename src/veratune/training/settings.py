@@ -47,13 +47,14 @@ class TrainSettings:
         weight_decay: of AdamW, on vectors and head.
         batch_size: examples in one forward pass of one process.
         group_by_length: make batches of examples of like length: less padding, so faster, and less random.
-        accumulation: forward passes per optimizer step.
+        gradient_accumulation_steps: forward passes per optimizer step.
         epochs: passes over the data.
         max_steps: optimizer steps; over 0 it goes before epochs.
-        warmup: share of all steps in which the learning rate rises, in [0, 1); from 1 up, their number.
-        schedule: how the learning rate falls after that.
+        warmup_ratio: share of all steps in which the learning rate rises, in [0, 1).
+        warmup_steps: their number; over 0 it goes before warmup_ratio.
+        lr_scheduler: how the learning rate falls after that.
         ema: decay of an exponential moving average of the trained values, which is what is kept in the end; 0 for none.
-        clip: largest norm of the gradient; 0 for none.
+        max_grad_norm: largest norm of the gradient; 0 for none.
         keep: the adapter of the best evaluation, or the last one.
         patience: evaluations without a better score before the run stops; 0: never stops early.
         seed: of data order, dropout and the head's start.
@@ -64,7 +65,7 @@ class TrainSettings:
             "auto" does so on a GPU with a bfloat16 base, "no" never.
         quantize: load the base with bitsandbytes in 4 or 8 bits.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
-        checkpoints: optimizer steps between checkpoints; 0: one after each epoch.
+        save_steps: optimizer steps between checkpoints; 0: one after each epoch.
         report_to: loggers that Trainer knows: tensorboard, wandb, trackio.
         resume: go on from the last whole checkpoint in `out`.
         preview: training examples to show first, with the part that the loss is on.
@@ -100,13 +101,14 @@ class TrainSettings:
     weight_decay: float = 0.0
     batch_size: int = 16
     group_by_length: bool = False
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     epochs: float = 3.0
     max_steps: int = 0
-    warmup: float = 0.06
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    warmup_ratio: float = 0.06
+    warmup_steps: int = 0
+    lr_scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     ema: float = 0.0
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     keep: Literal["best", "last"] = "best"
     patience: int = 0
     seed: int = 0
@@ -116,7 +118,7 @@ class TrainSettings:
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     quantize: Literal["4bit", "8bit"] | None = None
     gradient_checkpointing: bool = False
-    checkpoints: int = 0
+    save_steps: int = 0
     report_to: list[str] = dataclasses.field(default_factory=list)
     resume: bool = False
     preview: int = 1
@@ -128,9 +130,8 @@ class TrainSettings:
             ("b_lr", 0),
             ("head_lr", 0),
             ("weight_decay", 0),
-            ("clip", 0),
+            ("max_grad_norm", 0),
             ("epochs", 0),
-            ("warmup", 0),
         ):
             value = getattr(self, field)
             if value is None:
@@ -140,7 +141,7 @@ class TrainSettings:
                     f"{field} is {value}; it must be a finite number of at least {least}"
                 )
         for field, least in (
-            ("batch_size", 1), ("accumulation", 1), ("max_steps", 0), ("patience", 0), ("checkpoints", 0), ("preview", 0),
+            ("batch_size", 1), ("gradient_accumulation_steps", 1), ("max_steps", 0), ("patience", 0), ("save_steps", 0), ("preview", 0), ("warmup_steps", 0),
         ):  # fmt: skip
             if getattr(self, field) < least:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least {least}")
@@ -150,9 +151,10 @@ class TrainSettings:
             raise ConfigError(
                 "ema keeps an average of all steps, keep='best' one of them; set keep to last"
             )
-        if self.warmup > 1 and self.warmup != int(self.warmup):
+        if not 0 <= self.warmup_ratio < 1:
             raise ConfigError(
-                f"warmup is {self.warmup}; it is a share of all steps, in [0, 1), or a whole number of them"
+                f"warmup_ratio is {self.warmup_ratio}; it is a share of all steps, in [0, 1). "
+                "For a number of steps use warmup_steps"
             )
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(
@@ -173,15 +175,17 @@ class TrainSettings:
         if self.epochs == 0 and self.max_steps == 0:
             raise ConfigError("epochs and max_steps are both 0; one of them says how long to train")
 
-    def of_task(self) -> dict[str, Any]:
+    def task_settings(self) -> dict[str, Any]:
         """The settings that are a task's own, as far as they are set."""
-        return {name: getattr(self, name) for name in _OF_TASKS if getattr(self, name) is not None}
+        return {
+            name: getattr(self, name) for name in TASK_SETTINGS if getattr(self, name) is not None
+        }
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
-_OF_TASKS = (
+TASK_SETTINGS = (
     "max_length", "system", "image_size", "augment", "bad_images", "bad_boxes", "caption", "prompts", "sample_steps", "min_snr",
     "train_text_encoder",
 )  # fmt: skip

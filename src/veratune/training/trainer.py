@@ -15,7 +15,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from veratune.inference.evaluate import TaskTrainer
 from veratune.tasks.base import Task
-from veratune.training.methods import Method, Rates, readable
+from veratune.training.methods import LearningRates, Method, has_whole_file
 
 _STATE = "trainer_state.json"
 
@@ -23,7 +23,7 @@ _STATE = "trainer_state.json"
 class VeraTrainer(TaskTrainer):
     """Trainer for what a method trains of a model.
 
-    rates: peak learning rates; loss_per_token: see Task; still: modules that stay in
+    rates: peak learning rates; loss_per_token: see Task; frozen_norms: modules that stay in
     evaluation mode while the model is trained, such as frozen batch normalisation.
     Checkpoints hold the method's file, the optimizer and the random states, never the base model.
     """
@@ -33,12 +33,12 @@ class VeraTrainer(TaskTrainer):
         *args: Any,
         model: nn.Module,
         method: Method,
-        rates: Rates,
+        rates: LearningRates,
         loss_per_token: bool,
-        still: Sequence[nn.Module] = (),
+        frozen_norms: Sequence[nn.Module] = (),
         **kwargs: Any,
     ) -> None:
-        self.method, self.rates, self.still = method, rates, still
+        self.method, self.rates, self.frozen_norms = method, rates, frozen_norms
         # Trainer refuses a quantized model unless this mark says that there is an adapter on it.
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
         try:
@@ -73,7 +73,7 @@ class VeraTrainer(TaskTrainer):
         return loss
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        for module in self.still:
+        for module in self.frozen_norms:
             module.eval()
         return super().compute_loss(model, *args, **kwargs)
 
@@ -104,7 +104,7 @@ class VeraTrainer(TaskTrainer):
         self.method.read(self.adapted, Path(self.state.best_model_checkpoint))
 
 
-class Progress(ProgressCallback):
+class ProgressLogger(ProgressCallback):
     """Trainer's progress bar, with its lines on standard error too: standard output is for results."""
 
     def on_log(
@@ -127,7 +127,7 @@ class Progress(ProgressCallback):
                 tqdm.write(line, file=sys.stderr)
 
 
-class Samples(TrainerCallback):
+class SampleCallback(TrainerCallback):
     """A picture of what the model makes, beside every checkpoint: samples/STEP.png in the run's folder."""
 
     def __init__(self, task: Task, model: nn.Module, processor: Any, folder: Path) -> None:
@@ -157,6 +157,6 @@ def last_checkpoint(folder: Path, method: Method) -> Path | None:
             json.loads((checkpoint / _STATE).read_text())
         except (OSError, ValueError):
             continue
-        if readable(method, checkpoint):
+        if has_whole_file(method, checkpoint):
             return checkpoint
     return None

@@ -6,7 +6,7 @@ from torch import nn
 
 import veratune as vt
 from veratune.config import VeraConfig
-from veratune.training.methods import Plain, Vera
+from veratune.training.methods import BaselineMethod, VeraMethod
 from veratune_lab.paper.conv import BLOCKS, FIFTY, PRINTED, RANK, REPORT, ConvMnist, Loralib, _full
 from veratune_lab.paper.networks import Classifier, ResNet
 
@@ -19,18 +19,20 @@ def heads(model):
 
 def trained(method):
     model = Classifier(
-        ResNet(REPORT, 10, shifts=not isinstance(method, Plain) or method.method != "full")
+        ResNet(REPORT, 10, shifts=not isinstance(method, BaselineMethod) or method.method != "full")
     )
     method.prepare(model, heads(model), {})
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(
-        p.numel() for p in method.inside(model)
+        p.numel() for p in method.adapter_parameters(model)
     )
 
 
 def test_the_reports_three_counts_and_its_adapters():
     printed = PRINTED["conv-mnist"]
-    assert trained(Plain("full", SIDES, {}))[0] == printed["Fully Trained"][0] == 15_434_314
-    assert trained(Vera(SIDES)) == (printed["VeRA"][0], 19_164) == (2_868_390, 19_164)
+    assert (
+        trained(BaselineMethod("full", SIDES, {}))[0] == printed["Fully Trained"][0] == 15_434_314
+    )
+    assert trained(VeraMethod(SIDES)) == (printed["VeRA"][0], 19_164) == (2_868_390, 19_164)
     assert trained(Loralib(SIDES, RANK)) == (printed["LoRA"][0], 257_280) == (3_106_506, 257_280)
 
 
@@ -52,7 +54,7 @@ def test_a_lora_of_zeros_has_no_gradient_and_one_at_random_has():
         method.prepare(model, ("net.fc",), {})
         assert torch.equal(model(x)["logits"], plain)
         model(x)["logits"].square().sum().backward()
-        moved = [p for p in method.inside(model) if p.grad is not None and p.grad.any()]
+        moved = [p for p in method.adapter_parameters(model) if p.grad is not None and p.grad.any()]
         assert bool(moved) == (not zeros)
 
 

@@ -165,9 +165,9 @@ def test_magnitude_starts_as_vera_and_trains_its_scale():
     method = recipes.WithMagnitude(config)
     method.prepare(model, ("classifier",), {})
     assert torch.allclose(model(**tokens).logits, before, atol=1e-6)
-    assert sum(p.numel() for p in method.inside(model)) == 4 * (4 + 32) + 4 * 32
+    assert sum(p.numel() for p in method.adapter_parameters(model)) == 4 * (4 + 32) + 4 * 32
     model(**tokens).logits.sum().backward()
-    assert all(p.grad is not None for p in method.inside(model))
+    assert all(p.grad is not None for p in method.adapter_parameters(model))
 
 
 def test_deltas_from_a_file_alone_are_those_of_the_model(tmp_path):
@@ -201,7 +201,7 @@ def test_e2e_groups_references_by_input_and_takes_some(tmp_path):
     rows(tmp_path, "train", values)
     rows(tmp_path, "test", values)
     task = E2e(Size(5, 2, 3, {}))
-    assert len(task.load_rows(str(tmp_path))) == 5
+    assert len(task.load_examples(str(tmp_path))) == 5
     asked, references = task.inputs(str(tmp_path))
     assert asked == ["name[0]", "name[2]", "name[4]"]
     assert references[1] == ["It is 4.", "It is 5."]
@@ -215,12 +215,12 @@ def test_alpaca_holds_the_same_rows_out(tmp_path):
     )
     few, many = Alpaca(5, 8, longest=35), Alpaca(None, 8, longest=35)
     assert (
-        few.load_rows(str(tmp_path), "validation")["instruction"]
-        == many.load_rows(str(tmp_path), "validation")["instruction"]
+        few.load_examples(str(tmp_path), "validation")["instruction"]
+        == many.load_examples(str(tmp_path), "validation")["instruction"]
     )
-    trained = set(many.load_rows(str(tmp_path))["instruction"])
-    assert len(few.load_rows(str(tmp_path))) == 5
-    assert not trained & set(many.load_rows(str(tmp_path), "validation")["instruction"])
+    trained = set(many.load_examples(str(tmp_path))["instruction"])
+    assert len(few.load_examples(str(tmp_path))) == 5
+    assert not trained & set(many.load_examples(str(tmp_path), "validation")["instruction"])
     assert len(trained) == 31 - 8  # rows of 35 characters and more are left out
 
 

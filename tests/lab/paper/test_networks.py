@@ -46,8 +46,8 @@ def test_published_weights_score_what_they_should(name, n, least):
         pytest.skip("no CIFAR-10 data and checkpoints beside the repository")
     net = load_weights(CifarResNet(n), models).eval()
     task = NetworkTask(lambda classes: net, lambda net: [], 32)
-    test = task.load_rows(str(rows / "test_1k.parquet"))
-    task.learn(test)
+    test = task.load_examples(str(rows / "test_1k.parquet"))
+    task.fit_labels(test)
     encoded = task.encode(test, task.load_processor(""))
     batch = encoded[:1000]
     with torch.no_grad():

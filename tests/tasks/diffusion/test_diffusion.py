@@ -8,7 +8,7 @@ import veratune as vt
 from tests import fakes
 from veratune.errors import DataError, UnsupportedError
 from veratune.formats import native
-from veratune.inference.evaluate import evaluate_both, load_for
+from veratune.inference.evaluate import evaluate_with_base, load_with_adapter
 from veratune.tasks.diffusion.diffusion import Unconditional, load_style
 from veratune.training.run import train
 from veratune.training.settings import TrainSettings
@@ -102,7 +102,9 @@ def test_a_pipeline_learns_captions_and_draws_with_the_file(tmp_path):
     assert np.array_equal(drawn(), plain)
     vt.detach(held)
     assert np.array_equal(drawn(), plain)
-    base, after = evaluate_both(load_for(model, result.path, device="cpu"), data, split="train")
+    base, after = evaluate_with_base(
+        load_with_adapter(model, result.path, device="cpu"), data, split="train"
+    )
     assert after["loss"] == pytest.approx(result.after["loss"], rel=1e-4)
     assert base["loss"] == pytest.approx(result.before["loss"], rel=1e-4)
 
@@ -114,7 +116,7 @@ def test_xl_with_both_text_encoders(tmp_path):
     )
     kinds = {name.split(".")[0] for name in native.read(result.path).shapes}
     assert kinds == {"unet", "text_encoder", "text_encoder_2"}
-    held = load_for(model, result.path, device="cpu")
+    held = load_with_adapter(model, result.path, device="cpu")
     assert held.task.train_text_encoder
 
 
@@ -152,6 +154,6 @@ def test_a_tiny_pipeline_overfits_a_caption_set(tmp_path):
     model, data = fakes.stable_diffusion(tmp_path), captioned(tmp_path / "data")
     vera = vt.VeraConfig(rank=64, targets=["all-conv", "all-linear"])
     result = train(
-        settings(model, data, tmp_path / "run", epochs=200, lr=4e-2, checkpoints=10**6), vera
+        settings(model, data, tmp_path / "run", epochs=200, lr=4e-2, save_steps=10**6), vera
     )
     assert result.after["loss"] < 0.7 * result.before["loss"]

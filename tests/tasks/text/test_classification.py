@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from tests import fakes
 from veratune.errors import AdapterFileError, DataError
-from veratune.tasks.registry import from_description
+from veratune.tasks.registry import task_from_metadata
 from veratune.tasks.text.classification import TextClassification, TextRegression
 
 
@@ -25,11 +25,11 @@ def rows(labels, **more):
 )
 def test_label_names_come_from_the_training_rows(labels, names):
     task = TextClassification()
-    task.learn(rows(labels))
+    task.fit_labels(rows(labels))
     assert task.labels == names
     targets = task.encode(rows(labels), fakes.tokenizer())["labels"]
     assert [task.labels[t] for t in targets] == [str(x) for x in labels]
-    again = from_description(task.describe())
+    again = task_from_metadata(task.to_metadata())
     assert isinstance(again, TextClassification)
     assert again.labels == names
 
@@ -45,7 +45,7 @@ def test_label_names_come_from_the_training_rows(labels, names):
 )
 def test_bad_labels(labels, message):
     with pytest.raises(DataError, match=message):
-        TextClassification().learn(rows(labels))
+        TextClassification().fit_labels(rows(labels))
 
 
 def test_labels_outside_the_range_name_the_row():
@@ -115,6 +115,6 @@ def test_heads_are_what_stands_beside_the_backbone():
 
 def test_an_unknown_task_in_a_file():
     with pytest.raises(AdapterFileError, match="is not known here"):
-        from_description({"name": "telepathy"})
+        task_from_metadata({"name": "telepathy"})
     with pytest.raises(AdapterFileError, match="is not known here"):
-        from_description({"name": "instruction", "colour": 3})
+        task_from_metadata({"name": "instruction", "colour": 3})

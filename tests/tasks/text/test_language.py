@@ -51,7 +51,9 @@ def test_the_prompt_is_tokenized_as_it_is_when_the_model_answers():
     tokenizer = fakes.tokenizer()
     found = encode([PAIR], tokenizer)[0]
     prompt = tokenizer(
-        render([{"role": "user", "content": PAIR["prompt"]}], tokenizer, answer_next=True),
+        render(
+            [{"role": "user", "content": PAIR["prompt"]}], tokenizer, add_generation_prompt=True
+        ),
         add_special_tokens=False,
     )
     assert found["input_ids"][: len(prompt["input_ids"])] == prompt["input_ids"]

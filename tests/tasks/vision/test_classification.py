@@ -10,7 +10,7 @@ import veratune as vt
 from tests import fakes
 from veratune.errors import ConfigError, DataError
 from veratune.formats import native
-from veratune.inference.evaluate import evaluate_both, load_for
+from veratune.inference.evaluate import evaluate_with_base, load_with_adapter
 from veratune.training.run import train
 from veratune.training.settings import TrainSettings
 
@@ -50,8 +50,8 @@ def test_a_folder_of_classes_is_learned_and_scored_again(place, tmp_path):
         "image_size": None,
         "labels": ["above", "below"],
     }
-    base, after = evaluate_both(
-        load_for(str(place / "vit"), result.path, device="cpu"), str(place / "data")
+    base, after = evaluate_with_base(
+        load_with_adapter(str(place / "vit"), result.path, device="cpu"), str(place / "data")
     )
     assert after["accuracy"] == result.after["accuracy"] > base["accuracy"]
 
@@ -61,7 +61,7 @@ def test_another_size_of_images_is_interpolated(place, tmp_path):
         settings(place, tmp_path / "run", image_size=24, augment="flip", epochs=1),
         vt.VeraConfig(rank=8),
     )
-    loaded = load_for(str(place / "vit"), result.path, device="cpu")
+    loaded = load_with_adapter(str(place / "vit"), result.path, device="cpu")
     assert loaded.processor.size["height"] == 24
     assert result.steps == 3
 
@@ -83,8 +83,8 @@ def test_batch_normalisation_is_frozen_or_stored(place, tmp_path, policy):
     stored = [name for name in adapter.head if name.endswith("running_mean")]
     assert bool(stored) == (policy == "train")
     # A model that is loaded computes what the trained one did, statistics included.
-    loaded = load_for(str(place / "resnet"), result.path, device="cpu")
-    _, after = evaluate_both(loaded, str(place / "data"))
+    loaded = load_with_adapter(str(place / "resnet"), result.path, device="cpu")
+    _, after = evaluate_with_base(loaded, str(place / "data"))
     assert after["loss"] == pytest.approx(result.after["loss"], rel=1e-5)
     vt.use(loaded.model, None)
     means = [
@@ -114,7 +114,7 @@ def test_mistakes_name_what_was_found(place, tmp_path):
         train(settings(place, tmp_path / "d", eval_data=str(other)), vera)
     assert not any((tmp_path / name).exists() for name in "abcd")
     with pytest.raises(ConfigError, match="image-classification needs the label names"):
-        load_for(str(place / "vit"), None, task="image-classification")
+        load_with_adapter(str(place / "vit"), None, task="image-classification")
 
 
 def test_encoded_images_in_a_file_with_numbered_classes(place, tmp_path):

@@ -10,8 +10,8 @@ import veratune as vt
 from tests import fakes
 from veratune.errors import DataError
 from veratune.formats import native
-from veratune.inference.evaluate import evaluate, load_for
-from veratune.tasks.vision.boxes import checked_boxes, load_box_rows
+from veratune.inference.evaluate import evaluate, load_with_adapter
+from veratune.tasks.vision.boxes import load_box_examples, validate_boxes
 from veratune.tasks.vision.detection import mean_average_precision
 from veratune.training.run import train
 from veratune.training.settings import TrainSettings
@@ -70,7 +70,7 @@ def voc(folder):
 
 @pytest.mark.parametrize("form", [coco, voc])
 def test_both_forms_give_the_same_rows(tmp_path, form):
-    rows = load_box_rows(str(form(tmp_path / "data")))
+    rows = load_box_examples(str(form(tmp_path / "data")))
     assert rows["boxes"] == list(BOXES.values())
     assert rows["labels"] == list(NAMES.values())
 
@@ -79,14 +79,14 @@ def test_damaged_annotations_are_named(tmp_path):
     data = coco(tmp_path / "data")
     (data / "train" / "1.png").unlink()
     with pytest.raises(DataError, match="it names the image '1.png', which is in none of"):
-        load_box_rows(str(data))
+        load_box_examples(str(data))
     (data / "annotations" / "instances_train.json").write_text('{"images": []}')
     with pytest.raises(DataError, match="instances_train.json: not COCO annotations"):
-        load_box_rows(str(data))
+        load_box_examples(str(data))
     other = voc(tmp_path / "voc")
     (other / "Annotations" / "1.xml").write_text("<annotation><object/></annotation>")
     with pytest.raises(DataError, match="1.xml: not VOC annotations"):
-        load_box_rows(str(other))
+        load_box_examples(str(other))
 
 
 def test_numbered_classes_have_names_beside_them_and_objects_are_understood(tmp_path):
@@ -96,11 +96,11 @@ def test_numbered_classes_have_names_beside_them_and_objects_are_understood(tmp_
     rows = {"image": ["x.png"], "boxes": [[[0.0, 0.0, 4.0, 4.0]]], "labels": [[1]]}
     Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
     (tmp_path / "labels.json").write_text('{"0": "cat", "1": "dog"}')
-    assert load_box_rows(str(tmp_path))["labels"] == [["dog"]]
+    assert load_box_examples(str(tmp_path))["labels"] == [["dog"]]
     objects = {"image": ["x.png"], "objects": [{"bbox": [[1.0, 1.0, 3.0, 4.0]], "category": [7]}]}
     (tmp_path / "o").mkdir()
     Dataset.from_dict(objects).to_parquet(tmp_path / "o" / "train.parquet")
-    rows = load_box_rows(str(tmp_path / "o"))
+    rows = load_box_examples(str(tmp_path / "o"))
     assert (rows["boxes"], rows["labels"]) == ([[[1.0, 1.0, 4.0, 5.0]]], [["7"]])
 
 
@@ -110,21 +110,21 @@ def test_boxes_outside_their_image_fail_or_are_cut():
         DataError,
         match=r"row 4: the image is 10 x 8 and the box \[6.0, 6.0, 14.0, 9.0\] lies outside it.*clip",
     ):
-        checked_boxes([inside, over], ["a", "b"], 10, 8, 4)
+        validate_boxes([inside, over], ["a", "b"], 10, 8, 4)
     with pytest.raises(DataError, match="is empty"):
-        checked_boxes([empty], ["a"], 10, 8, 0)
-    assert checked_boxes([inside, over, empty], ["a", "b", "c"], 10, 8, 0, "clip") == (
+        validate_boxes([empty], ["a"], 10, 8, 0)
+    assert validate_boxes([inside, over, empty], ["a", "b", "c"], 10, 8, 0, "clip") == (
         [inside, [6.0, 6.0, 10.0, 8.0]],
         ["a", "b"],
     )
-    assert checked_boxes([[-0.5, 0.0, 10.9, 8.0]], ["a"], 10, 8, 0) == (
+    assert validate_boxes([[-0.5, 0.0, 10.9, 8.0]], ["a"], 10, 8, 0) == (
         [[0.0, 0.0, 10.0, 8.0]],
         ["a"],
     )  # a pixel of slack
     with pytest.raises(DataError, match="is no box"):
-        checked_boxes([[1.0, 2.0, 3.0]], ["a"], 10, 8, 0)
+        validate_boxes([[1.0, 2.0, 3.0]], ["a"], 10, 8, 0)
     with pytest.raises(DataError, match="1 boxes and 2 labels"):
-        checked_boxes([inside], ["a", "b"], 10, 8, 0)
+        validate_boxes([inside], ["a", "b"], 10, 8, 0)
 
 
 @given(
@@ -166,7 +166,7 @@ def test_a_detector_is_trained_scored_and_drawn(tmp_path, kind, targets):
     data, model = coco(tmp_path / "data"), fakes.detector(tmp_path / kind, kind)
     run = TrainSettings(
         model=model, task="object-detection", data=str(data), eval_data=str(data), eval_split="train", out=str(tmp_path / "run"), lr=1e-2,
-        head_lr=5e-3, batch_size=2, epochs=12, device="cpu", augment="flip", preview=1, checkpoints=100, keep="last",
+        head_lr=5e-3, batch_size=2, epochs=12, device="cpu", augment="flip", preview=1, save_steps=100, keep="last",
     )  # fmt: skip
     shown = []
     result = train(run, vt.VeraConfig(rank=8, targets=targets), show=shown.append)
@@ -177,7 +177,7 @@ def test_a_detector_is_trained_scored_and_drawn(tmp_path, kind, targets):
     adapter = native.read(result.path)
     assert adapter.task["labels"] == ["cat", "dog"]
     assert any("class" in name for name in adapter.head)  # other classes than the checkpoint's
-    loaded = load_for(model, result.path, device="cpu")
+    loaded = load_with_adapter(model, result.path, device="cpu")
     again = evaluate(loaded, str(data), split="train", batch_size=2)
     assert again["loss"] == pytest.approx(result.after["loss"], rel=1e-4)
     assert again["map"] == pytest.approx(result.after["map"], abs=1e-6)

@@ -7,19 +7,19 @@ from datasets import Dataset
 
 from veratune.errors import DataError
 from veratune.tasks.data import SPLITS, has_split
-from veratune.tasks.vision.images import ENDINGS, has_image_split, load_image_rows
+from veratune.tasks.vision.images import ENDINGS, has_image_split, load_image_examples
 
 METADATA = "metadata.jsonl"
 
 
-def load_caption_rows(
+def load_caption_examples(
     source: str, split: str = "train", config: str | None = None, caption: str | None = None
 ) -> Dataset:
     """The rows of one split: image and, where there is one, text.
 
     source: a folder of images (or of folders named after splits), each image with a text file of its name beside it, or all in
     metadata.jsonl ({"file_name", "text"} a line), or without texts, as DreamBooth's subject folders are; else what
-    `load_image_rows` takes. caption: the text of images that have none. Raises DataError.
+    `load_image_examples` takes. caption: the text of images that have none. Raises DataError.
     """
     folder = Path(source)
     if folder.is_dir() and not has_split(source, split):
@@ -29,14 +29,14 @@ def load_caption_rows(
         chosen = inner or (folder if split == "train" and _images(folder) else None)
         if chosen is not None:
             return _from_folder(chosen, caption)
-    rows = load_image_rows(source, split, config)
+    examples = load_image_examples(source, split, config)
     if (
         caption is not None
-        and "text" not in rows.column_names
-        and "caption" not in rows.column_names
+        and "text" not in examples.column_names
+        and "caption" not in examples.column_names
     ):
-        rows = rows.add_column("text", [caption] * len(rows))
-    return rows
+        examples = examples.add_column("text", [caption] * len(examples))
+    return examples
 
 
 def has_caption_split(source: str, split: str) -> bool:
@@ -66,9 +66,9 @@ def _from_folder(folder: Path, caption: str | None) -> Dataset:
         text = told.get(file.name) or (beside.read_text().strip() if beside.is_file() else caption)
         images.append({"bytes": None, "path": str(file)})
         texts.append(text)
-    rows = Dataset.from_dict({"image": images})
+    examples = Dataset.from_dict({"image": images})
     if all(text is None for text in texts):
-        return rows
+        return examples
     silent = next(
         (
             Path(str(image["path"])).name
@@ -81,7 +81,7 @@ def _from_folder(folder: Path, caption: str | None) -> Dataset:
         raise DataError(
             f"{folder}: {silent} has no text; put one beside it, or give --caption for images without"
         )
-    return rows.add_column("text", texts)
+    return examples.add_column("text", texts)
 
 
 def _images(folder: Path) -> list[Path]:

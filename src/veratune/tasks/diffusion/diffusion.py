@@ -25,8 +25,8 @@ from veratune.errors import ConfigError, UnsupportedError
 from veratune.formats import native
 from veratune.tasks.base import loading
 from veratune.tasks.data import pick_columns
-from veratune.tasks.diffusion.captions import has_caption_split, load_caption_rows
-from veratune.tasks.vision.images import ImageTask, augmented, checked, open_image
+from veratune.tasks.diffusion.captions import has_caption_split, load_caption_examples
+from veratune.tasks.vision.images import ImageTask, augment_image, decode_image, validate_images
 
 SAMPLE_STEPS = 25
 
@@ -243,7 +243,7 @@ class Pixels:
 class ImageGeneration(ImageTask):
     """What tasks that generate images have in common. The score is the loss; grids of samples are drawn at every checkpoint."""
 
-    takes = ImageTask.takes | {"min_snr", "sample_steps"}
+    accepted_settings = ImageTask.accepted_settings | {"min_snr", "sample_steps"}
 
     def __init__(
         self,
@@ -261,30 +261,36 @@ class ImageGeneration(ImageTask):
         self.min_snr, self.sample_steps = min_snr, sample_steps
         self.prompts: list[str] = []
 
-    def load_rows(self, source: str, split: str = "train", config: str | None = None) -> Dataset:
-        return load_caption_rows(source, split, config)
+    def load_examples(
+        self, source: str, split: str = "train", config: str | None = None
+    ) -> Dataset:
+        return load_caption_examples(source, split, config)
 
     def has_split(self, source: str, split: str) -> bool:
         return has_caption_split(source, split)
 
-    def encode(self, rows: Dataset, processor: Pixels, training: bool = False) -> Dataset:
-        columns = pick_columns(rows, self.roles, self.columns)
+    def encode(self, examples: Dataset, processor: Pixels, training: bool = False) -> Dataset:
+        columns = pick_columns(examples, self.roles, self.columns)
         column, text, how = (
             columns["image"],
             columns.get("text"),
             self.augment if training else "none",
         )
-        rows = checked(rows.select_columns(list(columns.values())), column, self.bad_images)
-        rows = rows.add_column("_index", list(range(len(rows))))
+        examples = validate_images(
+            examples.select_columns(list(columns.values())), column, self.bad_images
+        )
+        examples = examples.add_column("_index", list(range(len(examples))))
 
         def turn(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
             images = zip(batch["_index"], batch[column], strict=True)
-            pixels = [processor(augmented(open_image(value, row), how)) for row, value in images]
+            pixels = [
+                processor(augment_image(decode_image(value, row), how)) for row, value in images
+            ]
             return {"pixel_values": pixels, "index": batch["_index"]} | (
                 {"captions": batch[text]} if text else {}
             )
 
-        return rows.with_transform(turn)
+        return examples.with_transform(turn)
 
     def collator(self, processor: Pixels) -> Any:
         def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
@@ -333,7 +339,11 @@ class TextToImage(ImageGeneration):
 
     name = "text-to-image"
     roles = {"image": ("image", "img"), "text": ("text", "caption", "prompt")}
-    takes = ImageGeneration.takes | {"prompts", "caption", "train_text_encoder"}
+    accepted_settings = ImageGeneration.accepted_settings | {
+        "prompts",
+        "caption",
+        "train_text_encoder",
+    }
 
     def __init__(
         self,
@@ -350,19 +360,21 @@ class TextToImage(ImageGeneration):
             train_text_encoder,
         )
 
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {
+    def to_metadata(self) -> dict[str, Any]:
+        return super().to_metadata() | {
             "train_text_encoder": self.train_text_encoder,
             "prompts": self.prompts,
         }
 
-    def load_rows(self, source: str, split: str = "train", config: str | None = None) -> Dataset:
-        return load_caption_rows(source, split, config, self.caption)
+    def load_examples(
+        self, source: str, split: str = "train", config: str | None = None
+    ) -> Dataset:
+        return load_caption_examples(source, split, config, self.caption)
 
-    def learn(self, rows: Dataset) -> None:
+    def fit_labels(self, examples: Dataset) -> None:
         if not self.prompts:
-            column = pick_columns(rows, self.roles, self.columns)["text"]
-            self.prompts = list(dict.fromkeys(rows[column][:64]))[:4]
+            column = pick_columns(examples, self.roles, self.columns)["text"]
+            self.prompts = list(dict.fromkeys(examples[column][:64]))[:4]
 
     def load_processor(self, model: str) -> Pixels:
         config = _pipeline_config(model)

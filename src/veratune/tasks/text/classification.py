@@ -17,7 +17,7 @@ from transformers import (
 from veratune.errors import DataError
 from veratune.tasks.base import Metrics, TextTask, load_pretrained
 from veratune.tasks.classes import (
-    class_numbers,
+    class_ids,
     classification_scores,
     label_names,
     logits_of,
@@ -50,12 +50,12 @@ class TextClassification(TextTask):
         super().__init__(columns, max_length)
         self.labels = labels or []
 
-    def learn(self, rows: Dataset) -> None:
-        column = pick_columns(rows, self.roles, self.columns, self.optional)["label"]
-        self.labels = label_names(rows, column, "use --task text-regression for numbers")
+    def fit_labels(self, examples: Dataset) -> None:
+        column = pick_columns(examples, self.roles, self.columns, self.optional)["label"]
+        self.labels = label_names(examples, column, "use --task text-regression for numbers")
 
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"labels": self.labels}
+    def to_metadata(self) -> dict[str, Any]:
+        return super().to_metadata() | {"labels": self.labels}
 
     def load_base(self, model: str, **options: Any) -> PreTrainedModel:
         return load_pretrained(
@@ -66,16 +66,16 @@ class TextClassification(TextTask):
         return output_heads(model)
 
     def encode(
-        self, rows: Dataset, processor: PreTrainedTokenizerBase, training: bool = False
+        self, examples: Dataset, processor: PreTrainedTokenizerBase, training: bool = False
     ) -> Dataset:
-        columns = pick_columns(rows, self.roles, self.columns, self.optional)
-        targets = self._targets(rows, columns["label"])
-        texts = [_texts(rows, columns[role]) for role in ("text", "pair") if role in columns]
+        columns = pick_columns(examples, self.roles, self.columns, self.optional)
+        targets = self._targets(examples, columns["label"])
+        texts = [_texts(examples, columns[role]) for role in ("text", "pair") if role in columns]
         encoded = processor(*texts, truncation=True, max_length=self.max_length)
         return Dataset.from_dict({**encoded, "labels": targets})
 
-    def _targets(self, rows: Dataset, column: str) -> list[Any]:
-        return class_numbers(rows, column, self.labels)
+    def _targets(self, examples: Dataset, column: str) -> list[Any]:
+        return class_ids(examples, column, self.labels)
 
     def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
         return DataCollatorWithPadding(processor)
@@ -100,11 +100,11 @@ class TextRegression(TextClassification):
     cross_entropy = False
     needs_labels = False
 
-    def learn(self, rows: Dataset) -> None:
+    def fit_labels(self, examples: Dataset) -> None:
         self.labels = []
 
-    def describe(self) -> dict[str, Any]:
-        return TextTask.describe(self)
+    def to_metadata(self) -> dict[str, Any]:
+        return TextTask.to_metadata(self)
 
     def load_base(self, model: str, **options: Any) -> PreTrainedModel:
         return load_pretrained(
@@ -115,9 +115,9 @@ class TextRegression(TextClassification):
             **options,
         )
 
-    def _targets(self, rows: Dataset, column: str) -> list[Any]:
+    def _targets(self, examples: Dataset, column: str) -> list[Any]:
         targets = []
-        for row, value in enumerate(rows[column]):
+        for row, value in enumerate(examples[column]):
             try:
                 targets.append(float(value))
             except (TypeError, ValueError):
@@ -143,8 +143,8 @@ class TextRegression(TextClassification):
         return score
 
 
-def _texts(rows: Dataset, column: str) -> list[str]:
-    texts = list(rows[column])
+def _texts(examples: Dataset, column: str) -> list[str]:
+    texts = list(examples[column])
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"row {row}: column {column!r} holds {text!r}, text is wanted")

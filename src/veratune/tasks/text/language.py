@@ -66,7 +66,7 @@ class Instruction(LanguageTask):
         "completion": ("completion", "output", "response", "answer"),
     }
     optional = frozenset(roles)
-    takes = LanguageTask.takes | {"system"}
+    accepted_settings = LanguageTask.accepted_settings | {"system"}
 
     def __init__(
         self, columns: Mapping[str, str] | None = None, max_length: int = 512, system: str = ""
@@ -75,21 +75,21 @@ class Instruction(LanguageTask):
         super().__init__(columns, max_length)
         self.system = system
 
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"system": self.system}
+    def to_metadata(self) -> dict[str, Any]:
+        return super().to_metadata() | {"system": self.system}
 
-    def messages(self, rows: Dataset) -> list[list[Message]]:
+    def messages(self, examples: Dataset) -> list[list[Message]]:
         """The conversation of every row. Raises DataError naming the row."""
-        columns = pick_columns(rows, self.roles, self.columns, self.optional)
+        columns = pick_columns(examples, self.roles, self.columns, self.optional)
         if "messages" not in columns and not {"prompt", "completion"} <= set(columns):
             raise DataError(
                 "no column for messages, nor a pair of prompt and completion; the data has "
-                f"{', '.join(rows.column_names)}: say which with --columns.prompt NAME --columns.completion NAME"
+                f"{', '.join(examples.column_names)}: say which with --columns.prompt NAME --columns.completion NAME"
             )
-        talks = []
-        for number, row in enumerate(rows):
+        conversations = []
+        for number, row in enumerate(examples):
             if "messages" in columns:
-                talk = _check_talk(number, row[columns["messages"]])
+                conversation = _check_conversation(number, row[columns["messages"]])
             else:
                 prompt, answer = row[columns["prompt"]], row[columns["completion"]]
                 if not isinstance(prompt, str) or not isinstance(answer, str):
@@ -98,25 +98,25 @@ class Instruction(LanguageTask):
                     )
                 more = row.get(columns.get("input", "")) or ""
                 content = f"{prompt}\n\n{more}" if more else prompt
-                talk = [
+                conversation = [
                     {"role": "user", "content": content},
                     {"role": "assistant", "content": answer},
                 ]
-            talks.append(self.with_system(talk))
-        return talks
+            conversations.append(self.with_system(conversation))
+        return conversations
 
-    def with_system(self, talk: list[Message]) -> list[Message]:
+    def with_system(self, conversation: list[Message]) -> list[Message]:
         """A conversation with the task's system message, unless it has one of its own."""
-        if self.system and talk[0]["role"] != "system":
-            return [{"role": "system", "content": self.system}, *talk]
-        return talk
+        if self.system and conversation[0]["role"] != "system":
+            return [{"role": "system", "content": self.system}, *conversation]
+        return conversation
 
     def encode(
-        self, rows: Dataset, processor: PreTrainedTokenizerBase, training: bool = False
+        self, examples: Dataset, processor: PreTrainedTokenizerBase, training: bool = False
     ) -> Dataset:
         out: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-        for number, talk in enumerate(self.messages(rows)):
-            tokens, labels = self._encode_talk(talk, processor)
+        for number, conversation in enumerate(self.messages(examples)):
+            tokens, labels = self._encode_conversation(conversation, processor)
             tokens, labels = tokens[: self.max_length], labels[: self.max_length]
             if all(label == IGNORED for label in labels):
                 raise DataError(
@@ -128,18 +128,18 @@ class Instruction(LanguageTask):
         return Dataset.from_dict(out)
 
     @staticmethod
-    def _encode_talk(
-        talk: list[Message], tokenizer: PreTrainedTokenizerBase
+    def _encode_conversation(
+        conversation: list[Message], tokenizer: PreTrainedTokenizerBase
     ) -> tuple[list[int], list[int]]:
         """Token ids and labels; the labels of all but the assistant's turns are IGNORED."""
         text, at = "", 0
         tokens: list[int] = []
         labels: list[int] = []
-        for turn, message in enumerate(talk):
+        for turn, message in enumerate(conversation):
             if message["role"] != "assistant":
                 continue
-            prompt = render(talk[:turn], tokenizer, answer_next=True)
-            whole = render(talk[: turn + 1], tokenizer)
+            prompt = render(conversation[:turn], tokenizer, add_generation_prompt=True)
+            whole = render(conversation[: turn + 1], tokenizer)
             if not whole.startswith(prompt) or not prompt.startswith(text):
                 raise ConfigError(
                     "the tokenizer's chat template rewrites earlier turns when later ones come, so the answers cannot be "
@@ -161,11 +161,11 @@ class CausalLM(LanguageTask):
     roles = {"text": ("text", "content")}
 
     def encode(
-        self, rows: Dataset, processor: PreTrainedTokenizerBase, training: bool = False
+        self, examples: Dataset, processor: PreTrainedTokenizerBase, training: bool = False
     ) -> Dataset:
-        column = pick_columns(rows, self.roles, self.columns)["text"]
+        column = pick_columns(examples, self.roles, self.columns)["text"]
         end = [processor.eos_token_id] if processor.eos_token_id is not None else []
-        texts = [text for text in rows[column] if text]
+        texts = [text for text in examples[column] if text]
         if not texts:
             raise DataError(f"column {column!r} holds no text at all")
         stream = list(chain.from_iterable(ids + end for ids in processor(texts)["input_ids"]))
@@ -185,23 +185,28 @@ class CausalLM(LanguageTask):
 
 
 def render(
-    talk: list[Message], tokenizer: PreTrainedTokenizerBase, answer_next: bool = False
+    conversation: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    add_generation_prompt: bool = False,
 ) -> str:
-    """A conversation as the text that the model sees; answer_next: up to where its next answer starts."""
+    """A conversation as the text that the model sees; add_generation_prompt: up to where its next answer starts."""
     template = None if tokenizer.chat_template else PLAIN_TEMPLATE
     return str(
         tokenizer.apply_chat_template(
-            talk, chat_template=template, tokenize=False, add_generation_prompt=answer_next
+            conversation,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
     )
 
 
-def _check_talk(number: int, talk: Any) -> list[Message]:
-    if not isinstance(talk, list) or not talk:
+def _check_conversation(number: int, conversation: Any) -> list[Message]:
+    if not isinstance(conversation, list) or not conversation:
         raise DataError(
-            f"row {number}: messages is {talk!r}; a list of {{role, content}} is wanted"
+            f"row {number}: messages is {conversation!r}; a list of {{role, content}} is wanted"
         )
-    for message in talk:
+    for message in conversation:
         if (
             not isinstance(message, dict)
             or not {"role", "content"} <= set(message)
@@ -210,8 +215,8 @@ def _check_talk(number: int, talk: Any) -> list[Message]:
             raise DataError(
                 f"row {number}: a message is {message!r}; {{role, content}} with text is wanted"
             )
-    if not any(message["role"] == "assistant" for message in talk):
+    if not any(message["role"] == "assistant" for message in conversation):
         raise DataError(
             f"row {number}: the conversation has no turn of the assistant; there is nothing to learn"
         )
-    return [{"role": message["role"], "content": message["content"]} for message in talk]
+    return [{"role": message["role"], "content": message["content"]} for message in conversation]

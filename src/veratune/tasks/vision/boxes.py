@@ -11,18 +11,18 @@ from datasets import Dataset
 
 from veratune.errors import DataError
 from veratune.tasks.data import SPLITS, has_split
-from veratune.tasks.vision.images import has_image_split, load_image_rows
+from veratune.tasks.vision.images import has_image_split, load_image_examples
 
 BadBoxes = Literal["fail", "clip"]
 NAMES = "labels.json"
 _SLACK = 1.0  # pixels by which a box may leave its image: annotation tools count from 0 or from 1
 
 
-def load_box_rows(source: str, split: str = "train", config: str | None = None) -> Dataset:
+def load_box_examples(source: str, split: str = "train", config: str | None = None) -> Dataset:
     """The rows of one split: image, boxes, labels.
 
     source: a folder in COCO's form (annotations/instances_SPLIT.json beside images, or SPLIT/_annotations.coco.json), in VOC's
-    (Annotations, JPEGImages, ImageSets/Main/SPLIT.txt), or rows as `load_image_rows` takes them with columns boxes and labels, or
+    (Annotations, JPEGImages, ImageSets/Main/SPLIT.txt), or rows as `load_image_examples` takes them with columns boxes and labels, or
     objects {bbox (x, y, width, height), category}. Names of numbered classes may stand in labels.json. Raises DataError.
     """
     folder = Path(source)
@@ -32,16 +32,16 @@ def load_box_rows(source: str, split: str = "train", config: str | None = None) 
             return _coco(coco)
         if (folder / "Annotations").is_dir():
             return _voc(folder, split)
-    rows = load_image_rows(source, split, config)
-    if "objects" in rows.column_names and "boxes" not in rows.column_names:
-        rows = _from_objects(rows)
+    examples = load_image_examples(source, split, config)
+    if "objects" in examples.column_names and "boxes" not in examples.column_names:
+        examples = _from_objects(examples)
     names = _names(folder / NAMES) if folder.is_dir() else {}
-    if names and "labels" in rows.column_names:
+    if names and "labels" in examples.column_names:
         named = [
-            [names.get(str(label), str(label)) for label in labels] for labels in rows["labels"]
+            [names.get(str(label), str(label)) for label in labels] for labels in examples["labels"]
         ]
-        rows = rows.remove_columns("labels").add_column("labels", named)
-    return rows
+        examples = examples.remove_columns("labels").add_column("labels", named)
+    return examples
 
 
 def has_box_split(source: str, split: str) -> bool:
@@ -56,7 +56,7 @@ def has_box_split(source: str, split: str) -> bool:
     return has_image_split(source, split) or voc or _coco_file(folder, split) is not None
 
 
-def checked_boxes(
+def validate_boxes(
     boxes: list[list[float]],
     labels: list[Any],
     width: int,
@@ -176,13 +176,13 @@ def _voc(folder: Path, split: str) -> Dataset:
     return _rows(found, chosen)
 
 
-def _from_objects(rows: Dataset) -> Dataset:
-    feature: Any = rows.features["objects"]
+def _from_objects(examples: Dataset) -> Dataset:
+    feature: Any = examples.features["objects"]
     inner = getattr(feature, "feature", feature)
     kind = inner["category"] if isinstance(inner, Mapping) and "category" in inner else None
     declared = getattr(getattr(kind, "feature", kind), "names", None)
     boxes, labels = [], []
-    for objects in rows["objects"]:
+    for objects in examples["objects"]:
         pairs = (
             objects
             if isinstance(objects, Mapping)
@@ -190,7 +190,9 @@ def _from_objects(rows: Dataset) -> Dataset:
         )
         boxes.append([[x, y, x + w, y + h] for x, y, w, h in pairs["bbox"]])
         labels.append([declared[c] if declared else str(c) for c in pairs["category"]])
-    return rows.remove_columns("objects").add_column("boxes", boxes).add_column("labels", labels)
+    return (
+        examples.remove_columns("objects").add_column("boxes", boxes).add_column("labels", labels)
+    )
 
 
 def _names(file: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification
 
 from veratune.tasks.base import Metrics, load_pretrained
 from veratune.tasks.classes import (
-    class_numbers,
+    class_ids,
     classification_scores,
     label_names,
     logits_of,
@@ -22,10 +22,10 @@ from veratune.tasks.classes import (
 from veratune.tasks.data import pick_columns
 from veratune.tasks.vision.images import (
     ImageTask,
-    augmented,
-    checked,
-    open_image,
+    augment_image,
+    decode_image,
     stack,
+    validate_images,
 )
 
 
@@ -54,11 +54,13 @@ class ImageClassification(ImageTask):
         self._inputs: dict[str, Any] = {}  # what the model's forward wants beside the pixels
         self._confusion: np.ndarray | None = None
 
-    def learn(self, rows: Dataset) -> None:
-        self.labels = label_names(rows, pick_columns(rows, self.roles, self.columns)["label"])
+    def fit_labels(self, examples: Dataset) -> None:
+        self.labels = label_names(
+            examples, pick_columns(examples, self.roles, self.columns)["label"]
+        )
 
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"labels": self.labels}
+    def to_metadata(self) -> dict[str, Any]:
+        return super().to_metadata() | {"labels": self.labels}
 
     def load_model(self, model: str, processor: Any, **options: Any) -> nn.Module:
         names = dict(enumerate(self.labels))
@@ -76,22 +78,25 @@ class ImageClassification(ImageTask):
     def heads(self, model: nn.Module) -> tuple[str, ...]:
         return output_heads(model)
 
-    def encode(self, rows: Dataset, processor: Any, training: bool = False) -> Dataset:
-        columns = pick_columns(rows, self.roles, self.columns)
+    def encode(self, examples: Dataset, processor: Any, training: bool = False) -> Dataset:
+        columns = pick_columns(examples, self.roles, self.columns)
         column, how = columns["image"], self.augment if training else "none"
-        rows = rows.add_column("_class", class_numbers(rows, columns["label"], self.labels))
-        rows = checked(rows.select_columns([column, "_class"]), column, self.bad_images)
+        examples = examples.add_column("_class", class_ids(examples, columns["label"], self.labels))
+        examples = validate_images(
+            examples.select_columns([column, "_class"]), column, self.bad_images
+        )
 
         def turn(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
             images = [
-                augmented(open_image(value, row), how) for row, value in enumerate(batch[column])
+                augment_image(decode_image(value, row), how)
+                for row, value in enumerate(batch[column])
             ]
             return {
                 "pixel_values": list(processor(images, return_tensors="pt")["pixel_values"]),
                 "labels": batch["_class"],
             }
 
-        return rows.with_transform(turn)
+        return examples.with_transform(turn)
 
     def collator(self, processor: Any) -> Any:
         return lambda batch: stack(batch) | self._inputs
@@ -115,7 +120,7 @@ class ImageClassification(ImageTask):
             (f" -> {self.labels[encoded['labels']]}", True),
         ]
 
-    def draw(self, model: nn.Module, rows: Dataset, processor: Any, folder: Path) -> list[Path]:
+    def draw(self, model: nn.Module, examples: Dataset, processor: Any, folder: Path) -> list[Path]:
         """confusion.png: of the last evaluation."""
         if self._confusion is None:
             return []

@@ -19,8 +19,8 @@ from veratune.errors import ConfigError, DataError
 from veratune.tasks.base import Metrics, load_pretrained
 from veratune.tasks.classes import output_heads
 from veratune.tasks.data import pick_columns
-from veratune.tasks.vision.boxes import BadBoxes, checked_boxes, has_box_split, load_box_rows
-from veratune.tasks.vision.images import ImageTask, checked_with_sizes, open_image
+from veratune.tasks.vision.boxes import BadBoxes, has_box_split, load_box_examples, validate_boxes
+from veratune.tasks.vision.images import ImageTask, decode_image, validate_images_with_sizes
 
 _DRAWN = 6  # images with boxes, drawn after training
 
@@ -38,7 +38,7 @@ class ObjectDetection(ImageTask):
         "boxes": ("boxes", "bboxes"),
         "label": ("labels", "label", "categories"),
     }
-    takes = ImageTask.takes | {"bad_boxes"}
+    accepted_settings = ImageTask.accepted_settings | {"bad_boxes"}
     augments = ("none", "flip")  # a crop would cut boxes
     metric = "map"
     greater_is_better = True
@@ -61,15 +61,17 @@ class ObjectDetection(ImageTask):
         self._fresh: tuple[str, ...] = ()
         self._processor: Any = None
 
-    def load_rows(self, source: str, split: str = "train", config: str | None = None) -> Dataset:
-        return load_box_rows(source, split, config)
+    def load_examples(
+        self, source: str, split: str = "train", config: str | None = None
+    ) -> Dataset:
+        return load_box_examples(source, split, config)
 
     def has_split(self, source: str, split: str) -> bool:
         return has_box_split(source, split)
 
-    def learn(self, rows: Dataset) -> None:
-        column = pick_columns(rows, self.roles, self.columns)["label"]
-        found = {label for labels in rows[column] for label in labels}
+    def fit_labels(self, examples: Dataset) -> None:
+        column = pick_columns(examples, self.roles, self.columns)["label"]
+        found = {label for labels in examples[column] for label in labels}
         if not found:
             raise DataError(
                 f"column {column!r} names no object in any row; at least one class is wanted"
@@ -79,8 +81,8 @@ class ObjectDetection(ImageTask):
         else:
             self.labels = sorted(map(str, found))
 
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"labels": self.labels}
+    def to_metadata(self) -> dict[str, Any]:
+        return super().to_metadata() | {"labels": self.labels}
 
     def load_model(self, model: str, processor: Any, **options: Any) -> nn.Module:
         names = dict(enumerate(self.labels))
@@ -96,18 +98,18 @@ class ObjectDetection(ImageTask):
     def heads(self, model: nn.Module) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*output_heads(model), *self._fresh)))
 
-    def encode(self, rows: Dataset, processor: Any, training: bool = False) -> Dataset:
-        columns = pick_columns(rows, self.roles, self.columns)
+    def encode(self, examples: Dataset, processor: Any, training: bool = False) -> Dataset:
+        columns = pick_columns(examples, self.roles, self.columns)
         column, flips = columns["image"], training and self.augment == "flip"
-        rows, sizes = checked_with_sizes(
-            rows.select_columns(list(columns.values())), column, self.bad_images
+        examples, sizes = validate_images_with_sizes(
+            examples.select_columns(list(columns.values())), column, self.bad_images
         )
         index = {name: i for i, name in enumerate(self.labels)}
         clean: dict[str, list[Any]] = {"_boxes": [], "_classes": []}
         for row, ((width, height), boxes, labels) in enumerate(
-            zip(sizes, rows[columns["boxes"]], rows[columns["label"]], strict=True)
+            zip(sizes, examples[columns["boxes"]], examples[columns["label"]], strict=True)
         ):
-            kept, names = checked_boxes(boxes, labels, width, height, row, self.bad_boxes)
+            kept, names = validate_boxes(boxes, labels, width, height, row, self.bad_boxes)
             unknown = next((name for name in names if str(name) not in index), None)
             if unknown is not None:
                 raise DataError(
@@ -115,8 +117,8 @@ class ObjectDetection(ImageTask):
                 )
             clean["_boxes"].append(kept)
             clean["_classes"].append([index[str(name)] for name in names])
-        rows = (
-            rows.select_columns([column])
+        examples = (
+            examples.select_columns([column])
             .add_column("_boxes", clean["_boxes"])
             .add_column("_classes", clean["_classes"])
         )
@@ -127,7 +129,7 @@ class ObjectDetection(ImageTask):
             for row, (value, boxes, classes) in enumerate(
                 zip(batch[column], batch["_boxes"], batch["_classes"], strict=True)
             ):
-                image = open_image(value, row)
+                image = decode_image(value, row)
                 if flips and torch.rand(()).item() < 0.5:
                     image, boxes = (
                         ImageOps.mirror(image),
@@ -149,7 +151,7 @@ class ObjectDetection(ImageTask):
                 if key in inputs
             }
 
-        return rows.with_transform(turn)
+        return examples.with_transform(turn)
 
     def collator(self, processor: Any) -> Any:
         def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
@@ -210,11 +212,11 @@ class ObjectDetection(ImageTask):
         ]
 
     @torch.no_grad()
-    def draw(self, model: nn.Module, rows: Dataset, processor: Any, folder: Path) -> list[Path]:
+    def draw(self, model: nn.Module, examples: Dataset, processor: Any, folder: Path) -> list[Path]:
         """boxes.png: evaluation images with the boxes that are there and those that were found (score over 0.3)."""
         from veratune.analysis.pictures import draw_grid, with_boxes  # matplotlib is slow to import
 
-        encoded = self.encode(rows.select(range(min(_DRAWN, len(rows)))), processor)
+        encoded = self.encode(examples.select(range(min(_DRAWN, len(examples)))), processor)
         was = model.training
         model.eval()
         device = next(model.parameters()).device
@@ -226,7 +228,7 @@ class ObjectDetection(ImageTask):
                 **{key: value.to(device) for key, value in batch.items() if key != "labels"}
             )
             raw = encoded.with_format(None)[i]
-            image = open_image(next(iter(raw.values())), i)
+            image = decode_image(next(iter(raw.values())), i)
             # The frame of the boxes is what the model saw, padding included.
             seen, resized = batch["pixel_values"].shape[-2:], one["labels"]["size"]
             frame = [

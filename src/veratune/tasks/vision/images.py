@@ -21,7 +21,7 @@ from transformers import AutoImageProcessor
 
 from veratune.errors import ConfigError, DataError
 from veratune.tasks.base import Task, loading
-from veratune.tasks.data import SPLITS, has_split, load_rows
+from veratune.tasks.data import SPLITS, has_split, load_examples
 
 BadImages = Literal["fail", "skip"]
 Augment = Literal["none", "flip", "crop"]
@@ -37,7 +37,7 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 class ImageTask(Task):
     """What all tasks on images have in common: their size, what is done to training images, and to unreadable ones."""
 
-    takes = frozenset({"image_size", "augment", "bad_images"})
+    accepted_settings = frozenset({"image_size", "augment", "bad_images"})
     augments: ClassVar[tuple[str, ...]] = ("none", "flip", "crop")
 
     def __init__(
@@ -61,11 +61,13 @@ class ImageTask(Task):
                 )
         self.image_size, self.augment, self.bad_images = image_size, augment, bad_images
 
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"image_size": self.image_size}
+    def to_metadata(self) -> dict[str, Any]:
+        return super().to_metadata() | {"image_size": self.image_size}
 
-    def load_rows(self, source: str, split: str = "train", config: str | None = None) -> Dataset:
-        return load_image_rows(source, split, config)
+    def load_examples(
+        self, source: str, split: str = "train", config: str | None = None
+    ) -> Dataset:
+        return load_image_examples(source, split, config)
 
     def has_split(self, source: str, split: str) -> bool:
         return has_image_split(source, split)
@@ -82,11 +84,11 @@ class ImageTask(Task):
         return processor
 
 
-def load_image_rows(source: str, split: str = "train", config: str | None = None) -> Dataset:
+def load_image_examples(source: str, split: str = "train", config: str | None = None) -> Dataset:
     """The rows of one split, with an `image` column.
 
     source: a folder with one folder of images for each class (or such folders in one folder for each split), a folder of
-    MNIST's idx files, or what `veratune.tasks.data.load_rows` takes: parquet with encoded images, jsonl with their paths,
+    MNIST's idx files, or what `veratune.tasks.data.load_examples` takes: parquet with encoded images, jsonl with their paths,
     data set ids. Raises DataError.
     """
     path = Path(source)
@@ -98,11 +100,15 @@ def load_image_rows(source: str, split: str = "train", config: str | None = None
             folder = path
         if folder is not None and config is None:
             return _image_folder(folder)
-    rows = load_rows(source, split, config)
-    if path.exists() and "image" in rows.column_names and rows.features["image"].dtype == "string":
+    examples = load_examples(source, split, config)
+    if (
+        path.exists()
+        and "image" in examples.column_names
+        and examples.features["image"].dtype == "string"
+    ):
         base = path if path.is_dir() else path.parent  # paths beside the file that names them
-        rows = rows.map(lambda row: {"image": str(base / row["image"])}, desc="paths")
-    return rows
+        examples = examples.map(lambda row: {"image": str(base / row["image"])}, desc="paths")
+    return examples
 
 
 def has_image_split(source: str, split: str) -> bool:
@@ -114,38 +120,40 @@ def has_image_split(source: str, split: str) -> bool:
     return has_split(source, split) or mnist.is_file() or _split_folder(path, split) is not None
 
 
-def checked(rows: Dataset, column: str, bad: BadImages = "fail") -> Dataset:
-    """Rows whose images can be decoded, the column as {bytes, path}. See `checked_with_sizes`."""
-    return checked_with_sizes(rows, column, bad)[0]
+def validate_images(examples: Dataset, column: str, bad: BadImages = "fail") -> Dataset:
+    """Rows whose images can be decoded, the column as {bytes, path}. See `validate_images_with_sizes`."""
+    return validate_images_with_sizes(examples, column, bad)[0]
 
 
-def checked_with_sizes(
-    rows: Dataset, column: str, bad: BadImages = "fail"
+def validate_images_with_sizes(
+    examples: Dataset, column: str, bad: BadImages = "fail"
 ) -> tuple[Dataset, list[tuple[int, int]]]:
     """Rows whose images can be decoded, the column as {bytes, path}, and the (width, height) of each in pixels.
 
     bad: "fail" raises DataError naming the first unreadable image; "skip" leaves them out and names them in a warning. Every
     image is decoded once for it.
     """
-    if not isinstance(rows.features[column], Image | dict) and rows.features[column].dtype not in (
+    if not isinstance(examples.features[column], Image | dict) and examples.features[
+        column
+    ].dtype not in (
         "binary",
         "string",
     ):
         raise DataError(
-            f"column {column!r} holds {rows.features[column]}; encoded images or their paths are wanted"
+            f"column {column!r} holds {examples.features[column]}; encoded images or their paths are wanted"
         )
-    rows = rows.cast_column(column, Image(decode=False))
+    examples = examples.cast_column(column, Image(decode=False))
     kept, lost, sizes = [], [], []
-    values = rows[column]
+    values = examples[column]
     for row in tqdm(
-        range(len(rows)),
+        range(len(examples)),
         desc="Reading images",
         file=sys.stderr,
-        disable=len(rows) < 5000,
+        disable=len(examples) < 5000,
         leave=False,
     ):
         try:
-            sizes.append(open_image(values[row], row).size)
+            sizes.append(decode_image(values[row], row).size)
             kept.append(row)
         except DataError as error:
             if bad == "fail":
@@ -154,17 +162,17 @@ def checked_with_sizes(
                 ) from None
             lost.append(str(error))
     if not lost:
-        return rows, sizes
+        return examples, sizes
     if not kept:
-        raise DataError(f"none of the {len(rows)} images can be read; the first: {lost[0]}")
+        raise DataError(f"none of the {len(examples)} images can be read; the first: {lost[0]}")
     warnings.warn(
         f"{len(lost)} images left out: {'; '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}",
         stacklevel=2,
     )
-    return rows.select(kept), sizes
+    return examples.select(kept), sizes
 
 
-def open_image(value: Mapping[str, Any], row: int) -> pil.Image:
+def decode_image(value: Mapping[str, Any], row: int) -> pil.Image:
     """An encoded image as RGB, upright: grey, 16-bit and palette images too; what is transparent becomes white.
 
     value: {bytes, path} as data sets store it. Raises DataError naming the row and, where there is one, the file.
@@ -196,7 +204,7 @@ def open_image(value: Mapping[str, Any], row: int) -> pil.Image:
     return image.convert("RGB")
 
 
-def augmented(image: pil.Image, how: Augment) -> pil.Image:
+def augment_image(image: pil.Image, how: Augment) -> pil.Image:
     """A training image, changed at random (torch's generator): see `TrainSettings.augment`."""
     if how == "crop":
         width, height = image.size

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 
-class Allocate(TrainerCallback):
+class AdaLoraCallback(TrainerCallback):
     """Tell PEFT's allocator how long the run is, and let it prune after every step; add the penalty to the model's loss.
 
     The penalty is orth_reg_weight times the mean of |P Pᵀ - 1| and |Qᵀ Q - 1| over all layers. Ranks are pruned between

@@ -110,7 +110,7 @@ async def chat(body: ChatBody, http: Request, caller: CallerDep, service: Servic
         for m in body.messages
     ]
     try:
-        text = render(talk, engine.tokenizer, answer_next=True)
+        text = render(talk, engine.tokenizer, add_generation_prompt=True)
     except Exception as error:  # a template may refuse an order of roles in any way it likes
         raise ApiError(
             400,
