@@ -82,7 +82,7 @@ class Adapter:
                     raise AdapterFileError(
                         f"layer '{layer}' ({n} -> {m}): the file has {kind} of shape {tuple(vector.shape)}, the config says {meaning}"
                     )
-            # All at once, there may be hundreds; and by numpy, which computes in this thread alone (see veratune.serving.engine.loop.apart).
+            # All at once, there may be hundreds; and by numpy, which computes in this thread alone (see veratune.serving.engine.loop.run_in_temporary_thread).
             if (
                 vectors
                 and not np.isfinite(

@@ -194,7 +194,7 @@ def _model(flags: Namespace, console: Console) -> list[dict[str, Any]]:
 
 
 def _serve(flags: Namespace, console: Console) -> list[dict[str, Any]]:
-    from veratune.serving.engine.loop import apart
+    from veratune.serving.engine.loop import run_in_temporary_thread
     from veratune.tasks.text.language import Instruction
     from veratune_lab.bench.serve import measure
 
@@ -208,7 +208,7 @@ def _serve(flags: Namespace, console: Console) -> list[dict[str, Any]]:
         ).eval(), tokenizer
 
     with console.status("loading") as status:
-        return measure(*apart(ready), config, load, status.update)
+        return measure(*run_in_temporary_thread(ready), config, load, status.update)
 
 
 def _load(flags: Namespace, console: Console) -> list[dict[str, Any]]:

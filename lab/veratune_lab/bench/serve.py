@@ -26,11 +26,11 @@ from veratune.attach import attach, detach
 from veratune.config import VeraConfig
 from veratune.errors import VeratuneError
 from veratune.formats import native
-from veratune.serving.engine.engine import Engine, Request
-from veratune.serving.engine.loop import apart
-from veratune.serving.engine.sampling import Sampling
-from veratune.serving.engine.scheduler import Limits
-from veratune.serving.pool.pool import Bank
+from veratune.serving.engine.engine import Engine, GenerationRequest
+from veratune.serving.engine.loop import run_in_temporary_thread
+from veratune.serving.engine.sampling import SamplingParams
+from veratune.serving.engine.scheduler import SchedulerConfig
+from veratune.serving.pool.pool import AdapterPool
 from veratune.serving.store.sqlite import SqliteStore
 from veratune_lab.bench.load import Load, OpenLoad
 from veratune_lab.bench.measure import machine
@@ -110,10 +110,12 @@ def measure(
 ) -> list[Line]:
     """All lines for one model."""
     told("adapters in memory")
-    lines = [apart(lambda: _resident(model, config, load))]
+    lines = [run_in_temporary_thread(lambda: _resident(model, config, load))]
     gc.collect()
-    lines += apart(lambda: list(_closed(model, tokenizer, config, load, told)))
-    lines.append(apart(lambda: _conversation(model, tokenizer, config, load, told)))
+    lines += run_in_temporary_thread(lambda: list(_closed(model, tokenizer, config, load, told)))
+    lines.append(
+        run_in_temporary_thread(lambda: _conversation(model, tokenizer, config, load, told))
+    )
     lines += _cold(model, tokenizer, config, load, told)
     where = machine() | {
         "rank": config.rank,
@@ -154,18 +156,23 @@ def _prompts(model: Any, load: Load, count: int) -> list[list[int]]:
 
 
 def _engine(
-    model: Any, tokenizer: Any, bank: Bank, load: Load, turns: int = 1, prefixes: int = 0
+    model: Any, tokenizer: Any, pool: AdapterPool, load: Load, turns: int = 1, prefixes: int = 0
 ) -> Engine:
-    limits = Limits(rows=load.rows, waiting=100_000, waiting_tenant=100_000, tokens=10**9)
+    limits = SchedulerConfig(
+        max_num_seqs=load.rows,
+        max_queue=100_000,
+        max_queue_per_tenant=100_000,
+        max_total_tokens=10**9,
+    )
     engine = Engine(
         model,
         tokenizer,
-        bank,
-        limits=limits,
-        length=turns * (load.prompt + load.answer),
-        prefixes=prefixes,
+        pool,
+        config=limits,
+        max_model_len=turns * (load.prompt + load.answer),
+        prefix_cache_bytes=prefixes,
     )
-    engine.ends = set()  # equal work for all
+    engine.eos_token_ids = set()  # equal work for all
     return engine
 
 
@@ -179,7 +186,7 @@ def _closed(
     n = load.rows
     made, prompts = _adapters(model, config, n), _prompts(model, load, n)
     rival = _Peft(model, prompts, load)
-    bank = Bank(model, slots=2 * n)
+    pool = AdapterPool(model, slots=2 * n)
     tenants: dict[str, tuple[list[int | None], int]] = {
         "base alone": ([None] * n, n), "one tenant": ([0] * n, n), f"{n} tenants": (list(range(n)), n),
         "one after the other": (list(range(min(n, 4))), 1),
@@ -191,7 +198,7 @@ def _closed(
         for name, (who, rows) in tenants.items():
             said[name] = [[] for _ in who]
             running[name] = _answer(
-                _engine(model, tokenizer, bank, load), who, prompts, load, made, rows, said[name]
+                _engine(model, tokenizer, pool, load), who, prompts, load, made, rows, said[name]
             )
         if rival.there:
             running[rival.name] = rival.answer()
@@ -217,10 +224,10 @@ def _closed(
         }  # fmt: skip
     alone: list[list[int]] = [[] for _ in range(n)]
     for share in _answer(
-        _engine(model, tokenizer, bank, load), list(range(n)), prompts, load, made, 1, alone
+        _engine(model, tokenizer, pool, load), list(range(n)), prompts, load, made, 1, alone
     ):
         told(f"each row alone: {share:.0%}")
-    bank.close()
+    pool.close()
     yield {
         "what": "equal to alone",
         "rows": n,
@@ -235,14 +242,14 @@ def _answer(
     """Answer all prompts, `rows` of them at once, a step at a time. Yields the share that is done; the tokens go to `said`."""
     waiting = []
     for tenant, prompt, tokens in zip(tenants, prompts, said, strict=False):
-        request = Request(
+        request = GenerationRequest(
             f"t{tenant}",
             prompt,
-            Sampling(temperature=0, max_tokens=load.answer),
+            SamplingParams(temperature=0, max_tokens=load.answer),
             key=tenant,
             load=_held(made, tenant),
         )
-        request.listen = lambda piece, tokens=tokens: tokens.append(piece.choice.token)  # type: ignore[misc]
+        request.on_output = lambda piece, tokens=tokens: tokens.append(piece.token.token_id)  # type: ignore[misc]
         waiting.append(request)
     work = len(waiting) * load.answer
     while waiting or engine.scheduler.running or engine.scheduler.waiting:
@@ -303,16 +310,16 @@ def _resident(model: Any, config: VeraConfig, load: Load) -> Line:
         process = psutil.Process()
         gc.collect()
         before, times = process.memory_info().rss, []
-        bank = Bank(model, slots=load.resident, dtype=torch.bfloat16)
-        bank.acquire("first", lambda: native.decode(files[0])).release()  # its kind, made once
+        pool = AdapterPool(model, slots=load.resident, dtype=torch.bfloat16)
+        pool.acquire("first", lambda: native.decode(files[0])).release()  # its kind, made once
         for i in range(load.resident - 1):
             begin = time.perf_counter()
-            bank.acquire(i, _stored(store, i % len(files))).release()
+            pool.acquire(i, _stored(store, i % len(files))).release()
             times.append(time.perf_counter() - begin)
         gc.collect()
         held = process.memory_info().rss - before
-        count, size = len(bank), bank.bytes
-        bank.close()
+        count, size = len(pool), pool.bytes
+        pool.close()
         store.close()
     return {
         "what": "adapters in memory", "adapters": count, "slot_bytes": size, "process_bytes": held, "file_bytes": len(files[0]), "load": percentiles(times),
@@ -321,7 +328,7 @@ def _resident(model: Any, config: VeraConfig, load: Load) -> Line:
 
 def _cold(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told) -> list[Line]:
     """Requests one after the other, by turns to an adapter in memory and to one in the store; then the open load, all from the store."""
-    files = apart(
+    files = run_in_temporary_thread(
         lambda: [
             native.encode(own) for own in _adapters(model, config, min(_SAMPLE, load.population))
         ]
@@ -330,14 +337,16 @@ def _cold(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told
         store = SqliteStore(Path(folder) / "adapters.db")
         for i in range(load.population):
             store.put("t", f"n{i}", files[i % len(files)])
-        engine = apart(lambda: _engine(model, tokenizer, Bank(model, slots=256), load))
+        engine = run_in_temporary_thread(
+            lambda: _engine(model, tokenizer, AdapterPool(model, slots=256), load)
+        )
         prompts = _prompts(model, load, 64)
         engine.start()
 
-        def asked(tenant: int, tokens: int) -> Request:
+        def asked(tenant: int, tokens: int) -> GenerationRequest:
             prompt = prompts[tenant % len(prompts)]
-            return Request(
-                "t", prompt, Sampling(temperature=0, max_tokens=tokens), key=tenant, load=_stored(store, tenant)
+            return GenerationRequest(
+                "t", prompt, SamplingParams(temperature=0, max_tokens=tokens), key=tenant, load=_stored(store, tenant)
             )  # fmt: skip
 
         first: dict[str, list[float]] = {"cold": [], "warm": []}
@@ -347,10 +356,10 @@ def _cold(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told
             for kind, tenant in (("cold", i), ("warm", 0)):
                 request = engine.submit(asked(tenant, 1))
                 request.result()
-                assert request.first is not None
-                assert request.leased is not None
-                first[kind].append(request.first - request.arrived)
-                wait[kind].append(request.leased - request.arrived)
+                assert request.first_token_time is not None
+                assert request.adapter_ready_time is not None
+                first[kind].append(request.first_token_time - request.arrival_time)
+                wait[kind].append(request.adapter_ready_time - request.arrival_time)
         cold = {
             "what": "cold start", "first_token_cold": percentiles(first["cold"]), "first_token_warm": percentiles(first["warm"]),
             "adapter_cold": percentiles(wait["cold"]), "adapter_warm": percentiles(wait["warm"]),
@@ -364,39 +373,39 @@ def _cold(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told
             def listen(piece: Any) -> None:
                 if isinstance(piece, BaseException):
                     wrong.append(piece)
-                elif piece.choice is not None:
+                elif piece.token is not None:
                     times.append(time.perf_counter())
-                if wrong or piece.finish is not None:
+                if wrong or piece.finish_reason is not None:
                     running.call_soon_threadsafe(done.set)
 
             request = asked(tenant, load.answer)
-            request.listen = listen
+            request.on_output = listen
             engine.submit(request)
             await done.wait()
             if wrong:
                 raise wrong[0]
             return Answered(
-                times[0] - request.arrived, [b - a for a, b in itertools.pairwise(times)]
+                times[0] - request.arrival_time, [b - a for a, b in itertools.pairwise(times)]
             )
 
-        engine.bank.counts = type(engine.bank.counts)()
+        engine.pool.stats = type(engine.pool.stats)()
         line = asyncio.run(open_loop(send, load, load.population, told))
-        counts = engine.bank.counts
+        counts = engine.pool.stats
         line |= {"hits": counts.hits, "loads": counts.loads}
         engine.close()
-        engine.bank.close()
+        engine.pool.close()
         store.close()
     return [cold, line]
 
 
 def _conversation(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told) -> Line:
     """Time to the first token of each turn of a conversation, with what was read kept for the next turn and without, a turn of each by turns."""
-    (own,), bank = _adapters(model, config, 1), Bank(model, slots=2 * load.rows)
+    (own,), pool = _adapters(model, config, 1), AdapterPool(model, slots=2 * load.rows)
     engines = {
-        "kept": _engine(model, tokenizer, bank, load, _TURNS, 2**30),
-        "read_again": _engine(model, tokenizer, bank, load, _TURNS),
+        "kept": _engine(model, tokenizer, pool, load, _TURNS, 2**30),
+        "read_again": _engine(model, tokenizer, pool, load, _TURNS),
     }
-    turns = min(_TURNS, engines["kept"].length // (load.prompt + load.answer))
+    turns = min(_TURNS, engines["kept"].max_model_len // (load.prompt + load.answer))
     first: dict[str, list[list[float]]] = {name: [[] for _ in range(turns)] for name in engines}
     fresh, equal = _prompts(model, load, turns * (load.rounds + 1)), 0
     for number in range(-1, load.rounds):  # the first conversation warms up
@@ -405,26 +414,26 @@ def _conversation(model: Any, tokenizer: Any, config: VeraConfig, load: Load, to
             talk += fresh.pop()
             answers: list[list[int]] = []
             for name, engine in engines.items():
-                asked = Request(
+                asked = GenerationRequest(
                     "t",
                     tuple(talk),
-                    Sampling(temperature=0, max_tokens=load.answer),
+                    SamplingParams(temperature=0, max_tokens=load.answer),
                     key=0,
                     load=lambda: own,
                 )
                 engine.submit(asked)
-                while asked.ended is None:
+                while asked.finished_time is None:
                     engine.step()
-                assert asked.first is not None
-                answers.append(list(asked.said))
+                assert asked.first_token_time is not None
+                answers.append(list(asked.output_token_ids))
                 if number >= 0:
-                    first[name][turn].append(asked.first - asked.arrived)
+                    first[name][turn].append(asked.first_token_time - asked.arrival_time)
             equal += answers[0] == answers[1]
             talk += answers[0]
             told(f"conversation {number + 2} of {load.rounds + 1}: turn {turn + 1} of {turns}")
     for engine in engines.values():
         engine.close()
-    bank.close()
+    pool.close()
     shown = {
         name: [round(1e3 * statistics.median(times), 1) for times in own]
         for name, own in first.items()

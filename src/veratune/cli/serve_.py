@@ -192,7 +192,7 @@ def run(argv: Sequence[str]) -> int:
     import uvicorn
 
     from veratune.errors import ConfigError
-    from veratune.serving.engine.loop import apart
+    from veratune.serving.engine.loop import run_in_temporary_thread
     from veratune.serving.http.app import build, check_address
     from veratune.serving.jobs.jobs import Jobs
     from veratune.serving.keys import Keys
@@ -214,7 +214,7 @@ def run(argv: Sequence[str]) -> int:
         taken.close()
         return _replicas(flags)
     notes = Console(stderr=True, highlight=False)
-    service = apart(lambda: start(flags, notes))
+    service = run_in_temporary_thread(lambda: start(flags, notes))
     jobs = Jobs(flags.jobs, _bases(flags, service), service.keep) if flags.jobs else None
     for loop in service.loops.values():
         loop.start()
@@ -303,8 +303,8 @@ def _replicas(flags: Namespace) -> int:
     notes = Console(stderr=True, highlight=False)
     notes.print(f"starting {flags.replicas} replicas ...")
     cluster.start(
-        functools.partial(_replica, flags), replicas=flags.replicas, host=flags.host, port=flags.port, key_file=flags.key_file, rows=flags.max_num_seqs,
-        waiting=flags.max_queue,
+        functools.partial(_replica, flags), replicas=flags.replicas, host=flags.host, port=flags.port, key_file=flags.key_file, max_num_seqs=flags.max_num_seqs,
+        max_queue=flags.max_queue,
     )  # fmt: skip
     _say(flags, [Path(given).name for given in (flags.model, flags.encoder) if given], notes)
     cluster.wait()
@@ -339,13 +339,15 @@ def load(flags: Namespace, notes: Console) -> "tuple[Engine | None, Encoder | No
 
     from veratune.serving.engine.encoder import Encoder
     from veratune.serving.engine.engine import Engine
-    from veratune.serving.engine.scheduler import Limits
-    from veratune.serving.pool.pool import Bank
+    from veratune.serving.engine.scheduler import SchedulerConfig
+    from veratune.serving.pool.pool import AdapterPool
     from veratune.tasks.text.classification import TextClassification
     from veratune.tasks.text.language import Instruction
 
-    limits = Limits(
-        rows=flags.max_num_seqs, waiting=flags.max_queue, waiting_tenant=flags.max_queue_per_tenant
+    limits = SchedulerConfig(
+        max_num_seqs=flags.max_num_seqs,
+        max_queue=flags.max_queue,
+        max_queue_per_tenant=flags.max_queue_per_tenant,
     )
     loops: dict[str, Any] = {}
     tasks = {"model": Instruction(), "encoder": TextClassification(labels=["0", "1"])}
@@ -362,22 +364,22 @@ def load(flags: Namespace, notes: Console) -> "tuple[Engine | None, Encoder | No
         )
         if flags.device == "auto" and torch.cuda.is_available() and flags.quantize is None:
             model.cuda()
-        bank = Bank(
-            model, slots=max(flags.max_loaded_adapters, flags.max_num_seqs), dtype=getattr(torch, flags.adapter_dtype), limit=int(flags.adapter_memory_gib * 2**30),
+        pool = AdapterPool(
+            model, slots=max(flags.max_loaded_adapters, flags.max_num_seqs), dtype=getattr(torch, flags.adapter_dtype), max_bytes=int(flags.adapter_memory_gib * 2**30),
             max_rank=flags.max_rank,
         )  # fmt: skip
         if kind == "model":
             loops[kind] = Engine(
                 model,
                 tokenizer,
-                bank,
-                limits=limits,
-                length=flags.max_model_len,
-                chunk=flags.max_num_batched_tokens,
-                prefixes=int(flags.prefix_cache_gib * 2**30),
+                pool,
+                config=limits,
+                max_model_len=flags.max_model_len,
+                max_num_batched_tokens=flags.max_num_batched_tokens,
+                prefix_cache_bytes=int(flags.prefix_cache_gib * 2**30),
             )
         else:
-            loops[kind] = Encoder(model, tokenizer, bank, limits=limits)
+            loops[kind] = Encoder(model, tokenizer, pool, config=limits)
     return loops.get("model"), loops.get("encoder")
 
 

@@ -20,7 +20,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError
 
-from veratune.serving.engine.loop import apart
+from veratune.serving.engine.loop import run_in_temporary_thread
 from veratune.serving.http.app import BodyLimits
 from veratune.serving.http.routes.base import ApiError
 from veratune.serving.keys import Keys
@@ -47,13 +47,13 @@ class Worker:
     """One replica. make: gives the service, and the application over it."""
 
     def __init__(self, make: Callable[[], tuple[Service, FastAPI]]) -> None:
-        self.service, self.app = apart(make)
+        self.service, self.app = run_in_temporary_thread(make)
         for loop in self.service.loops.values():
             loop.start()
 
     @serve.multiplexed(max_num_models_per_replica=4096)  # type: ignore[untyped-decorator]
     async def hold(self, name: str) -> str:
-        """Tell the router that this replica has an adapter; the bank knows what is in memory."""
+        """Tell the router that this replica has an adapter; the pool knows what is in memory."""
         return name
 
     async def answer(self, scope: Message, body: bytes) -> AsyncIterator[Message]:

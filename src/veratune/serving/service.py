@@ -31,7 +31,7 @@ class AdapterRef:
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """What the banks know it by."""
+        """What the pools know it by."""
         return (self.tenant, self.name, self.version.number)
 
 
@@ -126,7 +126,7 @@ class Service:
         refused: list[BaseModelError] = []
         for loop in self.loops.values():
             try:
-                loop.bank.check(adapter)
+                loop.pool.check(adapter)
             except BaseModelError as error:
                 refused.append(error)
             else:

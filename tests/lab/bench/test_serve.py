@@ -104,11 +104,13 @@ def test_a_server_under_load(tmp_path, capsys):
         line = json.loads(out.read_text())
         assert (line["population"], line["failed"]) == (3, 0), line["errors"]
         assert "open load" in capsys.readouterr().out
-        assert served.engine.counts.ended["length"] + served.engine.counts.ended["stop"] == 12
-        served.engine.ends = set(range(300))  # every answer is empty, and an answer all the same
+        assert served.engine.stats.finished["length"] + served.engine.stats.finished["stop"] == 12
+        served.engine.eos_token_ids = set(
+            range(300)
+        )  # every answer is empty, and an answer all the same
         assert main([*words, "--out", str(out)]) == 0
         last = json.loads(out.read_text().splitlines()[-1])
-        assert (last["failed"], last["each_token"], served.engine.counts.ended["stop"] >= 12) == (
+        assert (last["failed"], last["each_token"], served.engine.stats.finished["stop"] >= 12) == (
             0,
             {},
             True,

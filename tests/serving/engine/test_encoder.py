@@ -9,9 +9,9 @@ import veratune as vt
 from tests import fakes
 from veratune.adapter import install
 from veratune.errors import ConfigError, UnsupportedError
-from veratune.serving.engine.encoder import Encoder, Reading
-from veratune.serving.engine.scheduler import Limits
-from veratune.serving.pool.pool import Bank
+from veratune.serving.engine.encoder import Encoder, EncodeRequest
+from veratune.serving.engine.scheduler import SchedulerConfig
+from veratune.serving.pool.pool import AdapterPool
 
 HEADED = vt.VeraConfig(rank=6, targets=("query", "value"), head=("classifier",))
 QV = vt.VeraConfig(rank=6, targets=("query", "value"))
@@ -34,7 +34,11 @@ def trained(config, number, labels=2):
 def encoder(rows=16, **options):
     model = fakes.bert(2).eval()
     return Encoder(
-        model, fakes.tokenizer(), Bank(model, slots=rows), limits=Limits(rows=rows), **options
+        model,
+        fakes.tokenizer(),
+        AdapterPool(model, slots=rows),
+        config=SchedulerConfig(max_num_seqs=rows),
+        **options,
     )
 
 
@@ -60,7 +64,7 @@ def run(server, requests):
 @pytest.mark.parametrize("batch_tokens", [8192, 12])
 def test_every_text_is_read_as_if_alone(batch_tokens):
     """Adapters with two classes, with three, without a head, and nobody's: in few batches, or in many."""
-    server = encoder(batch_tokens=batch_tokens)
+    server = encoder(max_num_batched_tokens=batch_tokens)
     own = {
         1: (trained(HEADED, 1), 2),
         2: (trained(HEADED, 2), 2),
@@ -75,7 +79,7 @@ def test_every_text_is_read_as_if_alone(batch_tokens):
         for want in (("logits", "embedding") if who and who < 4 else ("embedding",))
     ]
     requests = [
-        Reading("t", server.encode(text), want, key=who, load=lambda who=who: own[who][0])
+        EncodeRequest("t", server.encode(text), want, key=who, load=lambda who=who: own[who][0])
         for who, text, want in asked
     ]
     run(server, requests)
@@ -87,20 +91,20 @@ def test_every_text_is_read_as_if_alone(batch_tokens):
             want,
         )
     assert len(requests[0].encoded["input_ids"]) > 0
-    assert server.counts.ended["stop"] == len(asked)
-    assert all(entry.pins == 0 for entry in server.bank._entries.values())
+    assert server.stats.finished["stop"] == len(asked)
+    assert all(entry.pins == 0 for entry in server.pool._entries.values())
 
 
 def test_what_cannot_be_read_is_said_and_fails_alone():
-    server = encoder(rows=4, length=16)
+    server = encoder(rows=4, max_model_len=16)
     with pytest.raises(ConfigError, match="takes 16 here"):
-        server.submit(Reading("t", server.encode("light " * 30)))
+        server.submit(EncodeRequest("t", server.encode("light " * 30)))
     with pytest.raises(UnsupportedError, match="no trained head"):
-        server.submit(Reading("t", server.encode("light"), "logits"))
+        server.submit(EncodeRequest("t", server.encode("light"), "logits"))
     own = trained(QV, 1)
-    plain = Reading("t", server.encode("light"), "logits", key="plain", load=lambda: own)
-    broken = Reading("t", server.encode("light"), key="broken", load=lambda: 1 / 0)
-    fine = Reading("t", server.encode("light"), key="fine", load=lambda: own)
+    plain = EncodeRequest("t", server.encode("light"), "logits", key="plain", load=lambda: own)
+    broken = EncodeRequest("t", server.encode("light"), key="broken", load=lambda: 1 / 0)
+    fine = EncodeRequest("t", server.encode("light"), key="fine", load=lambda: own)
     run(server, [plain, broken, fine])
     with pytest.raises(UnsupportedError, match="has no head"):
         plain.result()
@@ -115,11 +119,11 @@ def test_a_slow_store_holds_up_nobody_else():
     there = threading.Event()
     server.start()
     late = server.submit(
-        Reading("a", server.encode("light"), key="late", load=lambda: there.wait() and own)
+        EncodeRequest("a", server.encode("light"), key="late", load=lambda: there.wait() and own)
     )
     for _ in range(5):
-        server.submit(Reading("b", server.encode("please"))).result()
-    assert late.ended is None
+        server.submit(EncodeRequest("b", server.encode("please"))).result()
+    assert late.finished_time is None
     there.set()
     assert len(late.result()) == 32
     server.close()

@@ -15,14 +15,14 @@ from tests import fakes
 from tests.serving.pool.test_pool import adapter
 from veratune.adapter import install
 from veratune.errors import ConfigError, QueueFullError, ShutdownError, UnsupportedError
-from veratune.serving.engine.engine import Engine, Request
-from veratune.serving.engine.loop import apart
-from veratune.serving.engine.sampling import Sampling, Text, choose
-from veratune.serving.engine.scheduler import Limits
-from veratune.serving.pool.pool import Bank
+from veratune.serving.engine.engine import Engine, GenerationRequest
+from veratune.serving.engine.loop import run_in_temporary_thread
+from veratune.serving.engine.sampling import Detokenizer, SamplingParams, sample
+from veratune.serving.engine.scheduler import SchedulerConfig
+from veratune.serving.pool.pool import AdapterPool
 
 QV = vt.VeraConfig(rank=6, targets=("query", "value"))
-GREEDY = Sampling(temperature=0, max_tokens=12)
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
 
 def small_llama():
@@ -34,9 +34,9 @@ def engine(make=small_llama, rows=8, **options):
     return Engine(
         model,
         fakes.tokenizer(),
-        Bank(model, slots=max(rows, 1)),
-        limits=Limits(rows=rows),
-        length=128,
+        AdapterPool(model, slots=max(rows, 1)),
+        config=SchedulerConfig(max_num_seqs=rows),
+        max_model_len=128,
         **options,
     )
 
@@ -62,13 +62,13 @@ def run(engine, requests):
     rng, waiting = random.Random(0), list(requests)
     found = {id(request): [] for request in requests}
     for request in requests:
-        request.listen = found[id(request)].append
+        request.on_output = found[id(request)].append
     while waiting or engine.scheduler.waiting or engine.scheduler.running:
         while waiting and rng.random() < 0.6:
             engine.submit(waiting.pop(0))
         engine.step()
     return [
-        [piece.choice.token for piece in found[id(r)] if getattr(piece, "choice", None)]
+        [piece.token.token_id for piece in found[id(r)] if getattr(piece, "token", None)]
         for r in requests
     ], found
 
@@ -109,22 +109,26 @@ def test_every_conversation_is_as_if_alone(make, chunk):
     which = [rng.randrange(4) for _ in prompts]
     lengths = [rng.choice((1, 2, 7, 12)) for _ in prompts]
     requests = [
-        Request(
-            "t", p, Sampling(temperature=0, max_tokens=n), key=w or None, load=lambda w=w: own[w]
+        GenerationRequest(
+            "t",
+            p,
+            SamplingParams(temperature=0, max_tokens=n),
+            key=w or None,
+            load=lambda w=w: own[w],
         )
         for p, w, n in zip(prompts, which, lengths, strict=True)
     ]
-    server = engine(make, rows=5, chunk=chunk)
-    server.ends = set()
+    server = engine(make, rows=5, max_num_batched_tokens=chunk)
+    server.eos_token_ids = set()
     answers, _ = run(server, requests)
     for prompt, w, n, answer in zip(prompts, which, lengths, answers, strict=True):
         wanted = alone(make, prompt, own[w], n)
         assert answer[: len(wanted)] == wanted
         assert len(answer) == n
-    assert server.counts.ended["length"] == 14
-    assert server.counts.prompt_tokens == sum(map(len, prompts))
+    assert server.stats.finished["length"] == 14
+    assert server.stats.prompt_tokens == sum(map(len, prompts))
     assert server._cache.held == [0] * 5
-    assert all(entry.pins == 0 for entry in server.bank._entries.values())
+    assert all(entry.pins == 0 for entry in server.pool._entries.values())
     assert len(set(map(tuple, answers))) > 4
 
 
@@ -132,7 +136,7 @@ def test_the_same_prompt_under_two_adapters_never_crosses():
     one, two = adapter(small_llama, QV, 0), adapter(small_llama, QV, 1)
     prompt = [5, 6, 7]
     requests = [
-        Request("t", prompt, GREEDY, key=i % 2 + 1, load=lambda i=i: (one, two)[i % 2])
+        GenerationRequest("t", prompt, GREEDY, key=i % 2 + 1, load=lambda i=i: (one, two)[i % 2])
         for i in range(8)
     ]
     answers, _ = run(engine(), requests)
@@ -152,8 +156,8 @@ def test_one_request_fails_alone():
         raise OSError("the store is gone")
 
     requests = [
-        Request("t", [4, 5], GREEDY, key="good", load=lambda: good), Request("t", [4, 5], GREEDY, key="huge", load=lambda: huge),
-        Request("t", [4, 5], GREEDY, key="broken", load=broken), Request("t", [4, 5], GREEDY),
+        GenerationRequest("t", [4, 5], GREEDY, key="good", load=lambda: good), GenerationRequest("t", [4, 5], GREEDY, key="huge", load=lambda: huge),
+        GenerationRequest("t", [4, 5], GREEDY, key="broken", load=broken), GenerationRequest("t", [4, 5], GREEDY),
     ]  # fmt: skip
     server = engine()
     answers, found = run(server, requests)
@@ -161,7 +165,7 @@ def test_one_request_fails_alone():
     assert isinstance(found[id(requests[1])][-1], UnsupportedError)
     assert isinstance(found[id(requests[2])][-1], OSError)
     assert answers[3] == alone(small_llama, [4, 5], None, 12)[: len(answers[3])]
-    assert server.counts.ended["error"] == 2
+    assert server.stats.finished["error"] == 2
 
 
 def test_what_a_failed_row_leaves_behind_reaches_nobody():
@@ -170,30 +174,36 @@ def test_what_a_failed_row_leaves_behind_reaches_nobody():
     for b in huge.b.values():
         b.fill_(1e38)
     server = engine(rows=2)
-    server.ends = set()
+    server.eos_token_ids = set()
     long, short = [4, 5, 6] * 10, [7, 8]
-    _, found = run(server, [Request("t", long, GREEDY, key="huge", load=lambda: huge)])
+    _, found = run(server, [GenerationRequest("t", long, GREEDY, key="huge", load=lambda: huge)])
     assert [type(answers[-1]) for answers in found.values()] == [UnsupportedError]
-    answers, _ = run(server, [Request("t", short, GREEDY), Request("t", long, GREEDY)])
+    answers, _ = run(
+        server, [GenerationRequest("t", short, GREEDY), GenerationRequest("t", long, GREEDY)]
+    )
     assert answers == [alone(small_llama, prompt, None, 12) for prompt in (short, long)]
 
 
 def test_prompts_of_like_length_are_read_together_and_a_tenant_who_asks_a_lot_does_not_hold_up_another():
-    server = engine(rows=32, chunk=64)
-    server.ends = set()
+    server = engine(rows=32, max_num_batched_tokens=64)
+    server.eos_token_ids = set()
     many = [
-        server.submit(Request("a", [4 + i % 7] * 15, Sampling(temperature=0, max_tokens=60)))
+        server.submit(
+            GenerationRequest("a", [4 + i % 7] * 15, SamplingParams(temperature=0, max_tokens=60))
+        )
         for i in range(30)
     ]
     server.step()
     assert (
-        sum(request.first is not None for request in many) == 4
+        sum(request.first_token_time is not None for request in many) == 4
     )  # 4 times 15 tokens in a pass of 64
-    one = server.submit(Request("b", [5] * 15, Sampling(temperature=0, max_tokens=3)))
-    while one.first is None:
+    one = server.submit(
+        GenerationRequest("b", [5] * 15, SamplingParams(temperature=0, max_tokens=3))
+    )
+    while one.first_token_time is None:
         server.step()
-    assert sum(request.first is not None for request in many) <= 16
-    while one.ended is None:
+    assert sum(request.first_token_time is not None for request in many) <= 16
+    while one.finished_time is None:
         server.step()
     assert one.result() == server.tokenizer.decode(
         alone(small_llama, [5] * 15, None, 3), skip_special_tokens=True
@@ -203,7 +213,7 @@ def test_prompts_of_like_length_are_read_together_and_a_tenant_who_asks_a_lot_do
 
 def test_a_failing_pass_fails_its_rows_and_the_next_one_works(monkeypatch):
     server = engine()
-    first = Request("t", [4, 5], GREEDY)
+    first = GenerationRequest("t", [4, 5], GREEDY)
     forward = server.model.forward
     monkeypatch.setattr(
         server.model,
@@ -213,17 +223,20 @@ def test_a_failing_pass_fails_its_rows_and_the_next_one_works(monkeypatch):
     _, found = run(server, [first])
     assert "out of memory" in str(found[id(first)][-1])
     monkeypatch.setattr(server.model, "forward", forward)
-    answers, _ = run(server, [Request("t", [4, 5], GREEDY)])
+    answers, _ = run(server, [GenerationRequest("t", [4, 5], GREEDY)])
     assert answers[0] == alone(small_llama, [4, 5], None, 12)[: len(answers[0])]
 
 
 def test_cancelled_while_waiting_reading_and_answering():
-    server = engine(rows=2, chunk=2)
-    requests = [Request("t", [4] * 9, Sampling(temperature=0, max_tokens=50)) for _ in range(4)]
+    server = engine(rows=2, max_num_batched_tokens=2)
+    requests = [
+        GenerationRequest("t", [4] * 9, SamplingParams(temperature=0, max_tokens=50))
+        for _ in range(4)
+    ]
     ended = []
     for request in requests:
-        request.listen = lambda piece, request=request: ended.append(
-            (request, getattr(piece, "finish", None))
+        request.on_output = lambda piece, request=request: ended.append(
+            (request, getattr(piece, "finish_reason", None))
         )
         server.submit(request)
     server.step()
@@ -239,28 +252,33 @@ def test_cancelled_while_waiting_reading_and_answering():
     assert (requests[1], "cancelled") in ended
     while server.scheduler.running:
         server.step()
-    assert server.counts.ended["cancelled"] == 3
+    assert server.stats.finished["cancelled"] == 3
     assert server.scheduler._tokens == 0
 
 
 def test_a_seed_draws_the_same_answer_whoever_else_is_there():
-    drawn = Sampling(temperature=1.0, top_p=0.9, top_k=20, seed=7, max_tokens=10)
-    (first,), _ = run(engine(), [Request("t", [4, 5], drawn)])
-    others = [Request("u", [6] * i, Sampling(temperature=1.0, max_tokens=9)) for i in range(1, 5)]
-    answers, _ = run(engine(), [*others, Request("t", [4, 5], drawn)])
+    drawn = SamplingParams(temperature=1.0, top_p=0.9, top_k=20, seed=7, max_tokens=10)
+    (first,), _ = run(engine(), [GenerationRequest("t", [4, 5], drawn)])
+    others = [
+        GenerationRequest("u", [6] * i, SamplingParams(temperature=1.0, max_tokens=9))
+        for i in range(1, 5)
+    ]
+    answers, _ = run(engine(), [*others, GenerationRequest("t", [4, 5], drawn)])
     assert answers[-1] == first
 
 
 def test_logprobs_are_those_of_the_model():
-    request = Request("t", [4, 5, 6], Sampling(temperature=0, max_tokens=1, logprobs=3))
+    request = GenerationRequest(
+        "t", [4, 5, 6], SamplingParams(temperature=0, max_tokens=1, logprobs=3)
+    )
     _, found = run(engine(), [request])
-    choice = found[id(request)][-1].choice
+    choice = found[id(request)][-1].token
     with torch.no_grad():
         logs = small_llama().eval()(torch.tensor([[4, 5, 6]])).logits[0, -1].log_softmax(-1)
     values, tokens = logs.topk(3)
-    assert [token for token, _ in choice.top] == tokens.tolist()
-    assert [value for _, value in choice.top] == pytest.approx(values.tolist(), abs=1e-5)
-    assert (choice.token, choice.logprob) == (
+    assert [token for token, _ in choice.top_logprobs] == tokens.tolist()
+    assert [value for _, value in choice.top_logprobs] == pytest.approx(values.tolist(), abs=1e-5)
+    assert (choice.token_id, choice.logprob) == (
         tokens[0].item(),
         pytest.approx(values[0].item(), abs=1e-5),
     )
@@ -271,9 +289,9 @@ def test_logprobs_are_those_of_the_model():
     st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=6),
 )  # fmt: skip
 def test_any_settings_draw_a_token(temperature, top_p, top_k, logits):
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
-    found = choose(torch.tensor([logits]), [sampling], [torch.Generator()], [[]])
-    assert 0 <= found[0].token < len(logits)
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k)
+    found = sample(torch.tensor([logits]), [sampling], [torch.Generator()], [[]])
+    assert 0 <= found[0].token_id < len(logits)
 
 
 @given(
@@ -285,34 +303,34 @@ def test_penalties_and_bias_are_taken_from_the_logits(logits, said, frequency, p
         value - frequency * said.count(token) - presence * (token in said) + bias.get(token, 0)
         for token, value in enumerate(logits)
     ]
-    sampling = Sampling(
+    sampling = SamplingParams(
         temperature=0,
         frequency_penalty=frequency,
         presence_penalty=presence,
-        bias=tuple(bias.items()),
+        logit_bias=tuple(bias.items()),
         logprobs=0,
     )
-    (found,) = choose(torch.tensor([logits]).float(), [sampling], [None], [said])
-    assert weighed[found.token] == max(weighed)
+    (found,) = sample(torch.tensor([logits]).float(), [sampling], [None], [said])
+    assert weighed[found.token_id] == max(weighed)
     assert found.logprob == pytest.approx(
-        torch.tensor(logits).float().log_softmax(-1)[found.token].item()
+        torch.tensor(logits).float().log_softmax(-1)[found.token_id].item()
     )
 
 
 def test_a_penalty_knows_its_own_answer_alone():
-    greedy = Sampling(temperature=0, max_tokens=12)
-    penalised = dataclasses.replace(greedy, frequency_penalty=2.0, bias=((7, 100.0),))
-    (plain,), _ = run(engine(), [Request("t", [4, 5], greedy)])
+    greedy = SamplingParams(temperature=0, max_tokens=12)
+    penalised = dataclasses.replace(greedy, frequency_penalty=2.0, logit_bias=((7, 100.0),))
+    (plain,), _ = run(engine(), [GenerationRequest("t", [4, 5], greedy)])
     (one, other, last), found = run(
         engine(),
         [
-            asked := Request("t", [4, 5], penalised),
-            Request("u", [4, 5], penalised),
-            Request("u", [4, 5], greedy),
+            asked := GenerationRequest("t", [4, 5], penalised),
+            GenerationRequest("u", [4, 5], penalised),
+            GenerationRequest("u", [4, 5], greedy),
         ],
     )
     assert (one, last) == (other, plain)
-    assert [piece.choice.token for piece in found[id(asked)]] == [
+    assert [piece.token.token_id for piece in found[id(asked)]] == [
         7
     ] * 12  # a bias of 100 is over what twelve times take
 
@@ -321,7 +339,9 @@ def test_tokens_that_the_model_does_not_know_are_refused():
     made = engine()
     for prompt, bias in (([300], ()), ([-1], ()), ([1], ((300, 1.0),))):
         with pytest.raises(ConfigError, match="does not know; its own are 0 to 299"):
-            made.submit(Request("t", prompt, Sampling(max_tokens=8, bias=bias)))
+            made.submit(
+                GenerationRequest("t", prompt, SamplingParams(max_tokens=8, logit_bias=bias))
+            )
 
 
 def test_top_p_and_top_k_cut_the_tail():
@@ -331,7 +351,8 @@ def test_top_p_and_top_k_cut_the_tail():
     def drawn(**options):
         generator = torch.Generator().manual_seed(0)
         return [
-            choose(logits, [Sampling(**options)], [generator], [[]])[0].token for _ in range(2000)
+            sample(logits, [SamplingParams(**options)], [generator], [[]])[0].token_id
+            for _ in range(2000)
         ]
 
     assert set(drawn(top_k=2)) == {0, 1}
@@ -352,14 +373,14 @@ class Letters:
 
 
 def test_text_is_sent_in_whole_characters_and_never_a_stop_nor_its_beginning():
-    text = Text(Letters())
+    text = Detokenizer(Letters())
     assert [text.add(token) for token in "aé€".encode()] == ["a", "", "é", "", "", "€"]
-    stopped = Text(Letters(), stop=("END", "\n\n"))
+    stopped = Detokenizer(Letters(), stop=("END", "\n\n"))
     pieces = [stopped.add(token) for token in b"One EN END more"]
     assert "".join(pieces) == "One EN "
     assert stopped.stopped
     assert stopped.end() == ""
-    open_ = Text(Letters(), stop=("END",))
+    open_ = Detokenizer(Letters(), stop=("END",))
     assert "".join(open_.add(token) for token in b"see EN") == "see "
     assert open_.end() == "EN"
 
@@ -370,11 +391,13 @@ def test_a_stop_ends_an_answer(monkeypatch):
     words = server.tokenizer.decode(wanted)
     stop = server.tokenizer.decode(wanted[3:4]).strip()
     if stop:
-        request = Request("t", [4, 5], Sampling(temperature=0, max_tokens=12, stop=(stop,)))
+        request = GenerationRequest(
+            "t", [4, 5], SamplingParams(temperature=0, max_tokens=12, stop=(stop,))
+        )
         _, found = run(server, [request])
         said = "".join(piece.text for piece in found[id(request)])
         assert said == words[: words.index(stop)]
-        assert found[id(request)][-1].finish == "stop"
+        assert found[id(request)][-1].finish_reason == "stop"
 
 
 def test_a_thread_serves_and_goes_down():
@@ -385,11 +408,11 @@ def test_a_thread_serves_and_goes_down():
 
     def ask(i):
         request = server.submit(
-            Request(
+            GenerationRequest(
                 f"t{i % 3}", [4, 5, 3 + i], GREEDY, key="a" if i % 2 else None, load=lambda: own
             )
         )
-        answers[i] = [piece.choice.token for piece in request if piece.choice]
+        answers[i] = [piece.token.token_id for piece in request if piece.token]
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(10)]
     for thread in threads:
@@ -400,40 +423,40 @@ def test_a_thread_serves_and_goes_down():
         assert (
             answer == alone(small_llama, [4, 5, 3 + i], own if i % 2 else None, 12)[: len(answer)]
         )
-    late = server.submit(Request("t", [4], Sampling(temperature=0, max_tokens=100)))
+    late = server.submit(GenerationRequest("t", [4], SamplingParams(temperature=0, max_tokens=100)))
     server.close(drain=30)
     assert late.result() is not None
     with pytest.raises(ShutdownError, match="going down"):
-        server.submit(Request("t", [4], GREEDY))
+        server.submit(GenerationRequest("t", [4], GREEDY))
 
 
 def test_work_that_is_done_apart_leaves_no_thread_behind():
-    thread = apart(threading.current_thread)
+    thread = run_in_temporary_thread(threading.current_thread)
     assert thread is not threading.current_thread()
     assert not thread.is_alive()
     with pytest.raises(ZeroDivisionError):
-        apart(lambda: 1 / 0)
+        run_in_temporary_thread(lambda: 1 / 0)
 
 
 def test_mistakes():
     server = engine(rows=1)
     with pytest.raises(ConfigError, match="the prompt is empty"):
-        server.submit(Request("t", [], GREEDY))
+        server.submit(GenerationRequest("t", [], GREEDY))
     with pytest.raises(ConfigError, match="120 tokens of prompt and 12 of answer are over the 128"):
-        server.submit(Request("t", [4] * 120, GREEDY))
-    server.scheduler.limits = Limits(rows=1, waiting=1)
-    server.submit(Request("t", [4], GREEDY))
+        server.submit(GenerationRequest("t", [4] * 120, GREEDY))
+    server.scheduler.config = SchedulerConfig(max_num_seqs=1, max_queue=1)
+    server.submit(GenerationRequest("t", [4], GREEDY))
     with pytest.raises(QueueFullError):
-        server.submit(Request("u", [4], GREEDY))
+        server.submit(GenerationRequest("u", [4], GREEDY))
     for bad, match in (
         ({"temperature": 3.0}, "temperature is 3.0"), ({"top_p": 0.0}, "top_p is 0"), ({"max_tokens": 0}, "max_tokens is 0"),
         ({"stop": ("",)}, "up to 4 texts"), ({"logprobs": 99}, "logprobs is 99"), ({"temperature": float("nan")}, "temperature is nan"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=match):
-            Sampling(**bad)
+            SamplingParams(**bad)
     model = small_llama()
-    with pytest.raises(ConfigError, match="the bank has 2 slots for 32 rows"):
-        Engine(model, fakes.tokenizer(), Bank(model, slots=2))
+    with pytest.raises(ConfigError, match="the pool has 2 slots for 32 rows"):
+        Engine(model, fakes.tokenizer(), AdapterPool(model, slots=2))
 
 
 def test_models_that_the_engine_does_not_understand_are_refused(monkeypatch):
@@ -444,27 +467,27 @@ def test_models_that_the_engine_does_not_understand_are_refused(monkeypatch):
     with pytest.raises(
         UnsupportedError, match="MambaForCausalLM cannot be run with rows of their own lengths"
     ):
-        Engine(mamba, fakes.tokenizer(), Bank(mamba, slots=32))
+        Engine(mamba, fakes.tokenizer(), AdapterPool(mamba, slots=32))
     bloom = fakes.seeded(
         lambda: transformers.AutoModelForCausalLM.from_config(
             transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4)
         )
     )
     with pytest.raises(UnsupportedError, match="BloomForCausalLM"):
-        Engine(bloom, fakes.tokenizer(), Bank(bloom, slots=32))
+        Engine(bloom, fakes.tokenizer(), AdapterPool(bloom, slots=32))
     model = small_llama()
     forward = model.forward
     monkeypatch.setattr(
         model, "forward", lambda position_ids=None, **k: forward(**k)
     )  # positions are not heard
     with pytest.raises(UnsupportedError, match="LlamaForCausalLM says something else .* off by"):
-        Engine(model, fakes.tokenizer(), Bank(model, slots=32))
+        Engine(model, fakes.tokenizer(), AdapterPool(model, slots=32))
 
 
 def test_everybody_is_told_when_a_server_goes_down():
     server = engine(rows=2)
     asked = [
-        server.submit(Request("t", [4, 5], Sampling(temperature=0, max_tokens=100)))
+        server.submit(GenerationRequest("t", [4, 5], SamplingParams(temperature=0, max_tokens=100)))
         for _ in range(7)
     ]
     server.step()

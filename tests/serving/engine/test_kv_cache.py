@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veratune.errors import UnsupportedError
-from veratune.serving.engine.kv_cache import SlotCache
+from veratune.serving.engine.kv_cache import KVCache
 
 ROWS, LENGTH = 5, 40
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ moves = st.one_of(
 
 @given(st.lists(moves, max_size=25))
 def test_every_row_sees_its_own_tokens_and_nothing_else(done):
-    cache, lists, count = SlotCache(ROWS, LENGTH), [[] for _ in range(ROWS)], 0
+    cache, lists, count = KVCache(ROWS, LENGTH), [[] for _ in range(ROWS)], 0
     for what, one, other in done:
         if what == "swap":
             cache.swap(one, other)
@@ -81,7 +81,7 @@ def test_every_row_sees_its_own_tokens_and_nothing_else(done):
 
 
 def test_with_a_sliding_window_the_last_tokens_are_seen():
-    cache = SlotCache(2, 16)
+    cache = KVCache(2, 16)
     cache.open(0, [5, 3], CPU)
     seen = cache.mask(torch.float32, near=2)[:, 0] == 0
     assert seen[0].int().tolist() == [
@@ -97,4 +97,4 @@ def test_with_a_sliding_window_the_last_tokens_are_seen():
 
 def test_a_cache_is_used_inside_of_a_pass_alone():
     with pytest.raises(UnsupportedError, match="outside of a pass"):
-        SlotCache(2, 16).mask(torch.float32)
+        KVCache(2, 16).mask(torch.float32)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tests.serving.engine.test_engine import FAMILIES, GREEDY, QV, alone, engine, run, small_llama
 from tests.serving.pool.test_pool import adapter
 from veratune.errors import UnsupportedError
-from veratune.serving.engine.engine import Request
-from veratune.serving.engine.prefix_cache import LEAST, Prefixes
+from veratune.serving.engine.engine import GenerationRequest
+from veratune.serving.engine.prefix_cache import LEAST, PrefixCache
 
 texts = st.lists(st.integers(0, 1), min_size=1, max_size=24)
 owners = st.tuples(st.sampled_from("ab"), st.sampled_from([None, ("a", "x", 1), ("a", "x", 2)]))
@@ -24,7 +24,7 @@ def made(tokens):
 
 @given(st.lists(st.tuples(owners, texts, st.booleans()), max_size=30), st.integers(1, 20))
 def test_what_is_found_is_the_longest_beginning_that_its_owner_has(asked, limit):
-    kept, prefixes = [], Prefixes(8 * 24 * limit)
+    kept, prefixes = [], PrefixCache(8 * 24 * limit)
     for owner, tokens, keep in asked:
         found = prefixes.find(owner, tokens)
         common = [next((i for i, (x, y) in enumerate(zip(t, tokens[:-1], strict=False)) if x != y), min(len(t), len(tokens) - 1))
@@ -48,7 +48,7 @@ def test_what_is_found_is_the_longest_beginning_that_its_owner_has(asked, limit)
 
 
 def test_what_goes_on_takes_the_place_of_what_it_goes_on_from_and_what_was_used_longest_ago_goes_first():
-    prefixes, turns = Prefixes(8 * 60), [list(range(size)) for size in (10, 20, 30)]
+    prefixes, turns = PrefixCache(8 * 60), [list(range(size)) for size in (10, 20, 30)]
     for turn in turns:
         prefixes.keep(("a", None), turn, made(turn))
     assert prefixes.bytes == 8 * 30
@@ -67,35 +67,37 @@ def test_what_goes_on_takes_the_place_of_what_it_goes_on_from_and_what_was_used_
 @pytest.mark.parametrize("make", [small_llama, *FAMILIES])
 def test_a_conversation_that_goes_on_says_what_it_says_without(make):
     own = [None, adapter(make, QV, 0), adapter(make, QV, 1)]
-    server = engine(make, rows=3, chunk=16, prefixes=10**8)
-    server.ends = set()
+    server = engine(make, rows=3, max_num_batched_tokens=16, prefix_cache_bytes=10**8)
+    server.eos_token_ids = set()
     talks = [[5 + i % 2, *range(4, 20)] for i in range(3)]
     for turn in range(3):
-        before = server.counts.known_tokens
+        before = server.stats.cached_tokens
         requests = [
-            Request("t", talk, GREEDY, key=i or None, load=lambda i=i: own[i]) for i, talk in enumerate(talks)
+            GenerationRequest("t", talk, GREEDY, key=i or None, load=lambda i=i: own[i]) for i, talk in enumerate(talks)
         ]  # fmt: skip
         answers, _ = run(server, requests)
         for i, (talk, answer) in enumerate(zip(talks, answers, strict=True)):
             assert answer == alone(make, talk, own[i], 12)[:12]
-            assert requests[i].known == (
+            assert requests[i].cached_tokens == (
                 0 if turn == 0 else len(talk) - 3
             )  # all but the last of the answer and two new ones
             talks[i] = [*talk, *answer, 7, 9]
-        assert server.counts.known_tokens - before == sum(request.known for request in requests)
+        assert server.stats.cached_tokens - before == sum(
+            request.cached_tokens for request in requests
+        )
     assert server._cache.held == [0] * 3
 
 
 def test_a_prefix_is_its_tenants_adapters_and_versions_alone():
     one, two, prompt = adapter(small_llama, QV, 0), adapter(small_llama, QV, 1), list(range(4, 24))
-    server = engine(rows=2, prefixes=10**8)
-    server.ends = set()
+    server = engine(rows=2, prefix_cache_bytes=10**8)
+    server.eos_token_ids = set()
 
     def known(tenant, key, own):
-        request = Request(tenant, prompt, GREEDY, key=key, load=lambda: own)
+        request = GenerationRequest(tenant, prompt, GREEDY, key=key, load=lambda: own)
         (answer,), _ = run(server, [request])
         assert answer == alone(small_llama, prompt, own, 12)
-        return request.known
+        return request.cached_tokens
 
     first = ("ann", "x", 1)
     assert [known("ann", first, one), known("ann", first, one)] == [0, 19]
@@ -104,9 +106,9 @@ def test_a_prefix_is_its_tenants_adapters_and_versions_alone():
     assert known("ann", None, None) == 0
     assert known("ben", None, None) == 0  # nor does the time tell what others asked the base model
     assert known("ann", None, None) == 19
-    held = server.prefix_bytes
+    held = server.prefix_cache_bytes
     server.forget(first)
-    assert 0 < server.prefix_bytes < held
+    assert 0 < server.prefix_cache_bytes < held
     assert known("ann", first, one) == 0
 
 
@@ -114,24 +116,24 @@ def test_a_row_that_failed_is_not_kept():
     huge = adapter(small_llama, QV, 1)
     for b in huge.b.values():
         b.fill_(1e38)
-    server = engine(rows=2, prefixes=10**8)
+    server = engine(rows=2, prefix_cache_bytes=10**8)
     _, found = run(
-        server, [Request("t", list(range(4, 24)), GREEDY, key="huge", load=lambda: huge)]
+        server, [GenerationRequest("t", list(range(4, 24)), GREEDY, key="huge", load=lambda: huge)]
     )
     assert [type(answers[-1]) for answers in found.values()] == [UnsupportedError]
-    assert server.prefix_bytes == 0
+    assert server.prefix_cache_bytes == 0
 
 
 def test_a_cancelled_request_leaves_what_it_read():
-    server = engine(rows=1, chunk=16, prefixes=10**8)
+    server = engine(rows=1, max_num_batched_tokens=16, prefix_cache_bytes=10**8)
     prompt = list(range(4, 44))
-    request = Request("t", prompt, GREEDY)
-    request.listen = lambda piece: None
+    request = GenerationRequest("t", prompt, GREEDY)
+    request.on_output = lambda piece: None
     server.submit(request)
     server.step()
     server.cancel(request)
     server.step()
-    again = Request("t", prompt, GREEDY)
+    again = GenerationRequest("t", prompt, GREEDY)
     (answer,), _ = run(server, [again])
-    assert again.known == 16
+    assert again.cached_tokens == 16
     assert answer == alone(small_llama, prompt, None, 12)[: len(answer)]

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veratune.errors import ConfigError, QueueFullError
-from veratune.serving.engine.scheduler import Limits, Scheduler, together
+from veratune.serving.engine.scheduler import Scheduler, SchedulerConfig, select_prefill_batch
 
 
 @dataclasses.dataclass(eq=False)
-class Ask:
+class FakeRequest:
     tenant: str
     size: int = 1
 
@@ -23,15 +23,15 @@ def names(scheduler, count):
 
 
 def test_tenants_take_turns_however_much_one_of_them_asks():
-    scheduler = Scheduler(Limits(rows=100))
+    scheduler = Scheduler(SchedulerConfig(max_num_seqs=100))
     for tenant in ("a", "a", "a", "a", "b", "c", "b"):
-        scheduler.add(Ask(tenant))
+        scheduler.add(FakeRequest(tenant))
     assert names(scheduler, 8) == ["a", "b", "c", "a", "b", "a", "a", None]
 
 
 def test_no_more_run_than_there_are_rows():
-    scheduler = Scheduler(Limits(rows=2))
-    asked = [Ask("a") for _ in range(3)]
+    scheduler = Scheduler(SchedulerConfig(max_num_seqs=2))
+    asked = [FakeRequest("a") for _ in range(3)]
     for ask in asked:
         scheduler.add(ask)
     assert [scheduler.take(), scheduler.take(), scheduler.take()] == [asked[0], asked[1], None]
@@ -42,8 +42,8 @@ def test_no_more_run_than_there_are_rows():
 
 def test_news_are_not_missed():
     """What came between a look and the sleep ends the sleep."""
-    scheduler = Scheduler(Limits())
-    scheduler.add(Ask("a"))
+    scheduler = Scheduler(SchedulerConfig())
+    scheduler.add(FakeRequest("a"))
     start = time.perf_counter()
     scheduler.wait(30)
     scheduler.wake()
@@ -52,37 +52,39 @@ def test_news_are_not_missed():
 
 
 def test_what_is_too_much_is_refused_and_what_ended_counts_no_more():
-    scheduler = Scheduler(Limits(waiting=3, waiting_tenant=2, tokens=100))
-    first = Ask("a", 40)
+    scheduler = Scheduler(
+        SchedulerConfig(max_queue=3, max_queue_per_tenant=2, max_total_tokens=100)
+    )
+    first = FakeRequest("a", 40)
     scheduler.add(first)
-    scheduler.add(Ask("a", 10))
+    scheduler.add(FakeRequest("a", 10))
     with pytest.raises(QueueFullError, match="2 requests of this tenant are waiting"):
-        scheduler.add(Ask("a"))
+        scheduler.add(FakeRequest("a"))
     with pytest.raises(QueueFullError, match="50 tokens are being worked on"):
-        scheduler.add(Ask("b", 60))
-    scheduler.add(Ask("b", 50))
+        scheduler.add(FakeRequest("b", 60))
+    scheduler.add(FakeRequest("b", 50))
     with pytest.raises(QueueFullError, match="3 requests are waiting already"):
-        scheduler.add(Ask("c"))
+        scheduler.add(FakeRequest("c"))
     assert scheduler.withdraw(first)
     assert not scheduler.withdraw(first)
-    scheduler.add(Ask("c", 40))
+    scheduler.add(FakeRequest("c", 40))
     running = scheduler.take()
     assert not scheduler.withdraw(running)
-    alone = Scheduler(Limits(tokens=10))
-    alone.add(Ask("a", 50))  # larger than the bound, but nobody else is there
-    with pytest.raises(ConfigError, match="rows is 0"):
-        Limits(rows=0)
+    alone = Scheduler(SchedulerConfig(max_total_tokens=10))
+    alone.add(FakeRequest("a", 50))  # larger than the bound, but nobody else is there
+    with pytest.raises(ConfigError, match="max_num_seqs is 0"):
+        SchedulerConfig(max_num_seqs=0)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=60))
 def test_a_request_waits_for_at_most_one_of_each_other_tenant(steps):
     """Between two turns of a tenant that waits, nobody else has more than one."""
-    scheduler = Scheduler(Limits(rows=1000, waiting_tenant=1000))
+    scheduler = Scheduler(SchedulerConfig(max_num_seqs=1000, max_queue_per_tenant=1000))
     since = {tenant: {} for tenant in "abc"}
     queued = dict.fromkeys("abc", 0)
     for tenant, add in steps:
         if add:
-            scheduler.add(Ask(tenant))
+            scheduler.add(FakeRequest(tenant))
             queued[tenant] += 1
             continue
         taken = scheduler.take()
@@ -101,7 +103,7 @@ def test_a_request_waits_for_at_most_one_of_each_other_tenant(steps):
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 300))
 def test_texts_that_are_read_together_fill_their_pass(sizes, most):
-    chosen = together(sizes, most)
+    chosen = select_prefill_batch(sizes, most)
     assert chosen[0] == 0  # the first one is never left behind
     assert chosen == sorted(set(chosen))
     own = [sizes[i] for i in chosen]
@@ -113,12 +115,12 @@ def test_texts_that_are_read_together_fill_their_pass(sizes, most):
 def test_what_waits_is_counted_while_tenants_come_and_go(request):
     request.addfinalizer(functools.partial(sys.setswitchinterval, sys.getswitchinterval()))
     sys.setswitchinterval(1e-6)  # threads take turns in the middle of everything
-    scheduler = Scheduler(Limits(rows=1000, waiting=1000))
+    scheduler = Scheduler(SchedulerConfig(max_num_seqs=1000, max_queue=1000))
     stop = threading.Event()
 
     def come_and_go():
         while not stop.is_set():
-            asked = [Ask(str(i)) for i in range(50)]
+            asked = [FakeRequest(str(i)) for i in range(50)]
             for ask in asked:
                 scheduler.add(ask)
             for ask in asked:

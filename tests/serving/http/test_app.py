@@ -23,11 +23,11 @@ from tests.serving.pool.test_pool import adapter
 from veratune.errors import AdapterNotFoundError, ConfigError, UnsupportedError
 from veratune.formats import native
 from veratune.serving.engine.engine import Engine
-from veratune.serving.engine.scheduler import Limits
+from veratune.serving.engine.scheduler import SchedulerConfig
 from veratune.serving.http.app import build, check_address
 from veratune.serving.jobs.jobs import Jobs
 from veratune.serving.keys import Caller, Keys
-from veratune.serving.pool.pool import Bank
+from veratune.serving.pool.pool import AdapterPool
 from veratune.serving.service import Service
 from veratune.serving.store.sqlite import SqliteStore
 
@@ -48,10 +48,10 @@ class Served:
         self.engine = Engine(
             model,
             fakes.tokenizer(),
-            Bank(model, slots=4),
-            limits=options.pop("limits", Limits(rows=4)),
-            length=128,
-            prefixes=10**6,
+            AdapterPool(model, slots=4),
+            config=options.pop("config", SchedulerConfig(max_num_seqs=4)),
+            max_model_len=128,
+            prefix_cache_bytes=10**6,
         )
         self.store = SqliteStore(path / "adapters.db")
         reader = encoder() if options.pop("encoder", False) else None
@@ -95,12 +95,12 @@ class Served:
     @contextlib.contextmanager
     def slow(self, seconds):
         """Inside the block a step takes so long, and answers end at max_tokens alone."""
-        step, ends = self.engine.step, self.engine.ends
-        self.engine.step, self.engine.ends = lambda: time.sleep(seconds) or step(), set()
+        step, ends = self.engine.step, self.engine.eos_token_ids
+        self.engine.step, self.engine.eos_token_ids = lambda: time.sleep(seconds) or step(), set()
         try:
             yield
         finally:
-            self.engine.step, self.engine.ends = step, ends
+            self.engine.step, self.engine.eos_token_ids = step, ends
 
     def until_idle(self, seconds=20):
         end = time.time() + seconds
@@ -486,7 +486,7 @@ def test_what_prometheus_and_a_balancer_ask_for(served):
     for name in (
         "adapters_loaded",
         'adapters_capacity{base="base"} 4.0',
-        "answer_tokens_total",
+        "generation_tokens_total",
         'requests_total{base="base",how="length"}',
         "step_seconds_total",
         "frozen_bytes",
@@ -503,7 +503,7 @@ def test_a_client_that_goes_away_frees_its_row(served, stream):
         "temperature": 1.0,
         "stream": stream,
     }
-    before = served.engine.counts.ended["cancelled"]
+    before = served.engine.stats.finished["cancelled"]
     with served.slow(0.2), served.http() as http:  # answers of 24 seconds
         if stream:
             for _ in range(3):
@@ -514,12 +514,12 @@ def test_a_client_that_goes_away_frees_its_row(served, stream):
                 with pytest.raises(httpx.TimeoutException):
                     http.post("/v1/completions", json=body, timeout=0.5)
         served.until_idle()
-    assert served.engine.counts.ended["cancelled"] == before + 3
-    assert all(entry.pins == 0 for entry in served.engine.bank._entries.values())
+    assert served.engine.stats.finished["cancelled"] == before + 3
+    assert all(entry.pins == 0 for entry in served.engine.pool._entries.values())
 
 
 def test_too_many_requests_are_told_to_come_again(tmp_path):
-    served = Served(tmp_path, limits=Limits(rows=1, waiting=1))
+    served = Served(tmp_path, config=SchedulerConfig(max_num_seqs=1, max_queue=1))
     replies = []
 
     def ask():

@@ -8,7 +8,7 @@ from tests.serving.engine.test_encoder import HEADED, trained
 from tests.serving.http.test_app import FILES, Served
 from tests.serving.jobs.test_jobs import CHAT, LINES
 from veratune.formats import native
-from veratune.serving.engine.scheduler import Limits
+from veratune.serving.engine.scheduler import SchedulerConfig
 from veratune.serving.http.app import build
 
 CALLS = (
@@ -28,7 +28,7 @@ def fuzzed(tmp_path_factory):
         open=True,
         encoder=True,
         jobs={"base": CHAT},
-        limits=Limits(rows=4, tokens=10_000),
+        config=SchedulerConfig(max_num_seqs=4, max_total_tokens=10_000),
     )
     served.jobs.command = ("true",)
     with served.http() as http:

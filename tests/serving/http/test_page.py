@@ -7,7 +7,7 @@ import pytest
 
 from tests import fakes
 from tests.serving.http.test_app import FILES, Served, greedy
-from veratune.serving.engine.scheduler import Limits
+from veratune.serving.engine.scheduler import SchedulerConfig
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
@@ -94,7 +94,7 @@ def test_two_adapters_answer_side_by_side_by_keyboard(page, served):
 def test_escape_stops_both(page, served):
     page.locator("#tokens").fill("110")
     page.locator("#temperature").fill("1.5")
-    before = served.engine.counts.ended["cancelled"]
+    before = served.engine.stats.finished["cancelled"]
     with served.slow(0.2):  # answers of 22 seconds
         page.locator("#prompt").fill("go")
         page.keyboard.press("Enter")
@@ -105,7 +105,7 @@ def test_escape_stops_both(page, served):
         page.wait_for_function("!document.getElementById('send').disabled")
         served.until_idle()
     assert all("stopped" in note for note in page.locator(".note").all_inner_texts())
-    assert served.engine.counts.ended["cancelled"] == before + 2
+    assert served.engine.stats.finished["cancelled"] == before + 2
 
 
 def test_what_goes_wrong_is_said_in_its_column(page, served):
@@ -134,7 +134,7 @@ def test_what_goes_wrong_is_said_in_its_column(page, served):
 
 
 def test_a_key_is_asked_for_where_one_is_wanted(browser, tmp_path):
-    served = Served(tmp_path, limits=Limits(rows=2))
+    served = Served(tmp_path, config=SchedulerConfig(max_num_seqs=2))
     try:
         with served.http() as http:
             http.put("/v1/adapters/alice", content=FILES["alice"])

@@ -11,11 +11,11 @@ from tests.serving.engine.test_engine import QV, alone, small_llama
 from tests.serving.pool.test_pool import adapter
 from veratune.errors import AdapterNotFoundError
 from veratune.formats import native
-from veratune.serving.engine.engine import Engine, Request
-from veratune.serving.engine.sampling import Sampling
-from veratune.serving.engine.scheduler import Limits
+from veratune.serving.engine.engine import Engine, GenerationRequest
+from veratune.serving.engine.sampling import SamplingParams
+from veratune.serving.engine.scheduler import SchedulerConfig
 from veratune.serving.keys import Caller
-from veratune.serving.pool.pool import Bank
+from veratune.serving.pool.pool import AdapterPool
 from veratune.serving.service import Service
 from veratune.serving.store.sqlite import SqliteStore
 
@@ -44,12 +44,12 @@ def test_no_answer_is_anothers(tmp_path, count):
     engine = Engine(
         model,
         fakes.tokenizer(),
-        Bank(model, slots=10),
-        limits=Limits(rows=10, waiting=64),
-        length=128,
-        prefixes=100_000,
+        AdapterPool(model, slots=10),
+        config=SchedulerConfig(max_num_seqs=10, max_queue=64),
+        max_model_len=128,
+        prefix_cache_bytes=100_000,
     )
-    engine.ends = set()
+    engine.eos_token_ids = set()
     service = Service(SqliteStore(tmp_path / "adapters.db"), engine, name="base")
     for tenant in range(TENANTS):
         service.put(f"t{tenant}", "mine", files[tenant * CONTENTS])
@@ -84,10 +84,12 @@ def test_no_answer_is_anothers(tmp_path, count):
             caller = Caller((f"t{tenant}",))
             try:
                 asked = service.asked(caller, "base" if bare else "mine", engine)
-                request = Request(
-                    **asked, prompt=PROMPTS[p], sampling=Sampling(temperature=0, max_tokens=TOKENS)
+                request = GenerationRequest(
+                    **asked,
+                    tokens=PROMPTS[p],
+                    sampling=SamplingParams(temperature=0, max_tokens=TOKENS),
                 )
-                tokens = tuple(piece.choice.token for piece in engine.submit(request))
+                tokens = tuple(piece.token.token_id for piece in engine.submit(request))
             except AdapterNotFoundError:
                 gone[0] += 1
                 continue
@@ -114,6 +116,6 @@ def test_no_answer_is_anothers(tmp_path, count):
     assert done[0] + gone[0] == count
     assert done[0] > 0.5 * count
     assert gone[0] > 0  # some were deleted just then
-    assert engine.bank.counts.evictions > 10
-    assert engine.counts.known_tokens > 100
-    assert all(entry.pins == 0 for entry in engine.bank._entries.values())
+    assert engine.pool.stats.evictions > 10
+    assert engine.stats.cached_tokens > 100
+    assert all(entry.pins == 0 for entry in engine.pool._entries.values())

@@ -18,7 +18,7 @@ from veratune.errors import (
     ShapeError,
     UnsupportedError,
 )
-from veratune.serving.pool.pool import Bank
+from veratune.serving.pool.pool import AdapterPool
 
 TOKENS = torch.arange(40).view(5, 8) % 30
 QV = vt.VeraConfig(rank=6, targets=("query", "value"))
@@ -45,25 +45,25 @@ def alone(make, adapters, tokens=TOKENS):
     return torch.cat(out)
 
 
-def mixed(bank, leases, tokens=TOKENS):
-    with bank.rows(leases), torch.no_grad():
-        return bank.model(tokens)[0]
+def mixed(pool, leases, tokens=TOKENS):
+    with pool.rows(leases), torch.no_grad():
+        return pool.model(tokens)[0]
 
 
 @pytest.mark.parametrize("make", [fakes.bert, fakes.llama, fakes.gpt2])
 def test_every_row_answers_as_if_alone(make):
     own = [adapter(make, QV, i) for i in range(3)]
-    bank = Bank(make().eval(), slots=4)
-    leases = [bank.acquire(i, lambda i=i: own[i]) for i in range(3)]
+    pool = AdapterPool(make().eval(), slots=4)
+    leases = [pool.acquire(i, lambda i=i: own[i]) for i in range(3)]
     order = [leases[2], None, leases[0], leases[1], leases[2]]
     wanted = alone(make, [own[2], None, own[0], own[1], own[2]])
-    assert torch.allclose(mixed(bank, order), wanted, atol=1e-5)
+    assert torch.allclose(mixed(pool, order), wanted, atol=1e-5)
     assert not torch.allclose(wanted[0], wanted[4], atol=1e-3)
     with torch.no_grad():
         assert torch.equal(
-            bank.model(TOKENS)[0], make().eval()(TOKENS)[0]
+            pool.model(TOKENS)[0], make().eval()(TOKENS)[0]
         )  # outside rows: the bare model
-        assert torch.equal(mixed(bank, [None] * 5), make().eval()(TOKENS)[0])
+        assert torch.equal(mixed(pool, [None] * 5), make().eval()(TOKENS)[0])
 
 
 def test_adapters_of_other_ranks_seeds_targets_and_vectors_side_by_side():
@@ -72,11 +72,11 @@ def test_adapters_of_other_ranks_seeds_targets_and_vectors_side_by_side():
         vt.VeraConfig(rank=4, targets=("key",), vectors="b"), vt.VeraConfig(rank=4, targets=("query",), basis="monarch"),
     ]  # fmt: skip
     own = [adapter(fakes.bert, config, i) for i, config in enumerate(configs)]
-    bank = Bank(fakes.bert().eval(), slots=2)
-    leases = [bank.acquire(i, lambda i=i: own[i]) for i in range(5)]
-    assert torch.allclose(mixed(bank, leases), alone(fakes.bert, own), atol=1e-5)
+    pool = AdapterPool(fakes.bert().eval(), slots=2)
+    leases = [pool.acquire(i, lambda i=i: own[i]) for i in range(5)]
+    assert torch.allclose(mixed(pool, leases), alone(fakes.bert, own), atol=1e-5)
     assert torch.allclose(
-        mixed(bank, [None, leases[1], None, leases[1], leases[0]]),
+        mixed(pool, [None, leases[1], None, leases[1], leases[0]]),
         alone(fakes.bert, [None, own[1], None, own[1], own[0]]),
         atol=1e-5,
     )
@@ -94,51 +94,51 @@ def test_classifiers_bring_their_own_heads():
         with torch.no_grad():
             model.classifier.vera["x"].weight.normal_(generator=torch.Generator().manual_seed(i))
         own.append(vt.extract(model, "x"))
-    bank = Bank(make().eval(), slots=3)
-    one, two = (bank.acquire(i, lambda i=i: own[i]) for i in range(2))
+    pool = AdapterPool(make().eval(), slots=3)
+    one, two = (pool.acquire(i, lambda i=i: own[i]) for i in range(2))
     wanted = alone(make, [own[1], None, own[0], own[1], own[0]])
-    assert torch.allclose(mixed(bank, [two, None, one, two, one]), wanted, atol=1e-5)
+    assert torch.allclose(mixed(pool, [two, None, one, two, one]), wanted, atol=1e-5)
 
 
 def test_the_oldest_idle_adapter_makes_room_and_one_in_use_never_does():
     own = [adapter(fakes.bert, QV, i) for i in range(4)]
-    bank = Bank(fakes.bert().eval(), slots=2)
-    first = bank.acquire(0, lambda: own[0])
-    bank.acquire(1, lambda: own[1]).release()
-    bank.acquire(2, lambda: own[2]).release()  # in place of 1
-    assert (0 in bank, 1 in bank, 2 in bank) == (True, False, True)
-    assert (bank.counts.hits, bank.counts.loads, bank.counts.evictions) == (0, 3, 1)
-    with bank.acquire(2) as second:
-        assert bank.counts.hits == 1
+    pool = AdapterPool(fakes.bert().eval(), slots=2)
+    first = pool.acquire(0, lambda: own[0])
+    pool.acquire(1, lambda: own[1]).release()
+    pool.acquire(2, lambda: own[2]).release()  # in place of 1
+    assert (0 in pool, 1 in pool, 2 in pool) == (True, False, True)
+    assert (pool.stats.hits, pool.stats.loads, pool.stats.evictions) == (0, 3, 1)
+    with pool.acquire(2) as second:
+        assert pool.stats.hits == 1
         with pytest.raises(PoolFullError, match="every adapter in memory is in use"):
-            bank.acquire(3, lambda: own[3])
-    assert torch.allclose(mixed(bank, [first] * 5), alone(fakes.bert, [own[0]] * 5), atol=1e-5)
+            pool.acquire(3, lambda: own[3])
+    assert torch.allclose(mixed(pool, [first] * 5), alone(fakes.bert, [own[0]] * 5), atol=1e-5)
     with (
         pytest.raises(AdapterError, match="the lease of adapter 2 was given back"),
-        bank.rows([second]),
+        pool.rows([second]),
     ):
         pass
     first.release()
     first.release()
-    with pytest.raises(AdapterError, match="no adapter 9 in the bank"):
-        bank.acquire(9)
+    with pytest.raises(AdapterError, match="no adapter 9 in the pool"):
+        pool.acquire(9)
 
 
 def test_an_update_takes_another_slot_while_the_old_version_answers():
     old, new = adapter(fakes.bert, QV, 0), adapter(fakes.bert, QV, 1)
-    bank = Bank(fakes.bert().eval(), slots=2)
-    before = bank.acquire(("alice", 1), lambda: old)
-    after = bank.acquire(("alice", 2), lambda: new)
+    pool = AdapterPool(fakes.bert().eval(), slots=2)
+    before = pool.acquire(("alice", 1), lambda: old)
+    after = pool.acquire(("alice", 2), lambda: new)
     assert before.slot != after.slot
     rows = [before, after, before, after, before]
     assert torch.allclose(
-        mixed(bank, rows), alone(fakes.bert, [old, new, old, new, old]), atol=1e-5
+        mixed(pool, rows), alone(fakes.bert, [old, new, old, new, old]), atol=1e-5
     )
-    assert not bank.drop(("alice", 1))
+    assert not pool.drop(("alice", 1))
     before.release()
-    assert bank.drop(("alice", 1))
-    assert bank.drop("nobody")
-    assert len(bank) == 1
+    assert pool.drop(("alice", 1))
+    assert pool.drop("nobody")
+    assert len(pool) == 1
 
 
 def test_a_limit_in_bytes_evicts_over_all_planes():
@@ -146,92 +146,92 @@ def test_a_limit_in_bytes_evicts_over_all_planes():
         adapter(fakes.bert, QV, 0),
         adapter(fakes.bert, vt.VeraConfig(rank=6, targets=("all-linear",)), 1),
     )
-    bank = Bank(fakes.bert().eval(), slots=8)
+    pool = AdapterPool(fakes.bert().eval(), slots=8)
     for name, own in (("small", small), ("large", large)):
-        bank.acquire(name, lambda own=own: own).release()
-    assert bank.bytes == 4 * (small.trained_values + large.trained_values)
-    bank.limit = bank.bytes + bank.frozen_bytes
-    bank.acquire("small too", lambda: small).release()
-    assert ("small" in bank, "large" in bank, "small too" in bank) == (False, True, True)
-    narrow = Bank(fakes.bert().eval(), slots=8, dtype=torch.bfloat16)
+        pool.acquire(name, lambda own=own: own).release()
+    assert pool.bytes == 4 * (small.trained_values + large.trained_values)
+    pool.max_bytes = pool.bytes + pool.frozen_bytes
+    pool.acquire("small too", lambda: small).release()
+    assert ("small" in pool, "large" in pool, "small too" in pool) == (False, True, True)
+    narrow = AdapterPool(fakes.bert().eval(), slots=8, dtype=torch.bfloat16)
     narrow.acquire(0, lambda: small).release()
-    narrow.limit = narrow.frozen_bytes + 4 * small.trained_values
+    narrow.max_bytes = narrow.frozen_bytes + 4 * small.trained_values
     for i in range(3):
         narrow.acquire(i, lambda: small).release()
     assert len(narrow) == 2  # half as many bytes each
 
 
 def test_frozen_matrices_of_many_seeds_make_room_for_one_another():
-    """Every tenant may have trained on a seed of their own: what a bank holds stays under its limit, and rows are as if alone."""
+    """Every tenant may have trained on a seed of their own: what a pool holds stays under its limit, and rows are as if alone."""
     own = [
         adapter(fakes.bert, vt.VeraConfig(rank=6, targets=("query", "value"), seed=seed), seed)
         for seed in range(9)
     ]
-    bank = Bank(fakes.bert().eval(), slots=8)
-    bank.acquire(0, lambda: own[0]).release()
-    one = bank.frozen_bytes
+    pool = AdapterPool(fakes.bert().eval(), slots=8)
+    pool.acquire(0, lambda: own[0]).release()
+    one = pool.frozen_bytes
     assert one == 4 * 6 * (32 + 64)  # A (6, 32) and B (64, 6) in float32
-    bank.limit = 3 * (one + bank.bytes)
+    pool.max_bytes = 3 * (one + pool.bytes)
     for seed in range(1, 9):
-        held = bank.acquire(seed, lambda seed=seed: own[seed])
-        assert bank.frozen_bytes + bank.bytes <= bank.limit
+        held = pool.acquire(seed, lambda seed=seed: own[seed])
+        assert pool.frozen_bytes + pool.bytes <= pool.max_bytes
         assert torch.allclose(
-            mixed(bank, [held] * 5), alone(fakes.bert, [own[seed]] * 5), atol=1e-5
+            mixed(pool, [held] * 5), alone(fakes.bert, [own[seed]] * 5), atol=1e-5
         )
         held.release()
-    assert len(bank) == 3
-    assert bank.frozen_bytes == 3 * one
-    again = bank.acquire(0, lambda: own[0])
-    assert torch.allclose(mixed(bank, [again] * 5), alone(fakes.bert, [own[0]] * 5), atol=1e-5)
-    others = [bank.acquire(seed, lambda seed=seed: own[seed]) for seed in (1, 2)]
+    assert len(pool) == 3
+    assert pool.frozen_bytes == 3 * one
+    again = pool.acquire(0, lambda: own[0])
+    assert torch.allclose(mixed(pool, [again] * 5), alone(fakes.bert, [own[0]] * 5), atol=1e-5)
+    others = [pool.acquire(seed, lambda seed=seed: own[seed]) for seed in (1, 2)]
     with pytest.raises(PoolFullError, match="every adapter in memory is in use"):
-        bank.acquire(3, lambda: own[3])
+        pool.acquire(3, lambda: own[3])
     for lease in others:
         lease.release()
-    bank.acquire(3, lambda: own[3])
+    pool.acquire(3, lambda: own[3])
 
 
 def test_what_would_fill_the_memory_is_refused():
     large = adapter(fakes.bert, vt.VeraConfig(rank=4000, targets=("query",)), 0)
-    bank = Bank(fakes.bert().eval(), slots=8, limit=100_000, max_rank=64)
-    for call in (lambda: bank.check(large), lambda: bank.acquire(0, lambda: large)):
+    pool = AdapterPool(fakes.bert().eval(), slots=8, max_bytes=100_000, max_rank=64)
+    for call in (lambda: pool.check(large), lambda: pool.acquire(0, lambda: large)):
         with pytest.raises(UnsupportedError, match="has rank 4,000; adapters of rank 64 at most"):
             call()
-    bank.max_rank = None
-    for call in (lambda: bank.check(large), lambda: bank.acquire(0, lambda: large)):
+    pool.max_rank = None
+    for call in (lambda: pool.check(large), lambda: pool.acquire(0, lambda: large)):
         with pytest.raises(
             UnsupportedError, match="take 1,056,256 bytes; adapters have 100,000 here"
         ):
             call()
-    assert bank.frozen_bytes == bank.bytes == 0
+    assert pool.frozen_bytes == pool.bytes == 0
 
 
 def test_values_in_bfloat16_are_those_of_the_rounded_adapter():
     own = adapter(fakes.bert, QV, 0)
-    bank = Bank(fakes.bert().eval(), slots=1, dtype=torch.bfloat16)
-    lease = bank.acquire(0, lambda: own)
+    pool = AdapterPool(fakes.bert().eval(), slots=1, dtype=torch.bfloat16)
+    lease = pool.acquire(0, lambda: own)
     rounded = own.to(torch.bfloat16).to(torch.float32)
-    assert torch.allclose(mixed(bank, [lease] * 5), alone(fakes.bert, [rounded] * 5), atol=1e-5)
+    assert torch.allclose(mixed(pool, [lease] * 5), alone(fakes.bert, [rounded] * 5), atol=1e-5)
 
 
 def test_close_gives_the_model_back():
     model = fakes.bert().eval()
     before = dict(model.named_modules())
-    bank = Bank(model, slots=1)
-    bank.acquire(0, lambda: adapter(fakes.bert, QV, 0))
+    pool = AdapterPool(model, slots=1)
+    pool.acquire(0, lambda: adapter(fakes.bert, QV, 0))
     assert dict(model.named_modules()).keys() != before.keys()
-    bank.close()
+    pool.close()
     assert dict(model.named_modules()) == before
 
 
 def test_mistakes():
     with pytest.raises(ConfigError, match="slots is 0"):
-        Bank(fakes.bert(), slots=0)
+        AdapterPool(fakes.bert(), slots=0)
     with pytest.raises(AdapterError, match="has adapters already"):
-        Bank(vt.attach(fakes.bert(), QV), slots=1)
-    bank = Bank(fakes.bert().eval(), slots=1)
+        AdapterPool(vt.attach(fakes.bert(), QV), slots=1)
+    pool = AdapterPool(fakes.bert().eval(), slots=1)
     with pytest.raises(BaseModelError, match="another base model"):
-        bank.acquire(0, lambda: adapter(fakes.llama, QV, 0))
+        pool.acquire(0, lambda: adapter(fakes.llama, QV, 0))
 
     def other():
         model = fakes.bert()
@@ -240,24 +240,24 @@ def test_mistakes():
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)))
         return model
 
-    bank.acquire(1, lambda: adapter(fakes.bert, QV, 0)).release()
+    pool.acquire(1, lambda: adapter(fakes.bert, QV, 0)).release()
     with pytest.raises(BaseModelError, match="agree only to"):
-        bank.acquire(2, lambda: adapter(other, QV, 0))
+        pool.acquire(2, lambda: adapter(other, QV, 0))
     with pytest.raises(OSError, match="gone"):
-        bank.acquire(3, lambda: (_ for _ in ()).throw(OSError("gone")))
-    assert len(bank) == 1
+        pool.acquire(3, lambda: (_ for _ in ()).throw(OSError("gone")))
+    assert len(pool) == 1
     with (
-        bank.rows([bank.acquire(1)]),
+        pool.rows([pool.acquire(1)]),
         pytest.raises(ShapeError, match="got a batch of 5 rows; rows\\(\\) named 1"),
     ):
-        bank.model(TOKENS)
+        pool.model(TOKENS)
 
     def conv():
         torch.manual_seed(0)
         return nn.Sequential(nn.Conv2d(3, 4, 3))
 
     with pytest.raises(UnsupportedError, match="is a convolution"):
-        Bank(conv(), slots=1).acquire(
+        AdapterPool(conv(), slots=1).acquire(
             0, lambda: adapter(conv, vt.VeraConfig(rank=2, targets=("all-conv",)), 0)
         )
 
@@ -271,32 +271,32 @@ OWN = [adapter(fakes.bert, vt.VeraConfig(rank=2, targets=("query",)), i) for i i
     )
 )
 def test_slots_are_never_shared_nor_lost(steps):
-    bank = Bank(fakes.bert().eval(), slots=3)
+    pool = AdapterPool(fakes.bert().eval(), slots=3)
     held = {i: [] for i in range(6)}
     for what, i in steps:
         if what == "acquire":
             try:
-                held[i].append(bank.acquire(i, lambda i=i: OWN[i]))
+                held[i].append(pool.acquire(i, lambda i=i: OWN[i]))
             except PoolFullError:
                 assert sum(bool(leases) for leases in held.values()) == 3
         elif what == "release" and held[i]:
             held[i].pop().release()
         elif what == "drop":
-            assert bank.drop(i) != bool(held[i])
+            assert pool.drop(i) != bool(held[i])
         in_use = {i: leases[0].slot for i, leases in held.items() if leases}
         assert len(set(in_use.values())) == len(in_use)
         assert all(lease.slot == in_use[i] for i, leases in held.items() for lease in leases)
         for i, slot in in_use.items():
-            plane = held[i][0].plane
+            group = held[i][0].group
             assert torch.equal(
-                plane.values[slot, :2], OWN[i].d["encoder.layer.0.attention.self.query"]
+                group.values[slot, :2], OWN[i].d["encoder.layer.0.attention.self.query"]
             )
-        assert len(bank) <= 3
+        assert len(pool) <= 3
 
 
 def test_threads_share_a_bank():
     own = [adapter(fakes.bert, QV, i) for i in range(12)]
-    bank = Bank(fakes.bert().eval(), slots=6)
+    pool = AdapterPool(fakes.bert().eval(), slots=6)
     wrong = []
 
     def work(seed):
@@ -304,9 +304,9 @@ def test_threads_share_a_bank():
         for _ in range(60):
             i = int(torch.randint(12, (), generator=generator))
             try:
-                with bank.acquire(i, lambda i=i: own[i]) as lease:
+                with pool.acquire(i, lambda i=i: own[i]) as lease:
                     first = own[i].d["encoder.layer.0.attention.self.query"]
-                    if not torch.equal(lease.plane.values[lease.slot, :6], first):
+                    if not torch.equal(lease.group.values[lease.slot, :6], first):
                         wrong.append(i)
             except PoolFullError:
                 pass
@@ -317,4 +317,4 @@ def test_threads_share_a_bank():
     for thread in threads:
         thread.join()
     assert not wrong
-    assert all(entry.pins == 0 for entry in bank._entries.values())
+    assert all(entry.pins == 0 for entry in pool._entries.values())

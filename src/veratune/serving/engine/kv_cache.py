@@ -31,7 +31,7 @@ class Window:
     index: tuple[Tensor, slice, Tensor]
 
 
-class SlotCache(Cache):
+class KVCache(Cache):
     """A cache for transformers' causal models in which every row has its own length.
 
     Memory grows with the longest row in use: rows x tokens x 2 x width of keys for every layer.

@@ -29,8 +29,8 @@ from veratune.errors import (
     UnsupportedError,
     VeratuneError,
 )
-from veratune.serving.engine.scheduler import Limits, Scheduler
-from veratune.serving.pool.pool import Bank, Key, Lease
+from veratune.serving.engine.scheduler import Scheduler, SchedulerConfig
+from veratune.serving.pool.pool import AdapterPool, Key, Lease
 
 log = logging.getLogger(__name__)
 FETCHERS = 8  # threads that wait for the store
@@ -39,7 +39,7 @@ FETCHERS = 8  # threads that wait for the store
 T = TypeVar("T")
 
 
-def apart(work: Callable[[], T]) -> T:
+def run_in_temporary_thread(work: Callable[[], T]) -> T:
     """What `work` returns, from a thread that ends with it. What a server computes before its loops do belongs in here.
 
     Each thread that computes keeps helpers of its own as long as it lives, and where there are more of them than processors, GNU's OpenMP lets
@@ -61,25 +61,25 @@ def apart(work: Callable[[], T]) -> T:
 
 
 @dataclasses.dataclass(eq=False)
-class Ask(abc.ABC):
+class BaseRequest(abc.ABC):
     """What is asked of a loop. What it answers, and in the end an error if there is one, goes to `listen`.
 
-    tenant: whose turn it takes; key, load: of the adapter, as in `Bank.acquire`; times: of arrival, of having the adapter, of the first answer and the end,
+    tenant: whose turn it takes; key, load: of the adapter, as in `AdapterPool.acquire`; times: of arrival, of having the adapter, of the first answer and the end,
     in seconds of time.perf_counter.
     """
 
     tenant: str
     key: Key | None = dataclasses.field(default=None, kw_only=True)
     load: Callable[[], Adapter] | None = dataclasses.field(default=None, kw_only=True)
-    arrived: float = dataclasses.field(default_factory=time.perf_counter, kw_only=True)
-    leased: float | None = dataclasses.field(default=None, kw_only=True)
-    first: float | None = dataclasses.field(default=None, kw_only=True)
-    ended: float | None = dataclasses.field(default=None, kw_only=True)
+    arrival_time: float = dataclasses.field(default_factory=time.perf_counter, kw_only=True)
+    adapter_ready_time: float | None = dataclasses.field(default=None, kw_only=True)
+    first_token_time: float | None = dataclasses.field(default=None, kw_only=True)
+    finished_time: float | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         self.cancelled = threading.Event()
-        self.answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.listen: Callable[[Any], None] = self.answers.put
+        self.outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.on_output: Callable[[Any], None] = self.outputs.put
         self.lease: Lease | None = None
 
     @property
@@ -88,34 +88,36 @@ class Ask(abc.ABC):
         """The most tokens it may take."""
 
 
-R = TypeVar("R", bound=Ask)
+R = TypeVar("R", bound=BaseRequest)
 
 
 @dataclasses.dataclass
-class LoopCounts:
+class EngineStats:
     """What a loop did: steps, tokens of prompts that were read and that were known already, tokens of answers, seconds in steps, requests
     that ended, by how."""
 
     steps: int = 0
     prompt_tokens: int = 0
-    known_tokens: int = 0
-    answer_tokens: int = 0
+    cached_tokens: int = 0
+    generation_tokens: int = 0
     seconds: float = 0.0
-    ended: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    finished: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
 
 class Loop(abc.ABC, Generic[R]):
-    """One model with a bank of adapters, and the requests for it. `start` works in a thread of its own; `step` is one step of the work."""
+    """One model with a pool of adapters, and the requests for it. `start` works in a thread of its own; `step` is one step of the work."""
 
-    def __init__(self, model: Any, tokenizer: Any, bank: Bank, limits: Limits | None) -> None:
-        self.model, self.tokenizer, self.bank = model.eval(), tokenizer, bank
-        self.limits = limits or Limits()
-        if bank.slots < self.limits.rows:
+    def __init__(
+        self, model: Any, tokenizer: Any, pool: AdapterPool, config: SchedulerConfig | None
+    ) -> None:
+        self.model, self.tokenizer, self.pool = model.eval(), tokenizer, pool
+        self.config = config or SchedulerConfig()
+        if pool.slots < self.config.max_num_seqs:
             raise ConfigError(
-                f"the bank has {bank.slots} slots for {self.limits.rows} rows; every row may want one of its own"
+                f"the pool has {pool.slots} slots for {self.config.max_num_seqs} rows; every row may want one of its own"
             )
-        self.scheduler: Scheduler[R] = Scheduler(self.limits)
-        self.counts = LoopCounts()
+        self.scheduler: Scheduler[R] = Scheduler(self.config)
+        self.stats = EngineStats()
         self._device = next(model.parameters()).device
         self._fetching: list[tuple[R, concurrent.futures.Future[Adapter] | None]] = []
         self._fetchers = concurrent.futures.ThreadPoolExecutor(FETCHERS, "veratune-fetch")
@@ -132,7 +134,7 @@ class Loop(abc.ABC, Generic[R]):
         """Raise ConfigError for a request that cannot be met."""
 
     def submit(self, request: R) -> R:
-        """Ask. Returns the request, whose answers come as they are made.
+        """BaseRequest. Returns the request, whose answers come as they are made.
 
         Raises ConfigError for one that is empty or does not fit, QueueFullError where too much waits, ShutdownError after `close`.
         """
@@ -146,14 +148,14 @@ class Loop(abc.ABC, Generic[R]):
         """End a request: at once if it waits, at the next step if it runs."""
         request.cancelled.set()
         if self.scheduler.withdraw(request):
-            request.ended = time.perf_counter()
-            self.counts.ended["cancelled"] += 1
-            self.say_cancelled(request)
+            request.finished_time = time.perf_counter()
+            self.stats.finished["cancelled"] += 1
+            self.report_cancelled(request)
         self.scheduler.wake()
 
-    def say_cancelled(self, request: R) -> None:
+    def report_cancelled(self, request: R) -> None:
         """Tell who asked that the request was cancelled."""
-        request.listen(ShutdownError("the request was cancelled"))
+        request.on_output(ShutdownError("the request was cancelled"))
 
     def start(self) -> None:
         """Work in a thread until `close`."""
@@ -191,10 +193,10 @@ class Loop(abc.ABC, Generic[R]):
 
     def forget(self, key: Key) -> None:
         """Take an adapter out of memory, if nobody uses it now."""
-        self.bank.drop(key)
+        self.pool.drop(key)
 
     @property
-    def prefix_bytes(self) -> int:
+    def prefix_cache_bytes(self) -> int:
         """Bytes of what is kept of prompts that were read."""
         return 0
 
@@ -207,37 +209,37 @@ class Loop(abc.ABC, Generic[R]):
             request, fetched = entry
             if request.cancelled.is_set():
                 self._fetching.remove(entry)
-                self.gone(request, "cancelled")
-                self.say_cancelled(request)
+                self.finish(request, "cancelled")
+                self.report_cancelled(request)
             elif fetched is None or fetched.done():
                 self._fetching.remove(entry)
                 try:
-                    request.lease = self.bank.acquire(
+                    request.lease = self.pool.acquire(
                         request.key, request.load if fetched is None else fetched.result
                     )
                 except Exception as error:
-                    # A full bank is as much a failure of this one request as a file that cannot be read.
-                    self.gone(request, "busy" if isinstance(error, PoolFullError) else "error")
-                    request.listen(error)
+                    # A full pool is as much a failure of this one request as a file that cannot be read.
+                    self.finish(request, "busy" if isinstance(error, PoolFullError) else "error")
+                    request.on_output(error)
                 else:
-                    request.leased = time.perf_counter()
+                    request.adapter_ready_time = time.perf_counter()
                     return request
         return None
 
-    def gone(self, request: R, how: str) -> None:
+    def finish(self, request: R, how: str) -> None:
         """Note the end of a request that ran, and give back what it held."""
-        request.ended = time.perf_counter()
-        self.counts.ended[how] += 1
+        request.finished_time = time.perf_counter()
+        self.stats.finished[how] += 1
         if request.lease is not None:
             request.lease.release()
         self.scheduler.done(request)
 
     def fail(self, request: R, error: Exception) -> None:
         """End a request that ran with an error."""
-        self.gone(request, "error")
-        request.listen(error)
+        self.finish(request, "error")
+        request.on_output(error)
 
-    def failed(self, rows: Sequence[R], error: Exception) -> None:
+    def fail_batch(self, rows: Sequence[R], error: Exception) -> None:
         """End the requests of a pass that failed."""
         log.error("a pass of %d rows failed", len(rows), exc_info=error)
         for request in rows:
@@ -248,7 +250,7 @@ class Loop(abc.ABC, Generic[R]):
                 else RuntimeError(f"the model failed: {error}"),
             )
 
-    def finite(self, rows: Sequence[R], made: Tensor) -> tuple[list[R], Tensor]:
+    def drop_nonfinite(self, rows: Sequence[R], made: Tensor) -> tuple[list[R], Tensor]:
         """The rows for which a pass made finite numbers, and those, (rows, numbers); the others have failed."""
         fine = torch.isfinite(
             made.amax(-1) - made.amin(-1)
@@ -265,7 +267,7 @@ class Loop(abc.ABC, Generic[R]):
         return found, made if len(found) == len(rows) else made[fine]
 
     def _fetch(self, request: R) -> "concurrent.futures.Future[Adapter] | None":
-        if request.key is None or request.key in self.bank or request.load is None:
+        if request.key is None or request.key in self.pool or request.load is None:
             return None
         fetched = self._fetchers.submit(request.load)
         fetched.add_done_callback(lambda _: self.scheduler.wake())
@@ -284,7 +286,7 @@ class Loop(abc.ABC, Generic[R]):
                 for request in self.rows():
                     self.fail(request, error)
             if busy:
-                self.counts.steps += 1
-                self.counts.seconds += time.perf_counter() - begin
+                self.stats.steps += 1
+                self.stats.seconds += time.perf_counter() - begin
             else:
                 self.scheduler.wait(0.5)

@@ -1,4 +1,4 @@
-"""Prefixes: keys and values of texts that were read, kept for the next request that begins alike, such as the next turn of a conversation.
+"""PrefixCache: keys and values of texts that were read, kept for the next request that begins alike, such as the next turn of a conversation.
 
 What a layer makes of a text depends on the adapter, so a prefix is known by its tenant, adapter and version as well as by its tokens: none
 is ever another's, and how fast an answer comes tells nobody what others asked.
@@ -37,7 +37,7 @@ class Prefix:
         return int(other.argmax()) if other.any() else size
 
 
-class Prefixes:
+class PrefixCache:
     """At most `limit` bytes of prefixes; those that were used longest ago make room. Methods may be called from any thread."""
 
     def __init__(self, limit: int) -> None:

@@ -1,4 +1,4 @@
-"""Sampling: from logits to the next token, and from tokens to text that may be sent."""
+"""SamplingParams: from logits to the next token, and from tokens to text that may be sent."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from veratune.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """How an answer is drawn.
 
     max_tokens: of the answer; temperature: 0 takes the likeliest token; top_p: the fewest tokens that hold this much of the
@@ -33,7 +33,7 @@ class Sampling:
     logprobs: int | None = None
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
-    bias: tuple[tuple[int, float], ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         bounds = (
@@ -61,33 +61,33 @@ class Sampling:
             raise ConfigError(
                 f"stop is {list(self.stop)}; up to 4 texts that are not empty are wanted"
             )
-        if any(not -100 <= value <= 100 for _, value in self.bias):
+        if any(not -100 <= value <= 100 for _, value in self.logit_bias):
             raise ConfigError("the bias of a token is a number from -100 to 100")
 
     @property
     def weighs(self) -> bool:
         """Whether there are penalties or a bias."""
-        return bool(self.frequency_penalty or self.presence_penalty or self.bias)
+        return bool(self.frequency_penalty or self.presence_penalty or self.logit_bias)
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class SampledToken:
     """A token that was drawn, with its log probability and those of the likeliest, where they were asked for."""
 
-    token: int
+    token_id: int
     logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
-def choose(
+def sample(
     logits: Tensor,
-    samplings: Sequence[Sampling],
+    samplings: Sequence[SamplingParams],
     generators: Sequence[torch.Generator | None],
-    said: Sequence[Sequence[int]],
-) -> list[Choice]:
+    output_token_ids: Sequence[Sequence[int]],
+) -> list[SampledToken]:
     """The next token of each row.
 
-    logits: (rows, vocabulary); generators: one for each row that draws; said: the tokens of its answer so far. Log probabilities are
+    logits: (rows, vocabulary); generators: one for each row that draws; output_token_ids: the tokens of its answer so far. Log probabilities are
     those of the model, before penalties, temperature and cuts.
     """
     best = logits.argmax(-1).tolist()
@@ -95,36 +95,36 @@ def choose(
     for row, (sampling, generator) in enumerate(zip(samplings, generators, strict=True)):
         token, own = best[row], logits[row]
         if sampling.weighs:
-            own = _weighed(own, sampling, said[row])
+            own = _weighed(own, sampling, output_token_ids[row])
             token = int(own.argmax())
         if sampling.temperature > 0:
             token = _draw(own, sampling, generator)
         if sampling.logprobs is None:
-            found.append(Choice(token))
+            found.append(SampledToken(token))
             continue
         logs = logits[row].float().log_softmax(-1)
         values, tokens = logs.topk(min(sampling.logprobs, len(logs)))
         found.append(
-            Choice(
+            SampledToken(
                 token, logs[token].item(), tuple(zip(tokens.tolist(), values.tolist(), strict=True))
             )
         )
     return found
 
 
-def _weighed(logits: Tensor, sampling: Sampling, said: Sequence[int]) -> Tensor:
+def _weighed(logits: Tensor, sampling: SamplingParams, output_token_ids: Sequence[int]) -> Tensor:
     """(vocabulary) with penalties and bias."""
     out = logits.float().clone()
-    tokens, counts = torch.tensor(said, dtype=torch.long, device=out.device).unique(
+    tokens, counts = torch.tensor(output_token_ids, dtype=torch.long, device=out.device).unique(
         return_counts=True
     )
     out[tokens] -= sampling.frequency_penalty * counts + sampling.presence_penalty
-    for token, value in sampling.bias:
+    for token, value in sampling.logit_bias:
         out[token] += value
     return out
 
 
-def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> int:
+def _draw(logits: Tensor, sampling: SamplingParams, generator: torch.Generator | None) -> int:
     # The best score is 0, so that the least temperature makes no infinity of it.
     scores = (logits.float() - logits.max()) / max(sampling.temperature, 1e-5)
     if sampling.top_k or sampling.top_p < 1:
@@ -139,7 +139,7 @@ def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None)
     return int(scores.softmax(-1).multinomial(1, generator=generator))
 
 
-class Text:
+class Detokenizer:
     """Tokens to text, piece by piece: what is sent is never taken back.
 
     Held back: bytes that are no whole character yet, and text that may become a stop.

@@ -13,7 +13,7 @@ from typing import Generic, Protocol, TypeVar
 from veratune.errors import ConfigError, QueueFullError
 
 
-class Asked(Protocol):
+class Schedulable(Protocol):
     """What the scheduler knows of a request. tenant: who asks; size: the most tokens it may take, prompt and answer."""
 
     @property
@@ -23,18 +23,18 @@ class Asked(Protocol):
     def size(self) -> int: ...
 
 
-R = TypeVar("R", bound=Asked)
+R = TypeVar("R", bound=Schedulable)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
+class SchedulerConfig:
     """rows: requests that run at once; waiting: requests in all queues; waiting_tenant: in one of them; tokens: of all that run and wait
     together, prompts and the most they may answer."""
 
-    rows: int = 32
-    waiting: int = 512
-    waiting_tenant: int = 64
-    tokens: int = 1_000_000
+    max_num_seqs: int = 32
+    max_queue: int = 512
+    max_queue_per_tenant: int = 64
+    max_total_tokens: int = 1_000_000
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -44,11 +44,11 @@ class Limits:
                 )
 
 
-def together(sizes: Sequence[int], most: int) -> list[int]:
+def select_prefill_batch(sizes: Sequence[int], most: int) -> list[int]:
     """Which texts of a queue, by their numbers of tokens, one pass reads: the first one, and those behind it that fit beside it. Padded to the
     longest they have at most `most` tokens, of which at most a quarter are padding.
 
-    >>> together([30, 200, 32, 2, 28], 128)
+    >>> select_prefill_batch([30, 200, 32, 2, 28], 128)
     [0, 2, 4]
     """
     chosen = [0]
@@ -66,8 +66,8 @@ class Scheduler(Generic[R]):
     `add` refuses what is too much, `take` says who runs next, `done` ends a request that ran, and `withdraw` one that may still wait.
     """
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
         self._queues: collections.OrderedDict[str, collections.deque[R]] = collections.OrderedDict()
         self._running: list[R] = []
         self._tokens = 0
@@ -87,18 +87,18 @@ class Scheduler(Generic[R]):
 
     def add(self, request: R) -> None:
         """Put a request at the end of its tenant's queue. Raises QueueFullError, naming the bound that it is over."""
-        limits = self.limits
+        limits = self.config
         with self._lock:
             own = len(self._queues.get(request.tenant, ()))
-            if own >= limits.waiting_tenant:
+            if own >= limits.max_queue_per_tenant:
                 raise QueueFullError(
                     f"{own} requests of this tenant are waiting already; try again later"
                 )
-            if self.waiting >= limits.waiting:
+            if self.waiting >= limits.max_queue:
                 raise QueueFullError(
                     f"{self.waiting} requests are waiting already; try again later"
                 )
-            if self._tokens + request.size > limits.tokens and self._tokens:
+            if self._tokens + request.size > limits.max_total_tokens and self._tokens:
                 raise QueueFullError(
                     f"{self._tokens} tokens are being worked on or wait already; try again later"
                 )
@@ -109,7 +109,7 @@ class Scheduler(Generic[R]):
     def take(self) -> R | None:
         """The next request to run, or None while all rows are taken or nobody waits. Tenants come in turns."""
         with self._lock:
-            if len(self._running) >= self.limits.rows or not self._queues:
+            if len(self._running) >= self.config.max_num_seqs or not self._queues:
                 return None
             tenant, queue = next(iter(self._queues.items()))
             request = queue.popleft()

@@ -1,12 +1,12 @@
-"""Bank: the adapters that are in memory over one base model, and which of them each row of a batch speaks with.
+"""AdapterPool: the adapters that are in memory over one base model, and which of them each row of a batch speaks with.
 
-Adapters that have basis, layers and ranks in common share one plane: a row of values for each slot, d and b of every layer
+Adapters that have basis, layers and ranks in common slot_site one group: a row of values for each slot, d and b of every layer
 one behind the other. Loading an adapter is one copy into a free row, and a mixed batch is two dense products and two
 gathers a layer, however many tenants are in it:
 
     y = W x + b[slot] * (B (d[slot] * (A x)))
 
-Slot 0 of every plane is the bare base model. A slot in use is never written to: an update takes another one.
+Slot 0 of every group is the bare base model. A slot in use is never written to: an update takes another one.
 """
 
 import collections
@@ -45,24 +45,24 @@ from veratune.ops.matrix import Matrix, cache_key, matmul
 from veratune.targets import Site, find_heads
 
 Key = Hashable
-_GATHERED = 4  # batches whose values a plane keeps: those of the rows that answer, and of some whose prompts are read
+_GATHERED = 4  # batches whose values a group keeps: those of the rows that answer, and of some whose prompts are read
 
 
 @dataclasses.dataclass
 class Lease:
-    """An adapter that stays in its slot until it is given back. plane: None for the bare base model, whose slot is 0; task: what the adapter is
+    """An adapter that stays in its slot until it is given back. group: None for the bare base model, whose slot is 0; task: what the adapter is
     for (see `Adapter`)."""
 
-    bank: "Bank"
+    pool: "AdapterPool"
     key: Key | None
-    plane: "Plane | None"
+    group: "SlotGroup | None"
     slot: int
     task: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    held: bool = True
+    active: bool = True
 
     def release(self) -> None:
         """Give the slot back; a second call does nothing."""
-        self.bank.release(self)
+        self.pool.release(self)
 
     def __enter__(self) -> "Lease":
         return self
@@ -72,8 +72,8 @@ class Lease:
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
-    """What a plane has at one site: its basis, and where d and b stand in a slot's row (None: they stand for ones)."""
+class SlotSite:
+    """What a group has at one site: its basis, and where d and b stand in a slot's row (None: they stand for ones)."""
 
     site: Site
     basis: Basis
@@ -94,7 +94,7 @@ class Share:
         return self.pairs[dtype]
 
 
-class Plane:
+class SlotGroup:
     """The slots of adapters that differ in their values alone.
 
     values: (slots + 1, all values of one adapter), row 0 the bare model's; heads: tensors of modules trained in full, by name,
@@ -117,13 +117,13 @@ class Plane:
             product_dtype(next(model.parameters())),
         )
         self.weight_fingerprint = weight_fingerprint(model, list(sites))
-        self.layers: dict[str, list[Share]] = {}
+        self.layers: dict[str, list[SlotSite]] = {}
         self.order: list[tuple[str, str]] = []
         at = 0
         for site in sites:
             if site.part.kernel:
                 raise UnsupportedError(
-                    f"layer '{site.name}' is a convolution; a bank serves adapters of linear layers"
+                    f"layer '{site.name}' is a convolution; a pool serves adapters of linear layers"
                 )
             places: dict[str, slice | None] = {"d": None, "b": None}
             for kind, size, vectors in (
@@ -135,15 +135,15 @@ class Plane:
                     self.order.append((kind, site.name))
                     at += size
             self.layers.setdefault(site.module, []).append(
-                Share(site, basis, places["d"], places["b"])
+                SlotSite(site, basis, places["d"], places["b"])
             )
-        for shares in self.layers.values():
-            shares.sort(key=lambda share: share.site.part.start)
+        for slot_sites in self.layers.values():
+            slot_sites.sort(key=lambda slot_site: slot_site.site.part.start)
         self.values = _slots(slots, (at,), dtype, device)
         self.scales = torch.ones(at, device=device)
-        for share in itertools.chain.from_iterable(self.layers.values()):
-            if share.d is not None:
-                self.scales[share.d] = share.scale
+        for slot_site in itertools.chain.from_iterable(self.layers.values()):
+            if slot_site.d is not None:
+                self.scales[slot_site.d] = slot_site.scale
         self._gathered: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}
         self.head_of = {
             name: path
@@ -193,7 +193,7 @@ class Plane:
 
 @dataclasses.dataclass
 class _Entry:
-    plane: Plane
+    group: SlotGroup
     slot: int
     task: Mapping[str, Any]
     pins: int = 0
@@ -201,16 +201,16 @@ class _Entry:
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-    """The rows of a batch by plane: their numbers, or None where one plane has all of them, and a slot for each."""
+    """The rows of a batch by group: their numbers, or None where one group has all of them, and a slot for each."""
 
     size: int
-    of: list[tuple[Plane, Tensor | None, tuple[int, ...]]]
-    heads: list[tuple[Plane, int, list[int]]]
+    of: list[tuple[SlotGroup, Tensor | None, tuple[int, ...]]]
+    heads: list[tuple[SlotGroup, int, list[int]]]
 
 
 @dataclasses.dataclass
-class Counts:
-    """What a bank did. hits, loads: of `acquire`; load_seconds: spent in loading; evictions: slots that made room."""
+class PoolStats:
+    """What a pool did. hits, loads: of `acquire`; load_seconds: spent in loading; evictions: slots that made room."""
 
     hits: int = 0
     loads: int = 0
@@ -218,7 +218,7 @@ class Counts:
     load_seconds: float = 0.0
 
 
-class Bank:
+class AdapterPool:
     """At most `slots` adapters of each kind over a model whose layers it wraps until `close`.
 
     Adapters are known by keys, such as (tenant, version). One thread at a time may run the model; `acquire` and `release` may come
@@ -231,37 +231,37 @@ class Bank:
         slots: int,
         *,
         dtype: torch.dtype = torch.float32,
-        limit: int | None = None,
+        max_bytes: int | None = None,
         max_rank: int | None = None,
     ) -> None:
-        """slots: of each plane, slot 0 apart; dtype: of the values in memory; limit: bytes of the slots that are filled and of the frozen
-        matrices of all planes together, or None; max_rank: the largest rank that is taken, or None.
+        """slots: of each group, slot 0 apart; dtype: of the values in memory; limit: bytes of the slots that are filled and of the frozen
+        matrices of all groups together, or None; max_rank: the largest rank that is taken, or None.
 
         Raises ConfigError, or AdapterStateError for a model that has adapters of its own.
         """
         if slots < 1:
-            raise ConfigError(f"slots is {slots}; a bank wants at least 1")
-        if any(isinstance(module, VeraLayer | BankLayer) for module in model.modules()):
+            raise ConfigError(f"slots is {slots}; a pool wants at least 1")
+        if any(isinstance(module, VeraLayer | PoolLayer) for module in model.modules()):
             raise AdapterStateError(
-                "the model has adapters already; a bank wants the bare base model (veratune.detach)"
+                "the model has adapters already; a pool wants the bare base model (veratune.detach)"
             )
-        self.model, self.slots, self.dtype, self.limit, self.max_rank = (
+        self.model, self.slots, self.dtype, self.max_bytes, self.max_rank = (
             model,
             slots,
             dtype,
-            limit,
+            max_bytes,
             max_rank,
         )
         self._filled = 0  # bytes
         # The model as it came, for finding layers and comparing weights while the other one runs: modules of its own, the same tensors.
-        self.plain: nn.Module = copy.deepcopy(
+        self.base_model: nn.Module = copy.deepcopy(
             model, {id(t): t for t in (*model.parameters(), *model.buffers())}
         )
-        self.counts = Counts()
+        self.stats = PoolStats()
         self.batch: _Batch | None = None
-        self._planes: dict[tuple[Any, ...], Plane] = {}
+        self._groups: dict[tuple[Any, ...], SlotGroup] = {}
         self._entries: collections.OrderedDict[Key, _Entry] = collections.OrderedDict()
-        self._wrapped: dict[str, BankLayer] = {}
+        self._wrapped: dict[str, PoolLayer] = {}
         self._lock = threading.RLock()
         self._projected: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
 
@@ -279,16 +279,16 @@ class Bank:
 
     @property
     def frozen_bytes(self) -> int:
-        """Bytes of the frozen matrices of all planes, which share those that are equal."""
+        """Bytes of the frozen matrices of all groups, which slot_site those that are equal."""
         with self._lock:
             return sum(
                 basis.allocated_bytes()
-                for basis in {id(p.basis): p.basis for p in self._planes.values()}.values()
+                for basis in {id(p.basis): p.basis for p in self._groups.values()}.values()
             )
 
     def check(self, adapter: Adapter) -> None:
-        """Raise BaseModelError for an adapter that does not fit the model, UnsupportedError for one that is too large for this bank."""
-        self._check_size(adapter, check_fits(self.plain, adapter, head_shapes=False))
+        """Raise BaseModelError for an adapter that does not fit the model, UnsupportedError for one that is too large for this pool."""
+        self._check_size(adapter, check_fits(self.base_model, adapter, head_shapes=False))
 
     def acquire(self, key: Key | None, load: Callable[[], Adapter] | None = None) -> Lease:
         """A lease of an adapter, loaded if it is not in memory. key None: the bare base model.
@@ -301,13 +301,13 @@ class Bank:
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None:
-                self.counts.hits += 1
+                self.stats.hits += 1
                 self._entries.move_to_end(key)
                 entry.pins += 1
-                return Lease(self, key, entry.plane, entry.slot, entry.task)
+                return Lease(self, key, entry.group, entry.slot, entry.task)
         if load is None:
             raise AdapterNotFoundError(
-                f"no adapter {key!r} in the bank, and nothing to load it from"
+                f"no adapter {key!r} in the pool, and nothing to load it from"
             )
         start = time.perf_counter()
         adapter = load()  # without the lock: a slow store holds up nobody else
@@ -315,18 +315,18 @@ class Bank:
             entry = self._entries.get(key)
             if entry is None:  # nobody was faster
                 entry = self._place(key, adapter)
-                self.counts.loads += 1
-                self.counts.load_seconds += time.perf_counter() - start
+                self.stats.loads += 1
+                self.stats.load_seconds += time.perf_counter() - start
             self._entries.move_to_end(key)
             entry.pins += 1
-            return Lease(self, key, entry.plane, entry.slot, entry.task)
+            return Lease(self, key, entry.group, entry.slot, entry.task)
 
     def release(self, lease: Lease) -> None:
         """End a lease; the adapter stays in memory until its slot is wanted."""
         with self._lock:
-            if lease.held and lease.key is not None:
+            if lease.active and lease.key is not None:
                 self._entries[lease.key].pins -= 1
-            lease.held = False
+            lease.active = False
 
     def drop(self, key: Key) -> bool:
         """Forget an adapter that nobody uses now. Returns whether it is gone (or was not there)."""
@@ -345,38 +345,38 @@ class Bank:
         Raises AdapterStateError for a lease that was given back.
         """
         for lease in leases:
-            if lease is not None and not lease.held:
+            if lease is not None and not lease.active:
                 raise AdapterStateError(
                     f"the lease of adapter {lease.key!r} was given back; acquire it again"
                 )
         device = next(self.model.parameters()).device
-        planes = list(
+        groups = list(
             dict.fromkeys(
-                lease.plane for lease in leases if lease is not None and lease.plane is not None
+                lease.group for lease in leases if lease is not None and lease.group is not None
             )
         )
-        found: list[tuple[Plane, Tensor | None, tuple[int, ...]]] = []
-        heads: list[tuple[Plane, int, list[int]]] = []
-        for plane in planes:
+        found: list[tuple[SlotGroup, Tensor | None, tuple[int, ...]]] = []
+        heads: list[tuple[SlotGroup, int, list[int]]] = []
+        for group in groups:
             own = [
                 (i, lease.slot)
                 for i, lease in enumerate(leases)
-                if lease is not None and lease.plane is plane
+                if lease is not None and lease.group is group
             ]
             if (
-                len(planes) == 1
+                len(groups) == 1
             ):  # rows of nobody take slot 0, which costs less than to leave them out
                 found.append(
-                    (plane, None, tuple(lease.slot if lease is not None else 0 for lease in leases))
+                    (group, None, tuple(lease.slot if lease is not None else 0 for lease in leases))
                 )
             else:
                 at, slots = zip(*own, strict=True)
-                found.append((plane, torch.tensor(at, device=device), slots))
-            if plane.heads:
+                found.append((group, torch.tensor(at, device=device), slots))
+            if group.heads:
                 by_slot: dict[int, list[int]] = {}
                 for i, slot in own:
                     by_slot.setdefault(slot, []).append(i)
-                heads += [(plane, slot, at_) for slot, at_ in by_slot.items()]
+                heads += [(group, slot, at_) for slot, at_ in by_slot.items()]
         before, self.batch = self.batch, _Batch(len(leases), found, heads)
         try:
             yield
@@ -399,56 +399,58 @@ class Bank:
         """Give the model its own layers back and forget all adapters."""
         with self._lock:
             replace_modules(
-                self.model, lambda module: module.base if isinstance(module, BankLayer) else module
+                self.model, lambda module: module.base if isinstance(module, PoolLayer) else module
             )
-            self._wrapped, self._planes = {}, {}
+            self._wrapped, self._groups = {}, {}
             self._entries.clear()
             self._filled = 0
 
     def _place(self, key: Key, adapter: Adapter) -> _Entry:
-        plane = self._plane_of(adapter)
-        if not plane.free:
-            self._evict(plane)
-        self._make_room(plane.bytes_of_slot, plane)
-        slot = plane.free.pop()
+        group = self._group_for(adapter)
+        if not group.free:
+            self._evict(group)
+        self._make_room(group.bytes_of_slot, group)
+        slot = group.free.pop()
         try:
-            plane.write(slot, adapter)
+            group.write(slot, adapter)
         except BaseException:
-            plane.free.append(slot)
+            group.free.append(slot)
             raise
-        entry = self._entries[key] = _Entry(plane, slot, adapter.task)
-        self._filled += plane.bytes_of_slot
+        entry = self._entries[key] = _Entry(group, slot, adapter.task)
+        self._filled += group.bytes_of_slot
         return entry
 
-    def _make_room(self, size: int, keep: Plane | None = None) -> None:
-        """Forget what nobody uses until so many bytes more fit: planes without adapters, then the adapters that were used longest ago."""
-        while self.limit is not None and self._filled + self.frozen_bytes + size > self.limit:
-            used = {id(entry.plane) for entry in self._entries.values()} | {id(keep)}
+    def _make_room(self, size: int, keep: SlotGroup | None = None) -> None:
+        """Forget what nobody uses until so many bytes more fit: groups without adapters, then the adapters that were used longest ago."""
+        while (
+            self.max_bytes is not None and self._filled + self.frozen_bytes + size > self.max_bytes
+        ):
+            used = {id(entry.group) for entry in self._entries.values()} | {id(keep)}
             empty = next(
-                (kind for kind, plane in self._planes.items() if id(plane) not in used), None
+                (kind for kind, group in self._groups.items() if id(group) not in used), None
             )
             if empty is not None:
-                del self._planes[empty]
+                del self._groups[empty]
             else:
                 self._evict()
 
-    def _evict(self, plane: Plane | None = None) -> None:
-        """Forget the adapter that was used longest ago, of one plane or of all. Raises PoolFullError where all are in use."""
+    def _evict(self, group: SlotGroup | None = None) -> None:
+        """Forget the adapter that was used longest ago, of one group or of all. Raises PoolFullError where all are in use."""
         idle = next(
-            (k for k, e in self._entries.items() if not e.pins and plane in (None, e.plane)), None
+            (k for k, e in self._entries.items() if not e.pins and group in (None, e.group)), None
         )
         if idle is None:
             raise PoolFullError(
-                f"every adapter in memory is in use ({len(self._entries)} of them); wait, or give the bank more than {self.slots} slots"
-                + (f" or {self.limit:,} bytes" if self.limit is not None else "")
+                f"every adapter in memory is in use ({len(self._entries)} of them); wait, or give the pool more than {self.slots} slots"
+                + (f" or {self.max_bytes:,} bytes" if self.max_bytes is not None else "")
             )
         self._free(idle)
-        self.counts.evictions += 1
+        self.stats.evictions += 1
 
     def _free(self, key: Key) -> None:
         entry = self._entries.pop(key)
-        entry.plane.free.append(entry.slot)
-        self._filled -= entry.plane.bytes_of_slot
+        entry.group.free.append(entry.slot)
+        self._filled -= entry.group.bytes_of_slot
 
     def _check_size(self, adapter: Adapter, sites: Sequence[Site]) -> int:
         """Bytes of an adapter's frozen matrices. Raises UnsupportedError."""
@@ -466,13 +468,13 @@ class Bank:
             + adapter.trained_values * self.dtype.itemsize
             + sum(t.numel() * t.element_size() for t in adapter.head.values())
         )
-        if self.limit is not None and own > self.limit:
+        if self.max_bytes is not None and own > self.max_bytes:
             raise UnsupportedError(
-                f"the adapter and its frozen matrices take {own:,} bytes; adapters have {self.limit:,} here"
+                f"the adapter and its frozen matrices take {own:,} bytes; adapters have {self.max_bytes:,} here"
             )
         return size
 
-    def _plane_of(self, adapter: Adapter) -> Plane:
+    def _group_for(self, adapter: Adapter) -> SlotGroup:
         config = adapter.config
         head = tuple((name, tuple(t.shape), t.dtype) for name, t in sorted(adapter.head.items()))
         kind = (
@@ -483,19 +485,19 @@ class Bank:
             config.fused,
             head,
         )
-        plane = self._planes.get(kind)
-        if plane is not None:
-            check_weight_fingerprint(plane.weight_fingerprint, adapter, base_id(self.model))
-            return plane
-        sites = check_fits(self.plain, adapter, head_shapes=False)
+        group = self._groups.get(kind)
+        if group is not None:
+            check_weight_fingerprint(group.weight_fingerprint, adapter, base_id(self.model))
+            return group
+        sites = check_fits(self.base_model, adapter, head_shapes=False)
         self._make_room(
             max(0, self._check_size(adapter, sites) - adapter.basis.allocated_bytes())
-        )  # another plane may have them already
-        plane = Plane(self.plain, adapter, sites, self.slots, self.dtype)
-        kinds = dict.fromkeys(plane.layers, BankLinear) | dict.fromkeys(
-            plane.head_of.values(), BankHead
+        )  # another group may have them already
+        group = SlotGroup(self.base_model, adapter, sites, self.slots, self.dtype)
+        kinds = dict.fromkeys(group.layers, PoolLinear) | dict.fromkeys(
+            group.head_of.values(), PoolHead
         )
-        made: dict[nn.Module, BankLayer] = {}
+        made: dict[nn.Module, PoolLayer] = {}
         for path, own in kinds.items():
             known = self._wrapped.get(path)
             if known is None:
@@ -503,23 +505,23 @@ class Bank:
                 made[base] = own(base, path, self)
             elif not isinstance(known, own):
                 raise UnsupportedError(
-                    f"'{path}' is a head of one adapter and adapted inside by another; a bank serves one or the other"
+                    f"'{path}' is a head of one adapter and adapted inside by another; a pool serves one or the other"
                 )
         replace_modules(self.model, lambda module: made.get(module, module))
         self._wrapped |= {layer.name: layer for layer in made.values()}
-        self._planes[kind] = plane
-        return plane
+        self._groups[kind] = group
+        return group
 
 
-class BankLayer(ModuleWrapper):
+class PoolLayer(ModuleWrapper):
     """The module that stands where a layer stood."""
 
-    def __init__(self, base: nn.Module, name: str, bank: Bank) -> None:
+    def __init__(self, base: nn.Module, name: str, pool: AdapterPool) -> None:
         super().__init__(base, name)
-        self.bank = bank
+        self.pool = pool
 
     def _check(self, rows: int) -> _Batch | None:
-        batch: _Batch | None = self.bank.batch
+        batch: _Batch | None = self.pool.batch
         if batch is not None and batch.size != rows:
             raise ShapeError(
                 f"layer '{self.name}' got a batch of {rows} rows; rows() named {batch.size} adapters"
@@ -527,7 +529,7 @@ class BankLayer(ModuleWrapper):
         return batch
 
 
-class BankLinear(BankLayer):
+class PoolLinear(PoolLayer):
     """y = W x + scale * b[slot] * (B (d[slot] * (A x))) for the rows that have an adapter here."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -535,30 +537,40 @@ class BankLinear(BankLayer):
         batch = self._check(x.shape[0])
         if batch is None:
             return y
-        for plane, at, slots in batch.of:
-            shares = plane.layers.get(self.name)
-            if shares is None:
+        for group, at, slots in batch.of:
+            slot_sites = group.layers.get(self.name)
+            if slot_sites is None:
                 continue
             own = x if at is None else x.index_select(0, at)
-            made = [(share.site.part, self._share(plane, share, own, slots)) for share in shares]
+            made = [
+                (slot_site.site.part, self._update(group, slot_site, own, slots))
+                for slot_site in slot_sites
+            ]
             if at is not None:
                 made = [
-                    (part, share.new_zeros(*y.shape[:-1], share.shape[-1]).index_copy(0, at, share))
-                    for part, share in made
+                    (
+                        part,
+                        slot_site.new_zeros(*y.shape[:-1], slot_site.shape[-1]).index_copy(
+                            0, at, slot_site
+                        ),
+                    )
+                    for part, slot_site in made
                 ]
             y = add_parts(y, made)
         return y
 
-    def _share(self, plane: Plane, share: Share, x: Tensor, slots: tuple[int, ...]) -> Tensor:
+    def _update(
+        self, group: SlotGroup, slot_site: SlotSite, x: Tensor, slots: tuple[int, ...]
+    ) -> Tensor:
         dtype = product_dtype(x)
-        A, B = share.pair(x.device, dtype)
-        own = plane.gather(slots, dtype)
-        d, b = (None if where is None else own[:, where] for where in (share.d, share.b))
-        z = self.bank.project(x if x.dtype == dtype else x.to(dtype), A)
-        return vera_rows(x, A, B, d, b, None, share.scale if d is None else 1.0, projected=z)
+        A, B = slot_site.pair(x.device, dtype)
+        own = group.gather(slots, dtype)
+        d, b = (None if where is None else own[:, where] for where in (slot_site.d, slot_site.b))
+        z = self.pool.project(x if x.dtype == dtype else x.to(dtype), A)
+        return vera_rows(x, A, B, d, b, None, slot_site.scale if d is None else 1.0, projected=z)
 
 
-class BankHead(BankLayer):
+class PoolHead(PoolLayer):
     """A module that adapters bring whole: one call for each of them in the batch. All rows of a batch have heads of one width."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -576,11 +588,11 @@ class BankHead(BankLayer):
         if others:
             pieces.append(self.base(x[others], *args, **kwargs))
             order += others
-        for plane, slot, at in mine:
+        for group, slot, at in mine:
             own = {
                 name.removeprefix(f"{self.name}."): t[slot]
-                for name, t in plane.heads.items()
-                if plane.head_of[name] == self.name
+                for name, t in group.heads.items()
+                if group.head_of[name] == self.name
             }
             pieces.append(torch.func.functional_call(self.base, own, (x[at], *args), kwargs))
             order += at

@@ -21,7 +21,7 @@ from veratune.errors import (
     StoreError,
     VeratuneError,
 )
-from veratune.serving.engine.loop import Ask, Loop
+from veratune.serving.engine.loop import BaseRequest, Loop
 from veratune.serving.keys import Caller
 from veratune.serving.service import Service
 
@@ -113,7 +113,7 @@ def page(data: list[Any], more: bool, **others: Any) -> dict[str, Any]:
     return {"object": "list", "data": data, "has_more": more, **others}
 
 
-async def submit_and_wait(loop: Loop[Any], request: Ask) -> Any:
+async def submit_and_wait(loop: Loop[Any], request: BaseRequest) -> Any:
     """Submit a request that has one answer, and wait for it; a caller who stops waiting cancels it. Raises what went wrong."""
     running = asyncio.get_running_loop()
     answer: asyncio.Future[Any] = running.create_future()
@@ -122,12 +122,12 @@ async def submit_and_wait(loop: Loop[Any], request: Ask) -> Any:
         if not answer.done():
             answer.set_result(value)
 
-    request.listen = lambda value: post_threadsafe(running, put, value)
+    request.on_output = lambda value: post_threadsafe(running, put, value)
     loop.submit(request)
     try:
         value = await answer
     finally:
-        if request.ended is None:
+        if request.finished_time is None:
             loop.cancel(request)
     if isinstance(value, BaseException):
         raise value

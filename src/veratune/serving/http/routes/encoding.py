@@ -9,7 +9,7 @@ import torch
 from fastapi import APIRouter
 from pydantic import Field
 
-from veratune.serving.engine.encoder import Encoder, Reading, Want
+from veratune.serving.engine.encoder import Encoder, EncodeRequest, Want
 from veratune.serving.http.routes.base import ApiError, Body, CallerDep, ServiceDep, submit_and_wait
 from veratune.serving.keys import Caller
 from veratune.serving.service import Service
@@ -108,21 +108,21 @@ async def classify(body: ClassifyBody, caller: CallerDep, service: ServiceDep) -
 
 async def _read(
     service: Service, encoder: Encoder, caller: Caller, model: str, encoded: list[Any], want: Want
-) -> tuple[list[list[float]], list[Reading]]:
+) -> tuple[list[list[float]], list[EncodeRequest]]:
     """Every text's numbers, and the requests that had them. All texts are asked for at once; the first that fails fails the call."""
     if not 1 <= len(encoded) <= MOST:
         raise ApiError(400, f"input: {len(encoded)} texts; 1 to {MOST} are wanted")
     asked = await asyncio.to_thread(service.asked, caller, model, encoder)
-    requests = [Reading(**asked, encoded=entry, want=want) for entry in encoded]
+    requests = [EncodeRequest(**asked, encoded=entry, want=want) for entry in encoded]
     for request in requests:
         encoder.check(request)
     rows: list[list[float]] = []
     for start in range(
-        0, len(requests), encoder.limits.rows
+        0, len(requests), encoder.config.max_num_seqs
     ):  # a long list is one tenant's: it takes its turns like others
         waiting = [
             submit_and_wait(encoder, request)
-            for request in requests[start : start + encoder.limits.rows]
+            for request in requests[start : start + encoder.config.max_num_seqs]
         ]
         for answer in await asyncio.gather(*waiting, return_exceptions=True):
             if isinstance(answer, BaseException):

@@ -15,9 +15,8 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import Field
 
-from veratune.serving.engine.engine import Engine, Piece
-from veratune.serving.engine.engine import Request as Asked
-from veratune.serving.engine.sampling import Choice, Sampling
+from veratune.serving.engine.engine import Engine, GenerationRequest, OutputDelta
+from veratune.serving.engine.sampling import SampledToken, SamplingParams
 from veratune.serving.http.routes.base import (
     ApiError,
     Body,
@@ -120,7 +119,7 @@ async def chat(body: ChatBody, http: Request, caller: CallerDep, service: Servic
     most = (
         body.max_completion_tokens
         or body.max_tokens
-        or max(1, min(256, engine.length - len(prompt)))
+        or max(1, min(256, engine.max_model_len - len(prompt)))
     )
     asked = await asyncio.to_thread(
         _asked, service, caller, body, [prompt], most, body.top_logprobs if body.logprobs else None
@@ -152,16 +151,16 @@ def _asked(
     prompts: list[list[int]],
     most: int,
     logprobs: int | None,
-) -> list[Asked]:
+) -> list[GenerationRequest]:
     """The requests of one call: `n` for each prompt, with seeds one behind the other."""
     engine = service.generating()
-    if len(prompts) * body.n > engine.limits.waiting_tenant:
+    if len(prompts) * body.n > engine.config.max_queue_per_tenant:
         raise ApiError(
             400,
-            f"{len(prompts)} prompts and n={body.n}; {engine.limits.waiting_tenant} answers to one call at most",
+            f"{len(prompts)} prompts and n={body.n}; {engine.config.max_queue_per_tenant} answers to one call at most",
         )
     model = service.asked(caller, body.model, engine)
-    sampling = Sampling(
+    sampling = SamplingParams(
         max_tokens=most,
         temperature=body.temperature,
         top_p=body.top_p,
@@ -171,30 +170,32 @@ def _asked(
         logprobs=logprobs,
         frequency_penalty=body.frequency_penalty,
         presence_penalty=body.presence_penalty,
-        bias=tuple(body.logit_bias.items()),
+        logit_bias=tuple(body.logit_bias.items()),
     )
     own = [
         sampling if body.seed is None else dataclasses.replace(sampling, seed=body.seed + i)
         for i in range(body.n)
     ]
-    return [Asked(**model, prompt=prompt, sampling=one) for prompt in prompts for one in own]
+    return [
+        GenerationRequest(**model, tokens=prompt, sampling=one) for prompt in prompts for one in own
+    ]
 
 
 async def _reply(
-    engine: Engine, http: Request, body: _Generation, asked: list[Asked], form: "_Form"
+    engine: Engine, http: Request, body: _Generation, asked: list[GenerationRequest], form: "_Form"
 ) -> Response:
     """Submit, and answer whole or in pieces. The first request that fails fails the call."""
     loop, timeout = asyncio.get_running_loop(), http.app.state.timeout
-    pieces: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue()
+    pieces: asyncio.Queue[tuple[int, OutputDelta | BaseException]] = asyncio.Queue()
 
     def cancel() -> None:
         for one in asked:
-            if one.ended is None:
+            if one.finished_time is None:
                 engine.cancel(one)
 
     try:
         for index, one in enumerate(asked):
-            one.listen = lambda piece, index=index: post_threadsafe(
+            one.on_output = lambda piece, index=index: post_threadsafe(
                 loop, pieces.put_nowait, (index, piece)
             )  # type: ignore[misc]
             engine.submit(one)
@@ -206,12 +207,12 @@ async def _reply(
 
     streaming = False  # a response that streams notices itself that its client has gone
 
-    async def each() -> AsyncIterator[tuple[int, Piece]]:
+    async def each() -> AsyncIterator[tuple[int, OutputDelta]]:
         look = time.monotonic() + 1
         end, open_ = look - 1 + timeout, len(asked)
         try:
             while open_:
-                got: tuple[int, Piece | BaseException] | None = None
+                got: tuple[int, OutputDelta | BaseException] | None = None
                 with contextlib.suppress(TimeoutError):
                     got = await asyncio.wait_for(pieces.get(), 1.0)
                 now = time.monotonic()
@@ -227,14 +228,17 @@ async def _reply(
                 if isinstance(piece, BaseException):
                     raise piece
                 yield index, piece
-                open_ -= piece.finish is not None
+                open_ -= piece.finish_reason is not None
         finally:
             cancel()
 
     def usage() -> dict[str, Any]:
         prompts = asked[:: body.n]
-        read, said = sum(len(one.prompt) for one in prompts), sum(len(one.said) for one in asked)
-        known = {"cached_tokens": sum(one.known for one in prompts)}
+        read, said = (
+            sum(len(one.tokens) for one in prompts),
+            sum(len(one.output_token_ids) for one in asked),
+        )
+        known = {"cached_tokens": sum(one.cached_tokens for one in prompts)}
         return {
             "prompt_tokens": read,
             "completion_tokens": said,
@@ -252,7 +256,7 @@ async def _reply(
     except Exception as error:
         raise to_api_error(error) from error
     if not body.stream:
-        found: list[list[Piece]] = [[] for _ in asked]
+        found: list[list[OutputDelta]] = [[] for _ in asked]
         found[first[0]].append(first[1])
         try:
             async for index, piece in answer:
@@ -322,11 +326,11 @@ class _Form(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def whole(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def whole(self, index: int, pieces: Sequence[OutputDelta]) -> dict[str, Any]:
         """A whole answer."""
 
     @abc.abstractmethod
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+    def piece(self, index: int, piece: OutputDelta) -> dict[str, Any]:
         """A part of one."""
 
     def token(self, token: int) -> str:
@@ -343,67 +347,67 @@ class _Chat(_Form):
             "finish_reason": None,
         }
 
-    def whole(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def whole(self, index: int, pieces: Sequence[OutputDelta]) -> dict[str, Any]:
         told = _told(pieces)
         message = {"role": "assistant", "content": "".join(piece.text for piece in pieces)}
         logs = {"content": [self._log(choice) for choice in told]} if told else None
         return {
             "index": index,
             "message": message,
-            "finish_reason": pieces[-1].finish,
+            "finish_reason": pieces[-1].finish_reason,
             "logprobs": logs,
         }
 
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+    def piece(self, index: int, piece: OutputDelta) -> dict[str, Any]:
         out: dict[str, Any] = {
             "index": index,
             "delta": {"content": piece.text} if piece.text else {},
-            "finish_reason": piece.finish,
+            "finish_reason": piece.finish_reason,
         }
         if told := _told([piece]):
             out["logprobs"] = {"content": [self._log(choice) for choice in told]}
         return out
 
-    def _log(self, choice: Choice) -> dict[str, Any]:
+    def _log(self, choice: SampledToken) -> dict[str, Any]:
         def one(token: int, value: float | None) -> dict[str, Any]:
             text = self.token(token)
             return {"token": text, "logprob": value, "bytes": list(text.encode())}
 
-        return one(choice.token, choice.logprob) | {
-            "top_logprobs": [one(*entry) for entry in choice.top]
+        return one(choice.token_id, choice.logprob) | {
+            "top_logprobs": [one(*entry) for entry in choice.top_logprobs]
         }
 
 
 class _Completion(_Form):
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def whole(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def whole(self, index: int, pieces: Sequence[OutputDelta]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
         return {
             "index": index,
             "text": text,
-            "finish_reason": pieces[-1].finish,
+            "finish_reason": pieces[-1].finish_reason,
             "logprobs": self._logs(_told(pieces)),
         }
 
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+    def piece(self, index: int, piece: OutputDelta) -> dict[str, Any]:
         return self.whole(index, [piece])
 
-    def _logs(self, told: Sequence[Choice]) -> dict[str, Any] | None:
+    def _logs(self, told: Sequence[SampledToken]) -> dict[str, Any] | None:
         if not told:
             return None
         return {
-            "tokens": [self.token(c.token) for c in told], "token_logprobs": [c.logprob for c in told],
-            "top_logprobs": [{self.token(token): value for token, value in c.top} for c in told], "text_offset": [],
+            "tokens": [self.token(c.token_id) for c in told], "token_logprobs": [c.logprob for c in told],
+            "top_logprobs": [{self.token(token): value for token, value in c.top_logprobs} for c in told], "text_offset": [],
         }  # fmt: skip
 
 
-def _told(pieces: Sequence[Piece]) -> list[Choice]:
+def _told(pieces: Sequence[OutputDelta]) -> list[SampledToken]:
     """The tokens whose log probabilities were asked for."""
     return [
-        piece.choice
+        piece.token
         for piece in pieces
-        if piece.choice is not None and piece.choice.logprob is not None
+        if piece.token is not None and piece.token.logprob is not None
     ]
 
 

@@ -66,46 +66,46 @@ class Metrics:
             "veratune_requests", "requests that ended", labels=["base", "how"]
         )
         for base, loop in self.service.loops.items():
-            for how, count in sorted(loop.counts.ended.items()):
+            for how, count in sorted(loop.stats.finished.items()):
                 ended.add_metric([base, how], count)
         yield ended
 
 
 _FIGURES: dict[str, tuple[str, bool, Callable[[Loop[Any]], float]]] = {
-    "adapters_loaded": ("adapters in memory", False, lambda loop: len(loop.bank)),
-    "adapters_capacity": ("slots of each kind of adapter", False, lambda loop: loop.bank.slots),
-    "adapter_bytes": ("bytes of the adapters in memory", False, lambda loop: loop.bank.bytes),
+    "adapters_loaded": ("adapters in memory", False, lambda loop: len(loop.pool)),
+    "adapters_capacity": ("slots of each kind of adapter", False, lambda loop: loop.pool.slots),
+    "adapter_bytes": ("bytes of the adapters in memory", False, lambda loop: loop.pool.bytes),
     "frozen_bytes": (
         "bytes of the frozen matrices of all kinds of adapters",
         False,
-        lambda loop: loop.bank.frozen_bytes,
+        lambda loop: loop.pool.frozen_bytes,
     ),
-    "prefix_bytes": (
+    "prefix_cache_bytes": (
         "bytes of what is kept of prompts that were read",
         False,
-        lambda loop: loop.prefix_bytes,
+        lambda loop: loop.prefix_cache_bytes,
     ),
     "requests_running": ("requests that run", False, lambda loop: loop.scheduler.running),
     "requests_waiting": ("requests that wait", False, lambda loop: loop.scheduler.waiting),
     "adapter_hits": (
         "requests whose adapter was in memory",
         True,
-        lambda loop: loop.bank.counts.hits,
+        lambda loop: loop.pool.stats.hits,
     ),
-    "adapter_loads": ("adapters loaded", True, lambda loop: loop.bank.counts.loads),
-    "adapter_evictions": ("adapters that made room", True, lambda loop: loop.bank.counts.evictions),
+    "adapter_loads": ("adapters loaded", True, lambda loop: loop.pool.stats.loads),
+    "adapter_evictions": ("adapters that made room", True, lambda loop: loop.pool.stats.evictions),
     "adapter_load_seconds": (
         "spent in putting adapters into memory",
         True,
-        lambda loop: loop.bank.counts.load_seconds,
+        lambda loop: loop.pool.stats.load_seconds,
     ),
-    "steps": ("steps of the engine", True, lambda loop: loop.counts.steps),
-    "step_seconds": ("spent in steps", True, lambda loop: loop.counts.seconds),
-    "prompt_tokens": ("tokens read", True, lambda loop: loop.counts.prompt_tokens),
-    "known_tokens": (
+    "steps": ("steps of the engine", True, lambda loop: loop.stats.steps),
+    "step_seconds": ("spent in steps", True, lambda loop: loop.stats.seconds),
+    "prompt_tokens": ("tokens read", True, lambda loop: loop.stats.prompt_tokens),
+    "cached_prompt_tokens": (
         "tokens of prompts that had been read before",
         True,
-        lambda loop: loop.counts.known_tokens,
+        lambda loop: loop.stats.cached_tokens,
     ),
-    "answer_tokens": ("tokens made", True, lambda loop: loop.counts.answer_tokens),
+    "generation_tokens": ("tokens made", True, lambda loop: loop.stats.generation_tokens),
 }
