@@ -1,0 +1,85 @@
+"""FleetSettings: what a fleet has beyond the settings of one training run."""
+
+import dataclasses
+import math
+
+from veratune.errors import ConfigError
+from veratune.training.settings import TrainSettings
+
+# Settings of `veratune train` that a fleet does not have.
+_REFUSED = (
+    "method",
+    "options",
+    "batch_norm",
+    "group_by_length",
+    "accumulation",
+    "ema",
+    "label_smoothing",
+    "report_to",
+    "checkpoints",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FleetSettings:
+    """Settings of `veratune train-fleet` beside those of `veratune train`.
+
+    Args:
+        tenant_column: The column that names each example's tenant.
+        eval_fraction: Share of each tenant's examples that is held out for evaluation, when there is
+            no evaluation data; 0 for none.
+        max_active: Tenants whose values and optimizer state are in memory.
+        tenants_per_step: Tenants that take a step together.
+        max_batch_tokens: Padded tokens (images: rows) of one forward pass.
+        max_examples: Examples of one tenant that are used; 0 for all.
+        checkpoint_seconds: Seconds between checkpoints; a killed run loses at most these.
+        init: An adapter file that every tenant starts from.
+        continue_from: A folder of adapter files; a tenant that has one there starts from it.
+        strict: Whether a tenant that cannot be trained fails the whole run.
+    """
+
+    tenant_column: str = "tenant"
+    eval_fraction: float = 0.0
+    max_active: int = 256
+    tenants_per_step: int = 64
+    max_batch_tokens: int = 4096
+    max_examples: int = 0
+    checkpoint_seconds: float = 60.0
+    init: str | None = None
+    continue_from: str | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("max_active", "tenants_per_step", "max_batch_tokens"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least 1")
+        if not 0 <= self.eval_fraction < 1:
+            raise ConfigError(f"eval_fraction is {self.eval_fraction}; it must be in [0, 1)")
+        if self.max_examples < 0:
+            raise ConfigError(f"max_examples is {self.max_examples}; it must be at least 0")
+        if not math.isfinite(self.checkpoint_seconds) or self.checkpoint_seconds < 0:
+            raise ConfigError(
+                f"checkpoint_seconds is {self.checkpoint_seconds}; it must be at least 0"
+            )
+
+
+def check_settings(settings: TrainSettings, fleet: FleetSettings) -> None:
+    """Refuse settings that a fleet would ignore. Raises ConfigError naming the first."""
+    defaults = {field.name: field for field in dataclasses.fields(TrainSettings)}
+    for name in _REFUSED:
+        field = defaults[name]
+        default = (
+            field.default_factory()
+            if field.default_factory is not dataclasses.MISSING
+            else field.default
+        )
+        if getattr(settings, name) != default:
+            raise ConfigError(
+                f"{name} is {getattr(settings, name)!r}, but a fleet has no such setting; "
+                "leave it out, or train the tenants one by one with veratune train"
+            )
+    if settings.patience and settings.eval_data is None and not fleet.eval_fraction:
+        raise ConfigError(
+            f"patience is {settings.patience}, but there is nothing to evaluate on; "
+            "give --eval-data or --eval-fraction"
+        )
