@@ -23,7 +23,7 @@ def page() -> str:
         "",
     ]
     for name in COMMANDS:
-        module = importlib.import_module(f"veratune.cli.{name}_")
+        module = importlib.import_module(f"veratune.cli.{name.replace('-', '_')}_")
         for form in getattr(module, "FORMS", [None]):
             parser = module.parser() if form is None else module.parser(form)
             lines += [

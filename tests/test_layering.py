@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "veratune"
 
 # From the ground up: a file may import from its own room and from those before it.
 ROOMS = [
-    "errors", "lru", "config", "ops", "basis", "layers", "targets", "attach", "adapter", "formats", "files",
+    "errors", "lru", "config", "ops", "basis", "layers", "targets", "stacked", "attach", "adapter", "formats", "files",
     "analysis", "tasks", "inference", "training", "integrations", "scoring", "serving", "cli", "__main__",
 ]  # fmt: skip
 STRANGERS = {("training", "serving"), ("serving", "training")}

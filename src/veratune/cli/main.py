@@ -15,6 +15,7 @@ from veratune.errors import ConfigError, VeratuneError, near
 
 COMMANDS = {
     "train": "fine-tune a model with VeRA",
+    "train-fleet": "fine-tune one adapter per tenant, many tenants in each batch",
     "eval": "score an adapter on rows of data",
     "chat": "talk to a base model with an adapter",
     "sample": "draw with a diffusion pipeline and an adapter",
@@ -44,9 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(
             f"unknown command {name!r}{near(name, COMMANDS) or '; see veratune --help'}", 2
         )
-    return run_command(
-        name, lambda words: importlib.import_module(f"veratune.cli.{name}_").run(words), rest
-    )
+    module = f"veratune.cli.{name.replace('-', '_')}_"
+    return run_command(name, lambda words: importlib.import_module(module).run(words), rest)
 
 
 def run_command(name: str, run: Callable[[Sequence[str]], int | None], rest: Sequence[str]) -> int:
@@ -76,7 +76,7 @@ def run_command(name: str, run: Callable[[Sequence[str]], int | None], rest: Seq
 
 def overview() -> str:
     """The list of commands."""
-    lines = [f"  {name:<9} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<11} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         ["usage: veratune COMMAND [FLAGS]", "", "VeRA fine-tuning: a model of your own in kilobytes.", "", *lines, "",
          "veratune COMMAND --help lists the flags of a command, with units and defaults."]

@@ -19,7 +19,20 @@ from veratune.training.run import train
 from veratune.training.settings import TrainSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-WORDS = "turn the light in kitchen on off please set timer for minutes".split()
+WORDS = [
+    "turn",
+    "the",
+    "light",
+    "in",
+    "kitchen",
+    "on",
+    "off",
+    "please",
+    "set",
+    "timer",
+    "for",
+    "minutes",
+]
 
 
 def write(path, rows):
@@ -222,9 +235,7 @@ def test_a_killed_fleet_goes_on_to_the_same_adapters(place, tmp_path, monkeypatc
         )
         assert_equal_adapters(ours, theirs, 1e-6)
     with pytest.raises(ConfigError, match="started with lr"):
-        train_fleet(
-            dataclasses.replace(cut, resume=True, lr=1.0), vt.VeraConfig(rank=8), fleet
-        )
+        train_fleet(dataclasses.replace(cut, resume=True, lr=1.0), vt.VeraConfig(rank=8), fleet)
     with pytest.raises(OutputError):
         train_fleet(cut, vt.VeraConfig(rank=8), fleet)
 
@@ -281,7 +292,7 @@ def test_what_a_fleet_cannot_do_is_refused(change, vera, error, words, place, tm
 
 
 def test_values_of_the_layout_are_those_of_the_adapter(place, tmp_path):
-    from veratune.layers.stacked import VectorLayout
+    from veratune.stacked import VectorLayout
     from veratune.targets import find_sites
 
     model = fakes.llama()

@@ -16,9 +16,7 @@ def test_every_row_is_updated_as_by_an_adamw_of_its_own(decay, updates):
     values = torch.randn(4, 7)
     rates = torch.rand(7)
     alone = [torch.nn.Parameter(row.clone()) for row in values]
-    groups = [
-        torch.optim.AdamW([p], lr=1.0, weight_decay=decay) for p in alone
-    ]
+    groups = [torch.optim.AdamW([p], lr=1.0, weight_decay=decay) for p in alone]
     stacked = StackedAdamW(4, 7, weight_decay=decay)
     counts = [0] * 4
     for rows in updates:
@@ -34,7 +32,9 @@ def test_every_row_is_updated_as_by_an_adamw_of_its_own(decay, updates):
                 alone[row].copy_(before + (alone[row] - before) * rates)
         steps = torch.tensor([counts[row] for row in chosen])
         stacked.step(values, torch.tensor(chosen), grads, steps, rates)
-    torch.testing.assert_close(values, torch.stack([p.detach() for p in alone]), rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(
+        values, torch.stack([p.detach() for p in alone]), rtol=2e-5, atol=2e-6
+    )
 
 
 def test_a_row_that_enters_starts_without_history():

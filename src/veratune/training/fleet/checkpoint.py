@@ -34,7 +34,9 @@ class ResultLog:
         try:
             return [json.loads(line) for line in whole.splitlines()]
         except ValueError as error:
-            raise OutputError(f"{self.path}: damaged ({error}); start again in another folder") from None
+            raise OutputError(
+                f"{self.path}: damaged ({error}); start again in another folder"
+            ) from None
 
     def add(self, line: dict[str, Any]) -> None:
         with self.path.open("ab") as file:

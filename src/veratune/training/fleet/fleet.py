@@ -10,7 +10,7 @@ tenants alone. A and B are shared, so each tenant's gradient falls into its own 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from veratune.attach import attach, detach
 from veratune.basis.basis import Basis
 from veratune.config import VeraConfig
 from veratune.errors import AdapterFileError, UnsupportedError
-from veratune.layers.stacked import VectorLayout
+from veratune.stacked import VectorLayout
 from veratune.targets import find_sites
 from veratune.tasks.base import Task
 from veratune.training.fleet.layers import TenantBatch, wrap
@@ -286,9 +286,7 @@ class Fleet:
                 for name, value in self._collate([examples[i] for i in chosen]).items()
             }
             owner = torch.tensor([owners[i] for i in chosen], device=self._device)
-            self.holder.batch = TenantBatch(
-                owner, self.layout.split(rows), self._head_views(rows)
-            )
+            self.holder.batch = TenantBatch(owner, self.layout.split(rows), self._head_views(rows))
             try:
                 with self._precision():
                     losses, output = self.row_losses(self.model, inputs)
@@ -324,10 +322,7 @@ class Fleet:
                 for k, value in zip(owner.tolist(), loss.tolist(), strict=True):
                     mixed[k] += value
             alone = [
-                sum(
-                    float(loss.sum())
-                    for _, loss, _, _ in self._passes([batch], rows[k : k + 1])
-                )
+                sum(float(loss.sum()) for _, loss, _, _ in self._passes([batch], rows[k : k + 1]))
                 for k, batch in enumerate(split)
             ]
         tolerance = 2e-2 if self.options.bfloat16 else 1e-3
@@ -339,7 +334,7 @@ class Fleet:
 
     def close(self) -> None:
         """Give the model its own layers back."""
-        from veratune.layers.base import StandIn as ModuleWrapper, put_in as replace_modules
+        from veratune.layers.base import ModuleWrapper, replace_modules
 
         replace_modules(
             self.model, lambda module: module.base if isinstance(module, ModuleWrapper) else module

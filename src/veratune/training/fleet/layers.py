@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from veratune.basis.basis import Basis
 from veratune.errors import ShapeError, UnsupportedError
+from veratune.layers.base import ModuleWrapper, product_dtype, replace_modules
 from veratune.layers.linear import add_parts
-from veratune.layers.base import StandIn as ModuleWrapper, put_in as replace_modules
-from veratune.layers.base import product_dtype
-from veratune.ops.matrix import Matrix, identity as cache_key, times as matmul
 from veratune.ops.functional import vera_rows
+from veratune.ops.matrix import Matrix, cache_key, matmul
 from veratune.targets import Site
 
 

@@ -78,7 +78,9 @@ class FolderTenants(TenantData):
     def __init__(self, folder: Path, task: Task) -> None:
         files = sorted(path for path in folder.iterdir() if path.suffix in READERS)
         if not files:
-            raise DataError(f"{folder}: no data files; one per tenant is wanted, such as alice.jsonl")
+            raise DataError(
+                f"{folder}: no data files; one per tenant is wanted, such as alice.jsonl"
+            )
         self._files: dict[str, Path] = {}
         for path in files:
             if path.stem in self._files:

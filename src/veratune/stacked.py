@@ -85,6 +85,4 @@ class VectorLayout:
 
     def is_b(self) -> Tensor:
         """Which values of a row belong to a b, shape (size,), boolean."""
-        return torch.cat(
-            [torch.full((size,), kind == "b") for kind, _, size in self._entries]
-        )
+        return torch.cat([torch.full((size,), kind == "b") for kind, _, size in self._entries])

@@ -1,0 +1,1 @@
+"""Many adapters trained in the same batches."""
