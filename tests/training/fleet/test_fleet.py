@@ -97,7 +97,7 @@ def assert_equal_adapters(fleet, alone, tolerance=1e-5):
     ids=["llama", "gpt2-parts", "monarch", "bert-heads"],
 )
 def test_each_tenant_equals_the_run_of_that_tenant_alone(model, task, data, vera, place, tmp_path):
-    common = {"max_steps": 50, "schedule": "cosine"}
+    common = {"max_steps": 50, "lr_scheduler": "cosine"}
     result = train_fleet(
         settings(place, model, task, f"{data}.jsonl", tmp_path / "fleet", **common),
         vera,
@@ -248,7 +248,7 @@ def test_warm_starts(place, tmp_path):
     again = dataclasses.replace(first, out=str(tmp_path / "two"), lr=1e-12, head_lr=0.0)
     train_fleet(again, vera, FleetSettings(continue_from=str(folder)))
     third = dataclasses.replace(first, out=str(tmp_path / "three"), lr=1e-12, head_lr=0.0)
-    train_fleet(third, vera, FleetSettings(init=str(folder / "ann.safetensors")))
+    train_fleet(third, vera, FleetSettings(init_adapter=str(folder / "ann.safetensors")))
     for tenant in ("ann", "bob", "cy"):
         name = f"{tenant}.safetensors"
         assert_equal_adapters(

@@ -99,7 +99,7 @@ class Fleet:
         heads = config.head or task.heads(model)
         config = dataclasses.replace(config, head=heads)
         attach(model, config, "fleet", basis=basis)
-        self.template = dataclasses.replace(extract(model, "fleet"), task=task.describe())
+        self.template = dataclasses.replace(extract(model, "fleet"), task=task.to_metadata())
         detach(model)
         self.basis = basis or self.template.basis
         model.requires_grad_(False)

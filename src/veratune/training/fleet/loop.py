@@ -157,7 +157,7 @@ class _Loop:
         self.data = load_tenants(settings.data, self.task, fleet.tenant_column, settings.split)
         self.held_out = self._load_held_out()
         self.names = list(in_order(self.data.names, rank, world))
-        self.task.learn(self.data.sample(200))
+        self.task.fit_labels(self.data.sample(200))
         self.processor = self.task.load_processor(settings.model)
         set_seed(settings.seed)
         model = self.task.load_model(
@@ -178,9 +178,9 @@ class _Loop:
                 b_lr=settings.b_lr,
                 head_lr=settings.head_lr,
                 weight_decay=settings.weight_decay,
-                max_grad_norm=settings.clip,
-                lr_scheduler=settings.schedule,
-                warmup=settings.warmup,
+                max_grad_norm=settings.max_grad_norm,
+                lr_scheduler=settings.lr_scheduler,
+                warmup=settings.warmup_steps or settings.warmup_ratio,
                 max_active=fleet.max_active,
                 max_batch_tokens=fleet.max_batch_tokens,
                 bfloat16=settings.mixed_precision == "bf16"
@@ -195,7 +195,9 @@ class _Loop:
         self.best_rows = (
             torch.zeros_like(self.fleet.values) if evaluates and settings.keep == "best" else None
         )
-        self.start_row = self.fleet.row_of(native.read(fleet.init) if fleet.init else None)
+        self.start_row = self.fleet.row_of(
+            native.read(fleet.init_adapter) if fleet.init_adapter else None
+        )
         self.active: collections.deque[TenantRun] = collections.deque()
         self.results = self.log.read()
         self.checked = False

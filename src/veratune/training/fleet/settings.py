@@ -12,11 +12,11 @@ _REFUSED = (
     "options",
     "batch_norm",
     "group_by_length",
-    "accumulation",
+    "gradient_accumulation_steps",
     "ema",
     "label_smoothing",
     "report_to",
-    "checkpoints",
+    "save_steps",
 )
 
 
@@ -33,7 +33,7 @@ class FleetSettings:
         max_batch_tokens: Padded tokens (images: rows) of one forward pass.
         max_examples: Examples of one tenant that are used; 0 for all.
         checkpoint_seconds: Seconds between checkpoints; a killed run loses at most these.
-        init: An adapter file that every tenant starts from.
+        init_adapter: An adapter file that every tenant starts from.
         continue_from: A folder of adapter files; a tenant that has one there starts from it.
         strict: Whether a tenant that cannot be trained fails the whole run.
     """
@@ -45,7 +45,7 @@ class FleetSettings:
     max_batch_tokens: int = 4096
     max_examples: int = 0
     checkpoint_seconds: float = 60.0
-    init: str | None = None
+    init_adapter: str | None = None
     continue_from: str | None = None
     strict: bool = False
 

@@ -92,7 +92,7 @@ class FolderTenants(TenantData):
         self._task = task
 
     def examples(self, name: str) -> Dataset:
-        return self._task.load_rows(str(self._files[name]))
+        return self._task.load_examples(str(self._files[name]))
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
@@ -117,7 +117,7 @@ def load_tenants(source: str, task: Task, column: str, split: str = "train") -> 
     path = Path(source)
     if path.is_dir() and not task.has_split(source, split):
         return FolderTenants(path, task)
-    return ColumnTenants(task.load_rows(source, split), column)
+    return ColumnTenants(task.load_examples(source, split), column)
 
 
 def in_order(names: Sequence[str], rank: int, world: int) -> Iterator[str]:
