@@ -50,6 +50,7 @@ class Adapter:
     evenly over the first adapted layer (by name); None where they could not be read. task: what the adapter
     is for, as JSON types (see veratune.tasks); empty if it was not trained by veratune. kernels: of the layers that
     are convolutions. lora_fingerprint: of the LoRA that an adapter with basis="lora" was trained over; "" for others.
+    layer_ranks: the rank of each layer, where it is known without the config's patterns.
     """
 
     config: VeraConfig
@@ -62,6 +63,7 @@ class Adapter:
     task: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     kernels: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     lora_fingerprint: str = ""
+    layer_ranks: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         config = self.config
@@ -108,6 +110,8 @@ class Adapter:
     @functools.cached_property
     def ranks(self) -> dict[str, int]:
         """The rows of A at each layer, in the order of `shapes`."""
+        if self.layer_ranks is not None:
+            return {layer: self.layer_ranks[layer] for layer in self.shapes}
         return {
             layer: rank_of(self.config, layer, self.kernels.get(layer, ())) for layer in self.shapes
         }

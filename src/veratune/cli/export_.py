@@ -31,17 +31,15 @@ def parser() -> Parser:
     )
     out.add_argument(
         "--dtype",
-        type=Literal["float32", "bfloat16", "float16"] | None,
+        type=Literal["float32", "bfloat16", "float16", "int8"] | None,
         default=None,
-        help="of the vectors (safetensors)",
+        help="storage of the vectors (safetensors)",
     )
     return out
 
 
 def run(argv: Sequence[str]) -> int:
     flags = parse(parser(), argv)
-    import torch
-
     from veratune.errors import ConfigError
     from veratune.formats import native, peft, peft_lora
 
@@ -49,9 +47,7 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError(f"--dtype is for --to safetensors; {flags.to} is written in float32")
     adapter = native.read(flags.file)
     if flags.to == "safetensors":
-        native.write(
-            adapter if flags.dtype is None else adapter.to(getattr(torch, flags.dtype)), flags.out
-        )
+        native.write(adapter, flags.out, flags.dtype)
     else:
         from veratune.analysis.count import empty_model
 

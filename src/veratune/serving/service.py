@@ -13,7 +13,7 @@ from veratune.errors import (
     UnsupportedError,
     VeratuneError,
 )
-from veratune.formats import native
+from veratune.formats.native import AdapterReader
 from veratune.serving.engine.encoder import Encoder
 from veratune.serving.engine.engine import Engine
 from veratune.serving.engine.loop import Loop
@@ -49,6 +49,7 @@ class Service:
     ) -> None:
         """name, encoder_name: the base models' names for clients; default their hub ids or folders' names. Raises ConfigError."""
         self.store, self.engine, self.encoder = store, engine, encoder
+        self._reader = AdapterReader()
         self.loops: dict[str, Loop[Any]] = {}
         for loop, wanted in ((engine, name), (encoder, encoder_name)):
             if loop is not None:
@@ -118,11 +119,11 @@ class Service:
 
     def load(self, ref: AdapterRef) -> Adapter:
         """An adapter out of the store, checked."""
-        return native.decode(self.store.get(*ref.key))
+        return self._reader.decode(self.store.get(*ref.key))
 
     def put(self, tenant: str, name: str, data: bytes) -> Version:
         """Store an adapter's file, if it is one and fits a base model here. Raises VeratuneError, and then nothing was stored."""
-        adapter = native.decode(data)
+        adapter = self._reader.decode(data)
         refused: list[BaseModelError] = []
         for loop in self.loops.values():
             try:
