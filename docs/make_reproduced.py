@@ -2,7 +2,7 @@
 
     python docs/make_reproduced.py [--from FOLDER ...]
 
-With --from (where `veratune reproduce` left its results), take lines and pictures from there first.
+With --from (where `python -m veratune_lab` left its results), take lines and pictures from there first.
 """
 
 import json
@@ -22,11 +22,11 @@ SIZE = (
 )
 VISION = (
     "# Vision\n\n"
-    f"What `veratune reproduce NAME` measures, {SIZE} One seed, where nothing else is said: differences of a point or two between methods mean nothing.\n"
+    f"What `python -m veratune_lab NAME` measures, {SIZE} One seed, where nothing else is said: differences of a point or two between methods mean nothing.\n"
 )
 LANGUAGE = (
     "# Language\n\n"
-    f"The tables and figures of the VeRA paper, each with the command `veratune reproduce NAME`, {SIZE} The models here are small and so are the "
+    f"The tables and figures of the VeRA paper, each with the command `python -m veratune_lab NAME`, {SIZE} The models here are small and so are the "
     "training sets: what can be compared is methods with one another, in a table, not a figure here with one in print. [Recipes](recipes.md) says what follows for use.\n"
 )
 PAGES = {
@@ -66,7 +66,7 @@ RUNS = {
 
 
 def take(folders: list[Path]) -> None:
-    """Lines of the scaled runs, and pictures, out of folders of `veratune reproduce`; an experiment may be spread over several."""
+    """Lines of the scaled runs, and pictures, out of folders of `python -m veratune_lab`; an experiment may be spread over several."""
     from veratune_lab.paper.experiment import Place
     from veratune_lab.paper.registry import experiment
 

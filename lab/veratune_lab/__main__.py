@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from veratune.cli.main import run_command
 
+PROG = "python -m veratune_lab"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one experiment (`table2 --quick`) or benchmark (`bench step`). Returns the exit status."""
@@ -12,10 +14,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] == "bench":
         from veratune_lab.bench import command as bench
 
-        return run_command("bench", bench.run, words[1:])
+        return run_command(f"{PROG} bench", bench.run, words[1:])
     from veratune_lab.paper import command as paper
 
-    return run_command("reproduce", paper.run, words)
+    return run_command(PROG, paper.run, words)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def test_a_calibration_that_is_none_is_named(text, monkeypatch, tmp_path):
     monkeypatch.setenv("VERATUNE_CACHE", str(tmp_path))
     plans.calibration_file().write_text(text)
     with pytest.raises(
-        DataError, match="no calibration of a machine .* delete it or run veratune bench calibrate"
+        DataError, match="no calibration of a machine .* delete it or run veratune calibrate"
     ):
         plans.read_calibration()
 

@@ -1,4 +1,4 @@
-"""veratune bench"""
+"""python -m veratune_lab bench: parse the flags of one benchmark, run it, write and print its lines."""
 
 import asyncio
 import dataclasses
@@ -15,164 +15,104 @@ from rich.progress import track
 from rich.table import Table
 
 from veratune.cli.parsing import Parser, UsageError, new_parser, parse, print_json, split
-from veratune.config import PLANS, BasisKind, Plan, VeraConfig
+from veratune.config import BasisKind, Plan, VeraConfig
 from veratune.errors import near
+from veratune_lab.bench import tables
 from veratune_lab.bench.load import Load, OpenLoad
 
-FORMS = {
-    "step": "a training step of a whole model with random weights, beside the frozen model, full fine-tuning, and PEFT's LoRA and VeRA",
-    "layers": "one layer in many sizes, beside the same",
-    "calibrate": "measure this machine, for the choice of plans",
-    "explain": "what each plan would cost by the cost model; nothing is measured",
-    "serve": "many tenants on one engine, beside one tenant, the base alone and PEFT's mixed batches",
-    "load": "random load on a server that runs and speaks OpenAI's API; its models are the tenants",
-}
+PROG = "python -m veratune_lab bench"
 
 
-def parser(form: str = "step") -> Parser:
-    """The flags of one of the forms."""
-    out = new_parser(f"bench {form}", f"{FORMS[form][0].upper()}{FORMS[form][1:]}.")
-    if form in ("step", "explain"):
-        out.add_argument(
-            "--model",
-            type=str,
-            default="roberta-base",
-            help="roberta-base, vit-base, llama-1024 or smollm2-135m",
-        )
-        out.add_argument(
-            "--rank",
-            type=PositiveInt | None,
-            default=None,
-            help="of VeRA (default: the model's own in the benchmark)",
-        )
-    if form == "step":
-        out.add_argument(
-            "--plan", type=Plan, default="auto", help="of veratune: the order of its products"
-        )
-        out.add_argument(
-            "--basis",
-            type=BasisKind,
-            default="random",
-            help="of veratune; another than random is measured beside it",
-        )
-        out.add_argument(
-            "--blocks",
-            type=PositiveInt | None,
-            default=None,
-            help="to build (default: some, for two minutes of measuring)",
-        )
-    if form == "layers":
-        out.add_argument(
-            "--plans",
-            type=bool,
-            default=False,
-            help="measure every plan, not only the one that is taken",
-        )
-    if form in ("step", "layers"):
-        out.add_argument(
-            "--seconds",
-            type=NonNegativeFloat,
-            default=30.0,
-            help="of measuring times: a model, or a cell of the grid",
-        )
-    if form == "serve":
-        out.add_argument(
-            "--model",
-            type=str,
-            required=True,
-            help="causal base model: folder, .gguf file or Hugging Face id",
-        )
-        out.add_argument("--rank", type=PositiveInt, default=256, help="of the adapters")
-        out.add_argument(
-            "--targets", type=list[str], default=["query", "value"], help="layers that they adapt"
-        )
-        out.add_argument(
-            "--base-dtype",
-            type=Literal["float32", "bfloat16", "float16"],
-            default="float32",
-            help="of the base model",
-        )
-        out.add_class_arguments(Load)
-    if form == "load":
-        out.add_argument("--url", type=str, required=True, help="of the server, without /v1")
-        out.add_argument(
-            "--key",
-            type=str | None,
-            default=None,
-            help="the environment variable that holds its key",
-        )
-        out.add_class_arguments(OpenLoad)
-    if form != "explain":
-        out.add_argument(
-            "--out", type=str | None, default=None, help="add the lines to this file as JSON lines"
-        )
-    if form not in ("explain", "load"):
-        out.add_argument("--threads", type=PositiveInt, default=2, help="that compute")
-    out.add_argument("--json", type=bool, default=False, help="print the figures as JSON")
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """One benchmark of the command.
+
+    Args:
+        about: one sentence for --help.
+        add_flags: adds its own flags to a parser.
+        measure: runs it and returns its lines.
+        show: makes a table of the lines.
+        appends: measure appends to --out itself, because it takes long.
+    """
+
+    about: str
+    add_flags: Callable[[Parser], None]
+    measure: Callable[[Namespace, Console], list[dict[str, Any]]]
+    show: Callable[[list[dict[str, Any]]], Table]
+    appends: bool = False
+
+
+def parser(name: str = "step") -> Parser:
+    """The flags of one benchmark."""
+    benchmark = BENCHMARKS[name]
+    out = new_parser(name, benchmark.about, prog=PROG)
+    benchmark.add_flags(out)
+    out.add_argument("--out", type=str | None, default=None, help="append JSON lines to this file")
+    out.add_argument("--json", type=bool, default=False, help="print the lines as one JSON list")
     return out
 
 
 def run(argv: Sequence[str]) -> int:
+    """Run one benchmark; without a name, `step`."""
     words = list(argv)
-    form = words.pop(0) if words and not words[0].startswith("-") else "step"
-    if form not in FORMS:
-        raise UsageError(f"no benchmark {form!r}; there are {', '.join(FORMS)}{near(form, FORMS)}")
-    flags = parse(parser(form), words)
-    if any(
-        getattr(flags, name, None) is not None and getattr(flags, name) < 1
-        for name in ("threads", "rank", "blocks")
-    ):
-        raise UsageError("--threads, --rank and --blocks start at 1")
-    if getattr(flags, "seconds", 0.0) < 0:
-        raise UsageError("--seconds starts at 0")
+    name = words.pop(0) if words and not words[0].startswith("-") else "step"
+    if name not in BENCHMARKS:
+        hint = near(name, BENCHMARKS)
+        raise UsageError(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}{hint}")
+    flags = parse(parser(name), words)
     if "threads" in flags:
         import torch
 
         torch.set_num_threads(flags.threads)
     console = Console(stderr=flags.json, highlight=False)
-    measure, show = _RUN[form]
-    lines = measure(flags, console)
-    if form != "layers" and getattr(flags, "out", None):
+    benchmark = BENCHMARKS[name]
+    lines = benchmark.measure(flags, console)
+    if not benchmark.appends:
         _append(flags.out, lines)
-    console.print(show(lines))
+    console.print(benchmark.show(lines))
     if flags.json:
         print_json(lines)
     return 0
 
 
-def _explain(flags: Namespace, console: Console) -> list[dict[str, Any]]:
-    from veratune_lab.bench.explain import explain
-
-    return explain(flags.model, flags.rank)
+def _add_threads(out: Parser) -> None:
+    out.add_argument("--threads", type=PositiveInt, default=2, help="threads for torch")
 
 
-def _calibrate(flags: Namespace, console: Console) -> list[dict[str, Any]]:
-    import torch
-
-    from veratune_lab.bench.calibrate import measure, store
-
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = device or torch.device("cpu")
-    figures = measure(device)
-    lines = [
-        {"device": device.type, **dataclasses.asdict(figures), "file": str(store(device, figures))}
-    ]
-    return lines
+def _add_seconds(out: Parser, of: str) -> None:
+    out.add_argument(
+        "--seconds", type=NonNegativeFloat, default=30.0, help=f"seconds of timing for {of}"
+    )
 
 
-def _grid(flags: Namespace, console: Console) -> list[dict[str, Any]]:
-    from veratune_lab.bench.layers import ROWS, SIZES, grid
+def _step_flags(out: Parser) -> None:
+    out.add_argument(
+        "--model",
+        type=str,
+        default="roberta-base",
+        help="roberta-base, vit-base, llama-1024 or smollm2-135m",
+    )
+    out.add_argument(
+        "--rank", type=PositiveInt | None, default=None, help="VeRA's rank; default the model's"
+    )
+    out.add_argument("--plan", type=Plan, default="auto", help="veratune's plan")
+    out.add_argument(
+        "--basis",
+        type=BasisKind,
+        default="random",
+        help="veratune's basis; one other than random is measured beside it",
+    )
+    out.add_argument(
+        "--blocks",
+        type=PositiveInt | None,
+        default=None,
+        help="blocks of the model to build; default enough for two minutes of timing",
+    )
+    _add_seconds(out, "the model")
+    _add_threads(out)
 
-    cells = [(T, size) for T in ROWS for size in SIZES]
-    lines: list[dict[str, Any]] = []
-    for T, size in track(cells, description="layers", console=console, disable=flags.json):
-        found = list(grid([T], [size], plans=flags.plans, seconds=flags.seconds))
-        _append(flags.out, found)  # a cell at a time: this takes long
-        lines += found
-    return lines
 
-
-def _model(flags: Namespace, console: Console) -> list[dict[str, Any]]:
+def _step(flags: Namespace, console: Console) -> list[dict[str, Any]]:
     from veratune_lab.bench.peers import OTHERS, OURS, Peer
     from veratune_lab.bench.steps import shape_of, step
 
@@ -182,15 +122,52 @@ def _model(flags: Namespace, console: Console) -> list[dict[str, Any]]:
     if flags.basis != "random":
         peers.append(Peer(OURS, rank, flags.plan, flags.basis))
     with console.status(flags.model) as status:
-        lines = step(
+        return step(
             flags.model,
             rank=rank,
             layers=layers,
             peers=peers,
             seconds=flags.seconds,
-            told=status.update,
+            log=status.update,
         )
+
+
+def _layer_flags(out: Parser) -> None:
+    out.add_argument(
+        "--plans", type=bool, default=False, help="measure every plan, not only the one taken"
+    )
+    _add_seconds(out, "each cell of the grid")
+    _add_threads(out)
+
+
+def _layers(flags: Namespace, console: Console) -> list[dict[str, Any]]:
+    from veratune_lab.bench.layers import SIZES, TOKENS, grid
+
+    cells = [(T, size) for T in TOKENS for size in SIZES]
+    lines: list[dict[str, Any]] = []
+    for T, size in track(cells, description="layers", console=console, disable=flags.json):
+        cell = list(grid([T], [size], plans=flags.plans, seconds=flags.seconds))
+        _append(flags.out, cell)
+        lines += cell
     return lines
+
+
+def _serve_flags(out: Parser) -> None:
+    out.add_argument(
+        "--model", type=str, required=True, help="causal base model: folder, .gguf file or hub id"
+    )
+    out.add_argument("--rank", type=PositiveInt, default=256, help="rank of the adapters")
+    out.add_argument(
+        "--targets", type=list[str], default=["query", "value"], help="layers that they adapt"
+    )
+    out.add_argument(
+        "--base-dtype",
+        type=Literal["float32", "bfloat16", "float16"],
+        default="float32",
+        help="dtype of the base model",
+    )
+    out.add_class_arguments(Load)
+    _add_threads(out)
 
 
 def _serve(flags: Namespace, console: Console) -> list[dict[str, Any]]:
@@ -201,14 +178,21 @@ def _serve(flags: Namespace, console: Console) -> list[dict[str, Any]]:
     load, task = split(flags, Load), Instruction()
     config = VeraConfig(rank=flags.rank, targets=tuple(flags.targets))
 
-    def ready() -> tuple[Any, Any]:
+    def load_base() -> tuple[Any, Any]:
         tokenizer = task.load_processor(flags.model)
-        return task.load_model(flags.model, tokenizer, dtype=flags.base_dtype).requires_grad_(
-            False
-        ).eval(), tokenizer
+        model = task.load_model(flags.model, tokenizer, dtype=flags.base_dtype)
+        return model.requires_grad_(False).eval(), tokenizer
 
     with console.status("loading") as status:
-        return measure(*run_in_temporary_thread(ready), config, load, status.update)
+        return measure(*run_in_temporary_thread(load_base), config, load, status.update)
+
+
+def _load_flags(out: Parser) -> None:
+    out.add_argument("--url", type=str, required=True, help="the server's URL, without /v1")
+    out.add_argument(
+        "--key", type=str | None, default=None, help="environment variable that holds its API key"
+    )
+    out.add_class_arguments(OpenLoad)
 
 
 def _load(flags: Namespace, console: Console) -> list[dict[str, Any]]:
@@ -218,7 +202,7 @@ def _load(flags: Namespace, console: Console) -> list[dict[str, Any]]:
     key = None if flags.key is None else os.environ.get(flags.key)
     if flags.key is not None and key is None:
         raise UsageError(f"--key names the environment variable {flags.key}, which is not set")
-    with console.status(f"{flags.url}") as status:
+    with console.status(flags.url) as status:
         return [asyncio.run(against(flags.url, key, load, status.update))]
 
 
@@ -228,130 +212,32 @@ def _append(path: str | None, lines: list[dict[str, Any]]) -> None:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-def _name(line: dict[str, Any]) -> str:
-    from veratune_lab.bench.peers import Peer
-
-    return Peer(line["method"], line["rank"], line["plan"], line.get("basis", "random")).name
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    return table
-
-
-def _steps(lines: list[dict[str, Any]]) -> Table:
-    from veratune_lab.bench.steps import shape_of
-
-    first = lines[0]
-    shape = shape_of(first["model"])
-    rows, length = first["batch"]
-    table = _table(
-        f"{shape.what}: {first['layers']} of {shape.layers} layers, {rows} x {length} tokens, {first['threads']} threads",
-        (
-            "",
-            "s a step",
-            "over frozen",
-            "GFLOP beyond frozen",
-            "kept for backward",
-            "peak",
-            "trained",
-        ),
-    )
-    for line in lines:
-        table.add_row(
-            _name(line), f"{line['seconds']:.3f}", f"{line['over_frozen']:.2f}", f"{line['flops_beyond_frozen'] / 1e9:,.1f}",
-            f"{line['saved_bytes'] / 2**20:,.0f} MiB", f"{line['peak_bytes'] / 2**20:,.0f} MiB", f"{line['trained']:,}",
-        )  # fmt: skip
-    return table
-
-
-def _layers(lines: list[dict[str, Any]]) -> Table:
-    table = _table(
-        "Forward and backward of one layer, over the frozen one",
-        ("T, n -> m", "method", "plan", "over frozen"),
-    )
-    for line in lines:
-        where = f"{line['T']}, {line['n']} -> {line['m']}"
-        table.add_row(where, _name(line), line.get("chosen", ""), f"{line['over_frozen']:.2f}")
-    return table
-
-
-def _plans(lines: list[dict[str, Any]]) -> Table:
-    table = _table(
-        "Estimated milliseconds beyond the frozen layer",
-        ("T, n -> m, rank", "frozen", *PLANS, "taken"),
-    )
-    for line in lines:
-        costs = (f"{1e3 * line['seconds'][plan]:.1f}" for plan in PLANS)
-        kept = (
-            ""
-            if line["plan"] == "factored"
-            else ", W + ΔW kept"
-            if line["keep"]
-            else ", W + ΔW made twice"
-        )
-        table.add_row(
-            f"{line['T']}, {line['n']} -> {line['m']}, {line['rank']}\n({', '.join(line['layers'])})", f"{1e3 * line['frozen']:.1f}",
-            *costs, line["plan"] + kept,
-        )  # fmt: skip
-    return table
-
-
-def _served(lines: list[dict[str, Any]]) -> Table:
-    table = _table("Serving", ("", "measured"))
-    for line in lines:
-        if line["what"] == "closed load":
-            table.add_row(
-                line["workload"],
-                f"{line['tokens_per_second']:.1f} tokens/s, {line['of_one_tenant']:.2f} of one tenant's",
-            )
-        elif line["what"] == "equal to alone":
-            table.add_row(
-                "rows of the mixed batch that are as if alone", f"{line['equal']} of {line['rows']}"
-            )
-        elif line["what"] == "adapters in memory":
-            size = f"{line['slot_bytes'] / 2**20:,.0f} MiB, {line['process_bytes'] / 2**20:,.0f} MiB of the process"
-            table.add_row(f"{line['adapters']:,} adapters in memory", size)
-            table.add_row("from the store into a slot", _times(line["load"]))
-        elif line["what"] == "conversation":
-            title = f"first token of turn {line['turns']} of a conversation, {line['last_prompt']} tokens"
-            kept, again = line["first_token_kept_ms"][-1], line["first_token_read_again_ms"][-1]
-            table.add_row(
-                title, f"{kept:,.0f} ms; {again:,.0f} ms with nothing kept of the turns before"
-            )
-        elif line["what"] == "cold start":
-            for kind in ("warm", "cold"):
-                table.add_row(f"first token, adapter {kind}", _times(line[f"first_token_{kind}"]))
-                table.add_row(
-                    f"  until it has its adapter, {kind}", _times(line[f"adapter_{kind}"])
-                )
-        else:
-            title = f"open load, {line['rate']:g} requests/s of {line['distinct_tenants']} tenants"
-            failed = f", {line['failed']} failed" if line["failed"] else ""
-            table.add_row(title, f"{line['tokens_per_second']:.1f} tokens/s{failed}")
-            table.add_row("  first token", _times(line["first_token"]))
-            table.add_row("  each token", _times(line["each_token"]))
-    return table
-
-
-def _times(found: dict[str, float]) -> str:
-    return ", ".join(f"{name.removesuffix('_ms')} {value:,.1f} ms" for name, value in found.items())
-
-
-def _figures(lines: list[dict[str, Any]]) -> Table:
-    line = lines[0]
-    table = _table(f"This machine's {line['device']}, stored in {line['file']}", ("", "measured"))
-    for name, unit, scale in (
-        ("flops", "GFLOP/s", 1e-9), ("read", "GB/s read by a product", 1e-9), ("write", "GB/s written", 1e-9),
-        ("write_large", "GB/s written over 32 MB", 1e-9), ("call", "microseconds a call", 1e6),
-    ):  # fmt: skip
-        table.add_row(unit, f"{line[name] * scale:.1f}")
-    return table
-
-
-# Each form's measuring and its table.
-_RUN: dict[str, tuple[Callable[[Namespace, Console], list[dict[str, Any]]], Callable[[list[dict[str, Any]]], Table]]] = {
-    "step": (_model, _steps), "layers": (_grid, _layers), "calibrate": (_calibrate, _figures), "explain": (_explain, _plans), "serve": (_serve, _served), "load": (_load, _served),
-}  # fmt: skip
+BENCHMARKS = {
+    "step": Benchmark(
+        "Time a training step of a whole model with random weights, beside the frozen model, full "
+        "fine-tuning, and PEFT's LoRA and VeRA.",
+        _step_flags,
+        _step,
+        tables.step_table,
+    ),
+    "layers": Benchmark(
+        "Time one layer in many sizes, beside the same.",
+        _layer_flags,
+        _layers,
+        tables.layer_table,
+        appends=True,
+    ),
+    "serve": Benchmark(
+        "Measure many tenants on one engine, beside one tenant, the base alone and PEFT's mixed "
+        "batches.",
+        _serve_flags,
+        _serve,
+        tables.serving_table,
+    ),
+    "load": Benchmark(
+        "Send random load to a running OpenAI-compatible server; its models are the tenants.",
+        _load_flags,
+        _load,
+        tables.serving_table,
+    ),
+}

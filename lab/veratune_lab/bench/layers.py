@@ -8,19 +8,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from veratune.analysis.machine import describe_machine
+from veratune.analysis.timing import interleave
 from veratune.config import PLANS
 from veratune.layers.linear import VeraLinear
 from veratune.ops.functional import plan_of
-from veratune_lab.bench.measure import flops, interleave, machine, saved_bytes, summary
+from veratune_lab.bench.measure import flops, saved_bytes, summary
 from veratune_lab.bench.peers import FROZEN, OTHERS, OURS, Peer, adapted
 
-ROWS = (64, 512, 2048, 8192)
+TOKENS = (64, 512, 2048, 8192)
 SIZES = ((384, 384), (768, 768), (768, 3072), (2048, 2048))
 RANKS = (16, 256, 1024)
 
 
 def grid(
-    rows: Iterable[int] = ROWS,
+    tokens: Iterable[int] = TOKENS,
     sizes: Iterable[tuple[int, int]] = SIZES,
     ranks: Iterable[int] = RANKS,
     *,
@@ -31,8 +33,8 @@ def grid(
 
     plans: every plan of veratune's too, not only the one that is chosen; seconds: of measuring for each (T, n -> m).
     """
-    where = machine()
-    for T, (n, m) in itertools.product(rows, sizes):
+    where = describe_machine()
+    for T, (n, m) in itertools.product(tokens, sizes):
         peers = [*OTHERS]
         for r in ranks:
             peers += [Peer("peft-vera", r), Peer(OURS, r)]

@@ -22,6 +22,7 @@ import psutil
 import torch
 
 from veratune.adapter import Adapter, extract
+from veratune.analysis.machine import describe_machine
 from veratune.attach import attach, detach
 from veratune.config import VeraConfig
 from veratune.errors import VeratuneError
@@ -33,10 +34,9 @@ from veratune.serving.engine.scheduler import SchedulerConfig
 from veratune.serving.pool.pool import AdapterPool
 from veratune.serving.store.sqlite import SqliteStore
 from veratune_lab.bench.load import Load, OpenLoad
-from veratune_lab.bench.measure import machine
 
 Line = dict[str, Any]
-Told = Callable[[str], Any]
+Log = Callable[[str], Any]
 _TURNS = 6  # of a conversation
 _SAMPLE = 200  # files that stand for all, where thousands are loaded
 
@@ -72,7 +72,7 @@ def percentiles(values: Sequence[float], unit: float = 1e3) -> dict[str, float]:
 
 
 async def open_loop(
-    send: Send, load: OpenLoad, population: int, told: Told = print, seed: int = 0
+    send: Send, load: OpenLoad, population: int, log: Log = print, seed: int = 0
 ) -> Line:
     """Times under requests that come at random: exponential gaps at `rate`, one of `population` tenants by Zipf's law. `send` answers one of a tenant's."""
     draw = np.random.default_rng(seed)
@@ -91,7 +91,7 @@ async def open_loop(
             Exception
         ) as error:  # a request that is refused is a figure, not the end of the others
             failed.append(f"{type(error).__name__}: {error}")
-        told(f"open load: {len(answered) + len(failed)} of {load.requests}")
+        log(f"open load: {len(answered) + len(failed)} of {load.requests}")
 
     await asyncio.gather(
         *(one(int(tenant), at) for tenant, at in zip(tenants, starts, strict=True))
@@ -106,18 +106,18 @@ async def open_loop(
 
 
 def measure(
-    model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told = print
+    model: Any, tokenizer: Any, config: VeraConfig, load: Load, log: Log = print
 ) -> list[Line]:
     """All lines for one model."""
-    told("adapters in memory")
+    log("adapters in memory")
     lines = [run_in_temporary_thread(lambda: _resident(model, config, load))]
     gc.collect()
-    lines += run_in_temporary_thread(lambda: list(_closed(model, tokenizer, config, load, told)))
+    lines += run_in_temporary_thread(lambda: list(_closed(model, tokenizer, config, load, log)))
     lines.append(
-        run_in_temporary_thread(lambda: _conversation(model, tokenizer, config, load, told))
+        run_in_temporary_thread(lambda: _conversation(model, tokenizer, config, load, log))
     )
-    lines += _cold(model, tokenizer, config, load, told)
-    where = machine() | {
+    lines += _cold(model, tokenizer, config, load, log)
+    where = describe_machine() | {
         "rank": config.rank,
         "targets": list(config.targets or ()),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -176,9 +176,7 @@ def _engine(
     return engine
 
 
-def _closed(
-    model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told
-) -> Iterator[Line]:
+def _closed(model: Any, tokenizer: Any, config: VeraConfig, load: Load, log: Log) -> Iterator[Line]:
     """Tokens a second of each workload, and whether rows of a mixed batch are those of one tenant alone.
 
     All workloads go forward together, a step of the one that is furthest behind at a time: a machine that slows down slows all of them.
@@ -212,7 +210,7 @@ def _closed(
                 del running[name]
             else:
                 done[name] = step
-            told(f"closed load, turn {turn + 1} of {load.rounds}: {min(done.values()):.0%}")
+            log(f"closed load, turn {turn + 1} of {load.rounds}: {min(done.values()):.0%}")
         for name, spent in seconds.items() if turn >= 0 else ():
             count = len(tenants[name][0]) if name in tenants else n
             speeds.setdefault(name, []).append(count * load.answer / spent)
@@ -226,7 +224,7 @@ def _closed(
     for share in _answer(
         _engine(model, tokenizer, pool, load), list(range(n)), prompts, load, made, 1, alone
     ):
-        told(f"each row alone: {share:.0%}")
+        log(f"each row alone: {share:.0%}")
     pool.close()
     yield {
         "what": "equal to alone",
@@ -326,7 +324,7 @@ def _resident(model: Any, config: VeraConfig, load: Load) -> Line:
     }  # fmt: skip
 
 
-def _cold(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told) -> list[Line]:
+def _cold(model: Any, tokenizer: Any, config: VeraConfig, load: Load, log: Log) -> list[Line]:
     """Requests one after the other, by turns to an adapter in memory and to one in the store; then the open load, all from the store."""
     files = run_in_temporary_thread(
         lambda: [
@@ -389,7 +387,7 @@ def _cold(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told
             )
 
         engine.pool.stats = type(engine.pool.stats)()
-        line = asyncio.run(open_loop(send, load, load.population, told))
+        line = asyncio.run(open_loop(send, load, load.population, log))
         counts = engine.pool.stats
         line |= {"hits": counts.hits, "loads": counts.loads}
         engine.close()
@@ -398,7 +396,7 @@ def _cold(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told
     return [cold, line]
 
 
-def _conversation(model: Any, tokenizer: Any, config: VeraConfig, load: Load, told: Told) -> Line:
+def _conversation(model: Any, tokenizer: Any, config: VeraConfig, load: Load, log: Log) -> Line:
     """Time to the first token of each turn of a conversation, with what was read kept for the next turn and without, a turn of each by turns."""
     (own,), pool = _adapters(model, config, 1), AdapterPool(model, slots=2 * load.rows)
     engines = {
@@ -430,7 +428,7 @@ def _conversation(model: Any, tokenizer: Any, config: VeraConfig, load: Load, to
                     first[name][turn].append(asked.first_token_time - asked.arrival_time)
             equal += answers[0] == answers[1]
             talk += answers[0]
-            told(f"conversation {number + 2} of {load.rounds + 1}: turn {turn + 1} of {turns}")
+            log(f"conversation {number + 2} of {load.rounds + 1}: turn {turn + 1} of {turns}")
     for engine in engines.values():
         engine.close()
     pool.close()
@@ -444,7 +442,7 @@ def _conversation(model: Any, tokenizer: Any, config: VeraConfig, load: Load, to
     }  # fmt: skip
 
 
-async def against(url: str, key: str | None, load: OpenLoad, told: Told = print) -> Line:
+async def against(url: str, key: str | None, load: OpenLoad, log: Log = print) -> Line:
     """The open load on a server with OpenAI's API: its models are the tenants. Raises VeratuneError where it has none."""
     import openai
 
@@ -475,4 +473,4 @@ async def against(url: str, key: str | None, load: OpenLoad, told: Told = print)
                 times.append(time.perf_counter())
             return Answered(times[0] - begin, [b - a for a, b in itertools.pairwise(times)])
 
-        return await open_loop(send, load, len(names), told) | {"url": url}
+        return await open_loop(send, load, len(names), log) | {"url": url}

@@ -9,8 +9,10 @@ import torch
 import transformers as hf
 from torch import nn
 
+from veratune.analysis.machine import describe_machine
+from veratune.analysis.timing import interleave
 from veratune.errors import ConfigError, near
-from veratune_lab.bench.measure import flops, interleave, machine, peak_bytes, saved_bytes, summary
+from veratune_lab.bench.measure import flops, peak_bytes, saved_bytes, summary
 from veratune_lab.bench.peers import FROZEN, OTHERS, OURS, Peer, adapted
 
 
@@ -105,23 +107,23 @@ def step(
     layers: int | None = None,
     peers: Sequence[Peer] | None = None,
     seconds: float = 60.0,
-    told: Callable[[str], Any] = lambda text: None,
+    log: Callable[[str], Any] = lambda text: None,
 ) -> list[dict[str, Any]]:
     """One whole-model row of the benchmark: a line for each contestant.
 
-    layers: how many of the model's blocks to build (all); seconds: of measuring times; told: hears what is going on. Every contestant takes the same embedded inputs, with a gradient to them.
+    layers: how many of the model's blocks to build (all); seconds: of measuring times; log: hears what is going on. Every contestant takes the same embedded inputs, with a gradient to them.
     Raises ConfigError for an unknown model.
     """
     shape = shape_of(model)
     layers, rank = layers or shape.layers, rank or shape.rank
     chosen = peers or (*OTHERS, Peer("peft-vera", rank), Peer(OURS, rank))
     torch.manual_seed(0)
-    told(f"building {shape.what}: {layers} of {shape.layers} layers")
+    log(f"building {shape.what}: {layers} of {shape.layers} layers")
     base = shape.make(layers)
     lines: dict[str, dict[str, Any]] = {}
     runs = {}
     for peer in chosen:
-        told(f"{peer.name}: counting")
+        log(f"{peer.name}: counting")
         adapted_model = adapted(base, peer, shape.targets)
         forward = _forward(adapted_model, shape)
         runs[peer.name] = _step(adapted_model, forward)
@@ -132,10 +134,10 @@ def step(
             "peak_bytes": peak_bytes(runs[peer.name]),
         }  # fmt: skip
     begin = time.perf_counter()
-    told("measuring times in turns")
+    log("measuring times in turns")
     times = interleave(runs, seconds)
-    told(f"measured for {time.perf_counter() - begin:.0f} s")
-    limit, where = lines[FROZEN]["flops"], machine()
+    log(f"measured for {time.perf_counter() - begin:.0f} s")
+    limit, where = lines[FROZEN]["flops"], describe_machine()
     return [
         {
             **line,

@@ -1,4 +1,4 @@
-"""veratune reproduce"""
+"""python -m veratune_lab NAME: run one table or figure of the papers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +13,10 @@ from veratune.cli.parsing import Parser, UsageError, add_judge, new_parser, pars
 
 def parser() -> Parser:
     out = new_parser(
-        "reproduce NAME",
-        "Run a table or figure: what is printed beside what is measured here. Without NAME, list them.",
+        "NAME",
+        "Run a table or figure of the papers and print it beside the published numbers. Without "
+        "NAME, list the experiments. `bench` measures speed and memory.",
+        prog="python -m veratune_lab",
     )
     out.add_argument(
         "--data",

@@ -199,7 +199,7 @@ class _Settings(_Counted):
         ]
         return "\n".join([
             f"# {self.name}: {self.about}", "", table(["run", *keys], rows),
-            f"As printed, and as `veratune reproduce {self.of} --full` runs them. {self.printed}", "",
+            f"As printed, and as `python -m veratune_lab {self.of} --full` runs them. {self.printed}", "",
         ])  # fmt: skip
 
 

@@ -4,7 +4,6 @@ import abc
 import dataclasses
 import hashlib
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-import transformers
 from datasets import Dataset
 
+from veratune.analysis.machine import describe_machine
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError, DataError
 from veratune.scoring.judge import Judge
@@ -116,7 +115,7 @@ def reproduce(
         start = time.perf_counter()
         found = cell.run(place, seed, run_folder(place, scale, cell.name, seed))
         line = {"scale": scale, "cell": cell.name, "seed": seed, **cell.shown, **found}
-        line |= {"wall_seconds": round(time.perf_counter() - start, 1), **machine()}
+        line |= {"wall_seconds": round(time.perf_counter() - start, 1), **describe_machine()}
         lines.append(line)
         place.out.mkdir(parents=True, exist_ok=True)
         with file.open("a") as out:
@@ -220,17 +219,6 @@ class Tuned(Experiment):
         return seed == 0 or cell.name == self.best(cell.shown["group"], lines)
 
 
-def machine() -> Line:
-    """What the figures depend on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def spread(
     lines: Sequence[Line],
     value: Callable[[Line], float],
@@ -262,7 +250,7 @@ def measured_on(lines: Sequence[Line]) -> str:
     last = lines[-1]
     spent = sum(line["wall_seconds"] for line in lines) / 60
     return (
-        f"Measured: {len(lines)} runs, {spent:.0f} minutes in all, on {last['device']} with {last['threads']} threads, torch {last['torch']}, "
+        f"Measured: {len(lines)} runs, {spent:.0f} minutes in all, on {last.get('machine') or last['device']} with {last['threads']} threads, torch {last['torch']}, "
         f"transformers {last['transformers']}."
     )
 

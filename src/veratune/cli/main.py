@@ -1,4 +1,7 @@
-"""veratune: find the command, run it, and end with 0 (done), 1 (a mistake in data or files) or 2 (in the command line)."""
+"""veratune: run one command.
+
+Exit status: 0 done, 1 an error in data or files, 2 an error in the command line or a setting.
+"""
 
 import importlib
 import logging
@@ -16,19 +19,23 @@ from veratune.errors import ConfigError, VeratuneError, near
 COMMANDS = {
     "train": "fine-tune a model with VeRA",
     "train-fleet": "fine-tune one adapter per tenant, many tenants in each batch",
-    "eval": "score an adapter on rows of data",
-    "chat": "talk to a base model with an adapter",
-    "sample": "draw with a diffusion pipeline and an adapter",
-    "count": "parameters, bytes and memory, from a configuration alone",
-    "inspect": "what is in an adapter's file",
+    "eval": "score an adapter on a data set",
+    "chat": "chat with a base model and an adapter",
+    "sample": "generate images with a diffusion pipeline and an adapter",
+    "count": "parameters, bytes and memory, from a model configuration alone",
+    "inspect": "show the layers, norms and settings of an adapter file",
     "merge": "write the merged model",
-    "export": "write an adapter for other tools",
-    "import": "read an adapter of other tools",
-    "score": "BLEU, NIST, METEOR, ROUGE-L and CIDEr of texts against references",
-    "judge": "what a judge behind an OpenAI-compatible URL gives to answers",
-    "serve": "many adapters behind an OpenAI-compatible API",
-    "key": "a key for the server",
+    "export": "convert an adapter for other tools",
+    "import": "convert an adapter of another tool",
+    "score": "BLEU, NIST, METEOR, ROUGE-L and CIDEr of generated texts",
+    "judge": "rate answers with an LLM judge",
+    "serve": "serve many adapters behind an OpenAI-compatible API",
+    "key": "create, list and revoke API keys of the server",
+    "calibrate": "measure this machine for plan=auto",
+    "explain": "estimate the cost of each plan for a model's layers",
 }
+
+EXTRAS = "train,vision,plot,peft,quantized,scores,serve,cluster"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,49 +49,64 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
-        return _fail(
-            f"unknown command {name!r}{near(name, COMMANDS) or '; see veratune --help'}", 2
-        )
+        hint = near(name, COMMANDS) or "; see veratune --help"
+        return _fail(f"unknown command {name!r}{hint}", 2)
     module = f"veratune.cli.{name.replace('-', '_')}_"
-    return run_command(name, lambda words: importlib.import_module(module).run(words), rest)
+    return run_command(
+        f"veratune {name}", lambda words: importlib.import_module(module).run(words), rest
+    )
 
 
-def run_command(name: str, run: Callable[[Sequence[str]], int | None], rest: Sequence[str]) -> int:
-    """Call run(rest). Every VeratuneError becomes one line on stderr and an exit status."""
+def run_command(
+    command: str, run: Callable[[Sequence[str]], int | None], argv: Sequence[str]
+) -> int:
+    """Call run(argv); a VeratuneError becomes one line on stderr and an exit status.
+
+    Args:
+        command: The command as users type it, for the hint at its --help.
+        run: Runs the command. None counts as exit status 0.
+        argv: The command's arguments.
+    """
     quiet()
     try:
-        return run(rest) or 0
+        return run(argv) or 0
     except (UsageError, ArgumentError) as error:
-        return _fail(f"{error} (see veratune {name} --help)", 2)
+        return _fail(f"{error} (see {command} --help)", 2)
     except ConfigError as error:
         return _fail(str(error), 2)
     except VeratuneError as error:
         return _fail(str(error), 1)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("veratune", ""):
+        if (error.name or "").partition(".")[0] in ("veratune", "veratune_lab", ""):
             raise
         return _fail(
-            f"{name} needs the package {error.name!r}: pip install 'veratune[train,vision,plot,peft,quantized,scores,serve,cluster]'",
-            1,
+            f"{command} needs the package {error.name!r}: pip install 'veratune[{EXTRAS}]'", 1
         )
     except KeyboardInterrupt:
         return _fail("interrupted; a training run goes on with --resume", 130)
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the reader of our output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 def overview() -> str:
-    """The list of commands."""
-    lines = [f"  {name:<11} {text}" for name, text in COMMANDS.items()]
+    """The list of commands, as veratune --help prints it."""
+    width = max(map(len, COMMANDS)) + 2
     return "\n".join(
-        ["usage: veratune COMMAND [FLAGS]", "", "VeRA fine-tuning: a model of your own in kilobytes.", "", *lines, "",
-         "veratune COMMAND --help lists the flags of a command, with units and defaults."]
-    )  # fmt: skip
+        [
+            "usage: veratune COMMAND [FLAGS]",
+            "",
+            "Fine-tune any PyTorch model with VeRA, and serve the adapters.",
+            "",
+            *(f"  {name:<{width}}{text}" for name, text in COMMANDS.items()),
+            "",
+            "veratune COMMAND --help lists the flags of a command, with units and defaults.",
+        ]
+    )
 
 
 def quiet() -> None:
-    """What the libraries below say while loading is not the user's business."""
+    """Silence progress bars and advice of the libraries below; their warnings are not ours."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

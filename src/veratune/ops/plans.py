@@ -210,7 +210,7 @@ def _written(count: float, machine: Machine) -> float:
 
 
 def machine_of(device: torch.device) -> Machine:
-    """The figures of a device: what `veratune bench calibrate` stored on this machine, or those built in."""
+    """The figures of a device: what `veratune calibrate` stored on this machine, or those built in."""
     kind = device.type
     if kind not in _measured:
         _measured[kind] = read_calibration().get(kind) or (CPU if kind == "cpu" else ACCELERATOR)
@@ -239,7 +239,7 @@ def read_calibration() -> dict[str, Machine]:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path}: no calibration of a machine ({error}); delete it or run veratune bench calibrate"
+            f"{path}: no calibration of a machine ({error}); delete it or run veratune calibrate"
         ) from None
 
 

@@ -6,13 +6,13 @@ import transformers as hf
 from torch import nn
 
 from tests import fakes
+from veratune.analysis.timing import interleave
 from veratune.errors import ConfigError
 from veratune.ops import plans
 from veratune_lab.__main__ import main
-from veratune_lab.bench import calibrate, measure, steps
-from veratune_lab.bench.explain import explain
+from veratune_lab.bench import steps
 from veratune_lab.bench.layers import grid
-from veratune_lab.bench.measure import flops, interleave, peak_bytes, saved_bytes, summary
+from veratune_lab.bench.measure import flops, peak_bytes, saved_bytes, summary
 from veratune_lab.bench.peers import FROZEN, OURS, Peer, adapted
 
 pytestmark = [
@@ -91,7 +91,7 @@ def test_the_grid_has_a_line_for_each_contestant():
 
 def test_a_step_of_a_whole_model(small):
     told = []
-    lines = steps.step("tiny", layers=2, seconds=0, told=told.append)
+    lines = steps.step("tiny", layers=2, seconds=0, log=told.append)
     assert [line["method"] for line in lines] == [FROZEN, "full", "lora", "lora", "peft-vera", OURS]
     assert lines[-1]["trained"] == 2 * 2 * (8 + 16) == lines[-2]["trained"]
     assert all(line["layers"] == 2 and line["peak_bytes"] > 0 for line in lines)
@@ -99,21 +99,16 @@ def test_a_step_of_a_whole_model(small):
     assert any("2 of 3 layers" in text for text in told)
 
 
-def test_the_choice_of_a_plan_is_explained(small):
-    (line,) = explain("roberta-base")
-    assert line["layers"] == ["query", "value"]
-    assert (line["T"], line["n"], line["m"], line["rank"]) == (2048, 768, 768, 1024)
-    assert line["seconds"][line["plan"]] == min(line["seconds"].values())
-    assert len(explain("llama-1024", rank=256)) == 3
+def test_unknown_names_are_refused():
     with pytest.raises(
         ConfigError, match="no benchmark model 'roberta'; there are .* did you mean 'roberta-base'"
     ):
-        explain("roberta")
+        steps.shape_of("roberta")
     with pytest.raises(ConfigError, match="no contestant 'lora2'; did you mean 'lora'"):
         adapted(fakes.perceptron(), Peer("lora2"), ["0"])
 
 
-def test_commands(small, tmp_path, capsys, monkeypatch):
+def test_commands(small, tmp_path, capsys):
     out = tmp_path / "lines.jsonl"
     words = [
         "bench",
@@ -132,19 +127,6 @@ def test_commands(small, tmp_path, capsys, monkeypatch):
     assert [line["basis"] for line in lines[-2:]] == ["random", "monarch"]
     assert main(words[:-3]) == 0
     assert "a tiny RoBERTa: 2 of 3 layers" in capsys.readouterr().out
-    assert main(["bench", "explain"]) == 0
-    assert "merged" in capsys.readouterr().out
     assert main(["bench", "--model", "x"]) == 2
     assert "no benchmark model 'x'" in capsys.readouterr().err
     assert main(["bench", "--threads", "0"]) == 2
-    monkeypatch.setenv("VERATUNE_CACHE", str(tmp_path))
-    monkeypatch.setattr(calibrate, "_SIDE", 64)
-    assert main(["bench", "calibrate"]) == 0
-    assert plans.read_calibration()["cpu"].flops > 0
-    plans.forget()
-
-
-def test_a_machine_says_what_it_is():
-    about = measure.machine()
-    assert about["threads"] == torch.get_num_threads()
-    assert about["machine"]
