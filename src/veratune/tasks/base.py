@@ -46,6 +46,8 @@ class Task(abc.ABC):
     batch_scores: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     outputs: ClassVar[tuple[str, ...]] = ()
+    head_lr: ClassVar[float] = 1e-3  # default peak learning rate of the head
+    target_scale: float = 1.0  # standard deviation of the training targets; see `init_head`
 
     def __init__(self, columns: Mapping[str, str] | None = None) -> None:
         """columns: the data's column for each role that has an unusual name."""
@@ -79,6 +81,14 @@ class Task(abc.ABC):
     def heads(self, model: nn.Module) -> tuple[str, ...]:
         """The modules of the output that are trained in full."""
         return ()
+
+    def init_head(self, model: nn.Module, encoded: Dataset) -> None:  # noqa: B027 (most tasks need nothing)
+        """Set a new head's starting values from the training labels.
+
+        Args:
+            model: The base model with this task's head, as `load_model` returned it.
+            encoded: The training rows, as `encode` returned them.
+        """
 
     @abc.abstractmethod
     def encode(self, examples: Dataset, processor: Any, training: bool = False) -> Dataset:

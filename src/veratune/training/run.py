@@ -75,9 +75,11 @@ def train(
     """
     vera = dataclasses.replace(vera, seed=settings.basis_seed)
     out = Path(settings.out)
+    task = task or build_task(settings)
+    if settings.head_lr is None:
+        settings = dataclasses.replace(settings, head_lr=task.head_lr)
     if _first_process():
         _check_out(settings, vera, out)
-    task = task or build_task(settings)
     method = method or build_method(settings.method, vera, settings.options)
     if settings.label_smoothing and not task.cross_entropy:
         raise ConfigError(
@@ -96,6 +98,7 @@ def train(
     set_seed(settings.seed)
     options = {"dtype": settings.base_dtype, "quantize": settings.quantize}
     model = task.load_model(settings.model, processor, **options)
+    task.init_head(model, train_set)
     heads, frozen_norms = _norms(settings, model, vera.head or task.heads(model))
     method.prepare(model, heads, task.to_metadata())
 
@@ -243,6 +246,7 @@ def _trainer(
     checkpoint: Path | None,
 ) -> VeraTrainer:
     evaluates, out = eval_set is not None, Path(settings.out)
+    head_lr = task.head_lr if settings.head_lr is None else settings.head_lr
     every: dict[str, Any] = {"save_strategy": "epoch"}
     if settings.save_steps:
         every = {"save_strategy": "steps", "save_steps": settings.save_steps}
@@ -309,7 +313,8 @@ def _trainer(
         frozen_norms=frozen_norms,
         loss_per_token=task.loss_per_token,
         outputs=task.outputs,
-        rates=LearningRates(settings.lr, settings.head_lr, settings.b_lr),
+        rates=LearningRates(settings.lr, head_lr * task.target_scale, settings.b_lr),
+        loss_scale=task.target_scale**-2,
     )
     trainer.remove_callback(ProgressCallback)  # it writes to standard output
     trainer.add_callback(ProgressLogger)
