@@ -70,7 +70,8 @@ def main() -> None:
 
     from veratune import VeraConfig, use
     from veratune.cli.train_ import preview_on
-    from veratune.inference.evaluate import evaluate_with_base, load_with_adapter
+    from veratune.inference.adapted import load_with_adapter
+    from veratune.inference.evaluate import evaluate_with_base
     from veratune.inference.generate import generate_completions
     from veratune.tasks.data import load_examples
     from veratune.training.run import peak_memory, train

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "veratune"
 # From the ground up: a file may import from its own room and from those before it.
 ROOMS = [
     "errors", "lru", "config", "ops", "basis", "layers", "targets", "stacked", "attach", "adapter", "formats", "files",
-    "analysis", "tasks", "inference", "training", "integrations", "scoring", "serving", "cli", "__main__",
+    "analysis", "loading", "tasks", "inference", "training", "integrations", "scoring", "serving", "cli", "__main__",
 ]  # fmt: skip
 STRANGERS = {("training", "serving"), ("serving", "training")}
 FILES = sorted(p for p in SOURCE.rglob("*.py") if p != SOURCE / "__init__.py")

@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
     if flags.temperature < 0:
         raise ConfigError(f"temperature is {flags.temperature}; it must be at least 0")
     from veratune.attach import active, use
-    from veratune.inference.evaluate import ADAPTER_NAME
+    from veratune.inference.adapted import ADAPTER_NAME
     from veratune.inference.generate import stream_completion
     from veratune.tasks.text.language import Instruction
 

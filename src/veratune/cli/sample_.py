@@ -38,8 +38,9 @@ def run(argv: Sequence[str]) -> int:
         )
     from veratune.analysis.pictures import draw_grid
     from veratune.attach import use
-    from veratune.inference.evaluate import ADAPTER_NAME
-    from veratune.tasks.diffusion.diffusion import Diffusion, ImageGeneration
+    from veratune.inference.adapted import ADAPTER_NAME
+    from veratune.tasks.diffusion.generation import ImageGeneration
+    from veratune.tasks.diffusion.models import Diffusion
 
     loaded = load(flags)
     if not isinstance(loaded.task, ImageGeneration) or not isinstance(loaded.model, Diffusion):

@@ -21,11 +21,11 @@ from transformers.trainer_callback import ProgressCallback
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError, OutputError, near
 from veratune.formats.atomic import refuse_used, write_atomic
-from veratune.inference.evaluate import scores
+from veratune.inference.evaluate import clean_metrics
 from veratune.targets import find_heads
 from veratune.tasks.base import Task
 from veratune.tasks.registry import task_class
-from veratune.training.ema import EMACallback
+from veratune.training.callbacks import EMACallback
 from veratune.training.methods import LearningRates, Method, build_method
 from veratune.training.settings import TrainSettings
 from veratune.training.trainer import ProgressLogger, SampleCallback, VeraTrainer, last_checkpoint
@@ -116,7 +116,7 @@ def train(
     start = time.perf_counter()
     trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
-    after = {} if eval_set is None else scores(trainer.evaluate())
+    after = {} if eval_set is None else clean_metrics(trainer.evaluate())
     size = method.write(model, out, _first_process())
     result = TrainResult(
         path=str(out / method.file),
@@ -326,7 +326,7 @@ def _before(trainer: VeraTrainer, out: Path) -> dict[str, float]:
     kept = out / BEFORE
     if kept.is_file():
         return json.loads(kept.read_text())
-    found = scores(trainer.evaluate())
+    found = clean_metrics(trainer.evaluate())
     # Evaluation marks the model as prepared, and accelerate would then not wrap it for distributed training.
     trainer.adapted.__dict__.pop("_is_accelerate_prepared", None)
     if _first_process():

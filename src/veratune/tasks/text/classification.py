@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from veratune.errors import DataError
-from veratune.tasks.base import Metrics, TextTask, load_pretrained
+from veratune.loading import load_pretrained
+from veratune.tasks.base import Metrics
 from veratune.tasks.classes import (
     class_ids,
     classification_scores,
@@ -27,6 +28,7 @@ from veratune.tasks.classes import (
     set_class_bias,
 )
 from veratune.tasks.data import pick_columns
+from veratune.tasks.text.base import TextTask
 
 
 class TextClassification(TextTask):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection
 
 from veratune.errors import ConfigError, DataError
-from veratune.tasks.base import Metrics, load_pretrained
+from veratune.loading import load_pretrained
+from veratune.tasks.base import Metrics
 from veratune.tasks.classes import output_heads
 from veratune.tasks.data import pick_columns
 from veratune.tasks.vision.boxes import BadBoxes, has_box_split, load_box_examples, validate_boxes
