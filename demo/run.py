@@ -109,7 +109,7 @@ def train_lora() -> Row:
     """Train PEFT's LoRA on the same batches."""
     from veratune import VeraConfig
     from veratune.inference.adapted import load_with_adapter
-    from veratune.training.methods import method_of
+    from veratune.training.methods import build_method
     from veratune.training.run import train
 
     console.print("Fine-tuning with LoRA (PEFT, rank 8) on the same sentences ...")
@@ -117,7 +117,7 @@ def train_lora() -> Row:
     result = train(settings, VeraConfig())
     with contextlib.redirect_stderr(io.StringIO()):
         loaded = load_with_adapter(str(MODEL), None, task="instruction", device="cpu")
-    method = method_of("peft:lora", VeraConfig(), LORA)
+    method = build_method("peft:lora", VeraConfig(), LORA)
     method.prepare(loaded.model, (), {})
     method.read(loaded.model, LORA_RUN)
     loaded.model.eval()
