@@ -1,4 +1,4 @@
-"""veratune chat"""
+"""The command veratune chat."""
 
 import sys
 from collections.abc import Sequence

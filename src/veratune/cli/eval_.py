@@ -1,4 +1,4 @@
-"""veratune eval"""
+"""The command veratune eval."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal

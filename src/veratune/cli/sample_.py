@@ -1,4 +1,4 @@
-"""veratune sample"""
+"""The command veratune sample."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -323,7 +323,8 @@ def _coco_note(box: Any, kind: int) -> dict[str, Any]:
 
 def _corners(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
     """(center x, center y, width, height) in shares of the image to corners in pixels. Shares of a padded image stay shares of it: IoU
-    does not change with the scale of an axis."""
+    does not change with the scale of an axis.
+    """
     boxes = boxes.reshape(-1, 4)
     half = boxes[:, 2:] / 2
     return np.concatenate([boxes[:, :2] - half, boxes[:, :2] + half], 1) * np.asarray(
