@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
-from veratune.attach import heads_of, vectors_of
+from veratune.model_state import heads_of, vectors_of
 
 WORDS = "turn the light in kitchen on off please set timer for minutes good bad film I love hate this is a great awful movie"
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"

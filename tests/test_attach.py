@@ -10,9 +10,9 @@ from torch import nn
 import veratune as vt
 from tests import fakes
 from tests.fakes import scramble
-from veratune.attach import vectors_of
 from veratune.errors import AdapterError, TargetError, UnsupportedError
 from veratune.layers.base import VeraLayer
+from veratune.model_state import vectors_of
 
 TOKENS = torch.arange(2, 26).view(3, 8)
 

@@ -11,7 +11,7 @@ import torch
 import veratune as vt
 from tests import fakes
 from tests.fakes import scramble
-from veratune.attach import vectors_of
+from veratune.model_state import vectors_of
 
 SCRIPT = """
 import sys, torch, torch.distributed as dist

@@ -11,8 +11,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "veratune"
 
 # From the ground up: a file may import from its own room and from those before it.
 ROOMS = [
-    "errors", "lru", "config", "ops", "basis", "layers", "targets", "stacked", "attach", "adapter", "formats", "files",
-    "analysis", "loading", "tasks", "inference", "training", "integrations", "scoring", "serving", "cli", "__main__",
+    "errors", "lru", "config", "ops", "basis", "layers", "patterns", "families", "targets", "stacked",
+    "model_state", "fingerprint", "fast_path", "selection", "merging", "compatibility", "attach", "adapter",
+    "formats", "files",
+    "analysis", "tasks", "inference", "training", "integrations", "scoring", "serving", "cli", "__main__",
 ]  # fmt: skip
 STRANGERS = {("training", "serving"), ("serving", "training")}
 FILES = sorted(p for p in SOURCE.rglob("*.py") if p != SOURCE / "__init__.py")
@@ -60,7 +62,7 @@ def test_no_pickle():
 
 
 def test_the_mathematics_needs_no_heavy_package():
-    allowed = {"torch", "numpy", "safetensors", "veratune", "bitsandbytes"}
+    allowed = {"torch", "numpy", "safetensors", "veratune", "bitsandbytes", "re2"}
     standard = __import__("sys").stdlib_module_names
     for own in ROOMS[: ROOMS.index("analysis")]:
         for path in [SOURCE / f"{own}.py", *(SOURCE / own).rglob("*.py")]:

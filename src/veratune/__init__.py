@@ -1,23 +1,15 @@
 """veratune: fine-tune any PyTorch model in kilobytes, and keep a million of the results."""
 
 from veratune.adapter import Adapter, extract, install
-from veratune.attach import (
-    active,
-    adapters,
-    attach,
-    count_trained,
-    detach,
-    merge,
-    remove,
-    rows,
-    unmerge,
-    use,
-)
+from veratune.attach import attach, detach, remove
 from veratune.config import VeraConfig
 from veratune.errors import VeratuneError
 from veratune.files import load, save
 from veratune.formats.lora import read_lora
 from veratune.layers.weight_cache import cache_weights
+from veratune.merging import merge, unmerge
+from veratune.model_state import active, adapters, count_trained
+from veratune.selection import disabled, reference, rows, use
 
 __version__ = "0.1.0"
 
@@ -31,11 +23,13 @@ __all__ = [
     "cache_weights",
     "count_trained",
     "detach",
+    "disabled",
     "extract",
     "install",
     "load",
     "merge",
     "read_lora",
+    "reference",
     "remove",
     "rows",
     "save",

@@ -1,6 +1,6 @@
-"""Adapter: one adapter apart from any model. Out of a model, into a model.
+"""Adapter: one adapter as data, out of a model (`extract`) and into a model (`install`).
 
-This is what every file format reads and writes, and all that training and serving have in common.
+This is what every file format reads and writes, and what training and serving have in common.
 """
 
 import dataclasses
@@ -13,15 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from veratune.attach import (
-    active,
-    adapters,
-    attach,
-    heads_of,
-    set_task_metadata,
-    task_metadata,
-    vectors_of,
-)
+from veratune.attach import attach_sites
 from veratune.basis.basis import Basis, basis_of
 from veratune.config import VeraConfig
 from veratune.errors import (
@@ -30,27 +22,51 @@ from veratune.errors import (
     AdapterStateError,
     BaseModelError,
     BasisError,
-    TargetError,
     UnsupportedError,
     near,
 )
-from veratune.layers.quantized import dense_weight
-from veratune.targets import Site, base_module, find_heads, find_sites, rank_of
-
-FINGERPRINT_VALUES = 64  # weights of the base model that an adapter remembers
+from veratune.fingerprint import (
+    base_fingerprint,
+    differing_weights,
+    full_tensor,
+    weight_fingerprint,
+)
+from veratune.model_state import (
+    active,
+    adapted,
+    adapters,
+    heads_of,
+    set_task_metadata,
+    state_of,
+    task_metadata,
+    vectors_of,
+)
+from veratune.patterns import is_regex
+from veratune.targets import Site, find_heads, named_sites, rank_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
     """An adapter's vectors and what they mean.
 
-    config: how it was made. shapes: (m, n) of each adapted layer. d, b: the vectors by layer name; empty
-    where the config does not train them. head: tensors of modules trained in full, by full name.
-    base_id: the base model's hub id or its folder's name. weight_fingerprint: 64 of the base model's weights, spread
-    evenly over the first adapted layer (by name); None where they could not be read. task: what the adapter
-    is for, as JSON types (see veratune.tasks); empty if it was not trained by veratune. kernels: of the layers that
-    are convolutions. lora_fingerprint: of the LoRA that an adapter with basis="lora" was trained over; "" for others.
-    layer_ranks: the rank of each layer, where it is known without the config's patterns.
+    Attributes:
+        config: The settings it was made with. Its patterns are a record: never evaluated.
+        shapes: (m, n) of each adapted layer.
+        d: The vector d (r,) of each layer; empty where the config does not train d.
+        b: The vector b (m,) of each layer; empty where the config does not train b.
+        head: The tensors of modules trained in full, by full name.
+        base_id: The base model's hub id, or its folder's name.
+        weight_fingerprint: 64 weights of the first adapted layer (by name), in bfloat16; None where
+            they could not be read.
+        task: The task metadata, as JSON types; empty if it was not trained by veratune.
+        kernels: The kernel of each layer that is a convolution.
+        lora_fingerprint: Of the LoRA that an adapter with basis="lora" was trained over; else "".
+        layer_ranks: The rank of each layer; None: read from d, or from the config.
+        base_fingerprint: A sample of all the base model's weights (see `base_fingerprint` in
+            veratune.fingerprint); None where it is not known.
+
+    Raises:
+        AdapterFileError: The vectors contradict the config or the shapes, or are not finite.
     """
 
     config: VeraConfig
@@ -64,64 +80,74 @@ class Adapter:
     kernels: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     lora_fingerprint: str = ""
     layer_ranks: Mapping[str, int] | None = None
+    base_fingerprint: Tensor | None = None
 
     def __post_init__(self) -> None:
-        config = self.config
         if not self.shapes:
             raise AdapterFileError("the adapter has no layers")
         for kind, vectors, absent in (("d", self.d, "b"), ("b", self.b, "d")):
-            wanted = set() if config.vectors == absent else set(self.shapes)
-            for layer in sorted(set(vectors) ^ wanted):
-                state = "is missing" if layer in wanted else "is not expected"
-                raise AdapterFileError(
-                    f"{kind} of layer '{layer}' {state}; the config trains vectors={config.vectors!r}"
-                )
-            for layer, vector in vectors.items():
-                size = self.ranks[layer] if kind == "d" else self.shapes[layer][0]
-                if vector.shape != (size,):
-                    m, n = self.shapes[layer]
-                    meaning = f"rank {size}" if kind == "d" else f"{size} outputs"
-                    raise AdapterFileError(
-                        f"layer '{layer}' ({n} -> {m}): the file has {kind} of shape {tuple(vector.shape)}, the config says {meaning}"
-                    )
-            # All at once, there may be hundreds; and by numpy, which computes in this thread alone (see veratune.serving.engine.loop.run_in_temporary_thread).
-            if (
-                vectors
-                and not np.isfinite(
-                    torch.cat(list(vectors.values())).float().numpy(force=True)
-                ).all()
-            ):
-                layer = next(
-                    layer for layer, vector in vectors.items() if not torch.isfinite(vector).all()
-                )
-                raise AdapterFileError(
-                    f"layer '{layer}': {kind} holds NaN or infinity; the training run diverged"
-                )
+            self._check_layers(
+                kind, vectors, set() if self.config.vectors == absent else set(self.shapes)
+            )
+            self._check_sizes(kind, vectors)
+            _check_finite(kind, vectors)
         for name, tensor in self.head.items():
-            if not any(f".{name}".find(f".{head}.") >= 0 for head in config.head):
+            if not any(f".{head}." in f".{name}" for head in self.config.head):
                 raise AdapterFileError(
-                    f"head tensor '{name}' belongs to none of the config's heads {list(config.head)}"
+                    f"head tensor '{name}' belongs to none of the config's heads "
+                    f"{list(self.config.head)}"
                 )
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise AdapterFileError(
                     f"head tensor '{name}' holds NaN or infinity; the training run diverged"
                 )
 
+    def _check_layers(self, kind: str, vectors: Mapping[str, Tensor], wanted: set[str]) -> None:
+        for layer in sorted(set(vectors) ^ wanted):
+            fault = "is missing" if layer in wanted else "is not expected"
+            raise AdapterFileError(
+                f"{kind} of layer '{layer}' {fault}; the config trains "
+                f"vectors={self.config.vectors!r}"
+            )
+
+    def _check_sizes(self, kind: str, vectors: Mapping[str, Tensor]) -> None:
+        for layer, vector in vectors.items():
+            m, n = self.shapes[layer]
+            size = self.ranks[layer] if kind == "d" else m
+            if vector.shape != (size,):
+                meaning = f"rank {size}" if kind == "d" else f"{size} outputs"
+                raise AdapterFileError(
+                    f"layer '{layer}' ({n} -> {m}): the file has {kind} of shape "
+                    f"{tuple(vector.shape)}, the config says {meaning}"
+                )
+
     @functools.cached_property
     def ranks(self) -> dict[str, int]:
-        """The rows of A at each layer, in the order of `shapes`."""
+        """The rows of A at each layer, in the order of `shapes`; no pattern language but words."""
         if self.layer_ranks is not None:
             return {layer: self.layer_ranks[layer] for layer in self.shapes}
+        if any(map(is_regex, self.config.rank_pattern)):  # a file's expressions are not evaluated
+            if self.config.vectors == "b":
+                raise AdapterFileError(
+                    "the adapter does not list its ranks: they follow from a regular expression in "
+                    "rank_pattern, which is not evaluated from a file; save it again as version 2"
+                )
+            return {layer: self.d[layer].numel() for layer in self.shapes}
         return {
             layer: rank_of(self.config, layer, self.kernels.get(layer, ())) for layer in self.shapes
         }
 
     @property
     def basis(self) -> Basis:
-        """The frozen matrices. Raises UnsupportedError for those of a LoRA, which the adapter does not hold."""
+        """The frozen matrices A and B.
+
+        Raises:
+            UnsupportedError: basis="lora": the adapter does not hold the LoRA's matrices.
+        """
         if self.config.basis == "lora":
             raise UnsupportedError(
-                "an adapter over a LoRA does not hold the LoRA's matrices; merge it into the model instead"
+                "an adapter over a LoRA does not hold the LoRA's matrices; merge it into the model "
+                "instead"
             )
         return basis_of(self.config, dict(self.shapes))
 
@@ -132,53 +158,74 @@ class Adapter:
 
     @property
     def trained_values(self) -> int:
-        """How many values d and b hold, the head apart."""
+        """How many values d and b hold; heads are not counted."""
         return sum(v.numel() for vectors in (self.d, self.b) for v in vectors.values())
 
     def to(self, dtype: torch.dtype) -> "Adapter":
-        """The adapter with its vectors rounded to another dtype."""
+        """Return the adapter with its vectors rounded to another dtype."""
         config = dataclasses.replace(self.config, dtype=str(dtype).removeprefix("torch."))  # type: ignore[arg-type]
         d, b = ({k: v.to(dtype) for k, v in vectors.items()} for vectors in (self.d, self.b))
         return dataclasses.replace(self, config=config, d=d, b=b)
 
 
-def extract(model: nn.Module, name: str | None = None) -> Adapter:
-    """An adapter out of a model; the tensors are copies on the CPU.
+def _check_finite(kind: str, vectors: Mapping[str, Tensor]) -> None:
+    # One look at all of them, there may be hundreds. numpy computes in this thread alone, where
+    # torch would start a pool of threads.
+    if not vectors or np.isfinite(_values(vectors)).all():
+        return
+    layer = next(layer for layer, vector in vectors.items() if not torch.isfinite(vector).all())
+    raise AdapterFileError(
+        f"layer '{layer}': {kind} holds NaN or infinity; the training run diverged"
+    )
 
-    name: default the active adapter, or the only one. A merged adapter is extracted as it is: its vectors,
-    never W + ΔW. Raises AdapterNotFoundError for an unknown name.
+
+def _values(vectors: Mapping[str, Tensor]) -> np.ndarray:
+    return torch.cat(list(vectors.values())).float().numpy(force=True)  # type: ignore[no-any-return]
+
+
+def extract(model: nn.Module, name: str | None = None) -> Adapter:
+    """Return an adapter of a model as data; the tensors are copies on the CPU.
+
+    Args:
+        model: A model with adapters, or a wrapper of one. Under FSDP every rank must call.
+        name: The adapter; default: the active one, or the only one. A merged adapter is extracted
+            as its vectors, never as W + ΔW.
+
+    Raises:
+        AdapterNotFoundError: There is no such adapter, or the default is ambiguous.
     """
     configs = adapters(model)
     if name is None:
         name = active(model) or (next(iter(configs)) if len(configs) == 1 else None)
     if name is None:
-        raise AdapterNotFoundError(
-            f"say which adapter: the model has {', '.join(map(repr, configs)) or 'none'}"
-        )
-    sites = {v.layer: v for v in vectors_of(model, name)}
-
-    def copied(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
-        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # sharded by FSDP
-        return full.to("cpu", copy=True).contiguous()
-
+        names = ", ".join(map(repr, configs)) or "none"
+        raise AdapterNotFoundError(f"say which adapter: the model has {names}")
+    root = adapted(model)
+    config = state_of(root).configs.get(name)
+    vectors = {v.layer: v for v in vectors_of(root, name)}
+    heads = heads_of(root, name)
+    assert config is not None  # vectors_of has checked the name
     return Adapter(
-        config=configs[name],
-        shapes={layer: (v.part.out_features, v.part.in_features) for layer, v in sites.items()},
-        d={layer: copied(v.d) for layer, v in sites.items() if v.d is not None},
-        b={layer: copied(v.b) for layer, v in sites.items() if v.b is not None},
+        config=config,
+        shapes={layer: (v.part.out_features, v.part.in_features) for layer, v in vectors.items()},
+        d={layer: _copied(v.d) for layer, v in vectors.items() if v.d is not None},
+        b={layer: _copied(v.b) for layer, v in vectors.items() if v.b is not None},
         head={
-            f"{path}.{key}": copied(value)
-            for path, module in heads_of(model, name).items()
+            f"{path}.{key}": _copied(value)
+            for path, module in heads.items()
             for key, value in module.state_dict().items()
         },
-        base_id=base_id(model),
-        weight_fingerprint=weight_fingerprint(model, find_sites(model, configs[name])),
-        task=task_metadata(model, name),
-        kernels={layer: v.part.kernel for layer, v in sites.items() if v.part.kernel},
-        lora_fingerprint=next(iter(sites.values())).basis.fingerprint()
-        if configs[name].basis == "lora"
+        base_id=base_id(root),
+        weight_fingerprint=weight_fingerprint(
+            root, named_sites(root, config, {layer: v.rank for layer, v in vectors.items()})
+        ),
+        task=task_metadata(root, name),
+        kernels={layer: v.part.kernel for layer, v in vectors.items() if v.part.kernel},
+        lora_fingerprint=next(iter(vectors.values())).basis.fingerprint()
+        if config.basis == "lora"
         else "",
+        layer_ranks={layer: v.rank for layer, v in vectors.items()},
+        base_fingerprint=base_fingerprint(root, list(heads)),
     )
 
 
@@ -191,124 +238,151 @@ def install(
     check_base: bool = True,
     basis: Basis | None = None,
 ) -> None:
-    """Put an adapter into a model and make it the active one; the layers must be those it was trained on.
+    """Put an adapter into a model and make it the active one.
 
-    basis: the LoRA that it was trained over, for an adapter with basis="lora".
-    check_base: compare the remembered weights of the base model too; False takes a deliberate mismatch,
-    such as a base that was fine-tuned further.
-    Raises BaseModelError naming the first layer that differs, or AdapterError; then nothing has changed.
+    Args:
+        model: A model with the layers that the adapter was trained on.
+        adapter: From `extract` or a file.
+        name: The adapter's name in this model.
+        trainable: Whether its vectors and heads require gradients.
+        check_base: Compare the base model's weights too. False accepts another base on purpose,
+            such as one that was fine-tuned further.
+        basis: The LoRA that an adapter with basis="lora" was trained over.
+
+    Raises:
+        BaseModelError: A layer or weight of the base model differs; the first one is named.
+        BasisError: The LoRA is missing or another one.
+        AdapterStateError: The name is taken, or an adapter is merged. The model is unchanged.
     """
-    check_fits(model, adapter, check_base=check_base)
+    sites = check_fits(model, adapter, check_base=check_base)
     if adapter.config.basis == "lora":
         if basis is None:
             raise BasisError(
-                "the adapter was trained over a LoRA, which it does not hold: give it too, as basis=veratune.read_lora(file, model)"
+                "the adapter was trained over a LoRA, which it does not hold: give it too, as "
+                "basis=veratune.read_lora(file, model)"
             )
         if basis.fingerprint() != adapter.lora_fingerprint:
             raise BasisError(
-                "the adapter was trained over another LoRA than the one that was given: their fingerprints differ"
+                "the adapter was trained over another LoRA than the one that was given: their "
+                "fingerprints differ"
             )
-    attach(model, adapter.config, name, trainable=trainable, basis=basis)
+    attach_sites(model, adapter.config, name, sites, trainable=trainable, basis=basis)
     set_task_metadata(model, name, adapter.task)
     update(model, adapter, name)
 
 
 def update(model: nn.Module, adapter: Adapter, name: str) -> None:
-    """Replace the vectors and head of an attached adapter by those of `adapter`, in place (as a resumed run does)."""
+    """Replace an attached adapter's vectors and heads by those of `adapter`, in place.
+
+    Raises:
+        AdapterStateError: A vector has another rank or size.
+    """
     with torch.no_grad():
         for vectors in vectors_of(model, name):
-            for own, stored in ((vectors.d, adapter.d), (vectors.b, adapter.b)):
-                if own is not None:
-                    if stored[vectors.layer].shape != own.shape:
-                        raise AdapterStateError(
-                            f"layer '{vectors.layer}': the stored adapter has another rank or size"
-                        )
-                    own.copy_(stored[vectors.layer])
+            for current, stored in ((vectors.d, adapter.d), (vectors.b, adapter.b)):
+                if current is None:
+                    continue
+                if stored[vectors.layer].shape != current.shape:
+                    raise AdapterStateError(
+                        f"layer '{vectors.layer}': the stored adapter has another rank or size"
+                    )
+                current.copy_(stored[vectors.layer])
         for path, module in heads_of(model, name).items():
-            module.load_state_dict(_of_head(adapter, path))
+            module.load_state_dict(_head_state(adapter, path))
 
 
 def check_fits(
     model: nn.Module, adapter: Adapter, *, check_base: bool = True, head_shapes: bool = True
 ) -> list[Site]:
-    """The model's sites for an adapter that was trained on this base model.
+    """Return the model's sites for an adapter that was trained on this base model.
 
-    check_base: compare the weights' probe too; head_shapes: whether a head may have no other classes than the model's. Raises BaseModelError naming the first layer that differs.
+    Args:
+        model: The model, with or without other adapters.
+        adapter: Its listed layers are looked up by name.
+        check_base: Compare the base model's weights too.
+        head_shapes: Whether a head must have the model's number of classes.
+
+    Raises:
+        BaseModelError: names the first layer that differs.
     """
-    sites = {site.name: site for site in _sites_or_mismatch(model, adapter)}
+    sites = {site.name: site for site in named_sites(model, adapter.config, adapter.ranks)}
     for layer, (m, n) in adapter.shapes.items():
         if layer not in sites:
-            raise BaseModelError(
-                f"the adapter was trained on another base model{_was(adapter)}: it has layer '{layer}', "
-                f"{type(model).__name__} has not{near(layer, sites)}"
+            names = {site.name for site in named_sites(model, adapter.config, _AnyRank())}
+            raise _other_base(
+                adapter,
+                f"it has layer '{layer}', {type(model).__name__} has not{near(layer, names)}",
             )
-        kernel, own = adapter.kernels.get(layer, ()), sites[layer].part.kernel
-        if kernel != own:
-            raise BaseModelError(
-                f"the adapter was trained on another base model{_was(adapter)}: layer '{layer}' is {_what(kernel)} in the file and "
-                f"{_what(own)} in {type(model).__name__}"
+        kernel, here = adapter.kernels.get(layer, ()), sites[layer].part.kernel
+        if kernel != here:
+            raise _other_base(
+                adapter,
+                f"layer '{layer}' is {_kind(kernel)} in the file and {_kind(here)} in "
+                f"{type(model).__name__}",
             )
         if sites[layer].shape != (m, n):
-            found = sites[layer].shape
-            raise BaseModelError(
-                f"the adapter was trained on another base model{_was(adapter)}: layer '{layer}' is {n} -> {m} in the "
-                f"file and {found[1]} -> {found[0]} in {type(model).__name__}"
+            out_features, in_features = sites[layer].shape
+            raise _other_base(
+                adapter,
+                f"layer '{layer}' is {n} -> {m} in the file and {in_features} -> {out_features} in "
+                f"{type(model).__name__}",
             )
-    for layer in sites:
-        if layer not in adapter.shapes:
-            raise BaseModelError(
-                f"the adapter was trained on another base model{_was(adapter)}: it lacks layer '{layer}'"
-            )
-    if check_base and adapter.weight_fingerprint is not None:
-        _check_weight_fingerprint(model, adapter, list(sites.values()))
+    if check_base:
+        _check_weights(model, adapter, list(sites.values()))
     _check_head(model, adapter, head_shapes)
     return list(sites.values())
 
 
+class _AnyRank(dict[str, int]):
+    """Ranks that name every site: for the names in an error message."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> int:
+        return 1
+
+
 def base_id(model: nn.Module) -> str:
-    """The base model's hub id, or its folder's name without the way there; the class name for other models."""
+    """Return the base model's hub id, its folder's name without the way there, or its class."""
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
     return (Path(name).name if name and Path(name).exists() else name) or type(model).__name__
 
 
-def weight_fingerprint(model: nn.Module, sites: list[Site]) -> Tensor | None:
-    """Weights of the first adapted layer (by name) as a sample of the base model, in bfloat16."""
-    site = min(sites, key=lambda s: s.name)
-    module = model.get_submodule(site.module)
-    base = base_module(model, site.module)
-    kept = getattr(module, "weights_before_merge", {}).get(
-        site.part.parameter
-    )  # the weight before a merge
-    weight = kept if kept is not None else dense_weight(base, site.part.parameter)
-    if weight is None or weight.device.type == "meta":
-        return None
-    flat = (weight if not hasattr(base, "nf") else weight.T).reshape(-1)
-    return flat[
-        torch.linspace(0, flat.numel() - 1, FINGERPRINT_VALUES, dtype=torch.float64).long()
-    ].to("cpu", torch.bfloat16)
-
-
-def _check_weight_fingerprint(model: nn.Module, adapter: Adapter, sites: list[Site]) -> None:
-    check_weight_fingerprint(weight_fingerprint(model, sites), adapter, base_id(model))
-
-
 def check_weight_fingerprint(found: Tensor | None, adapter: Adapter, model: str) -> None:
-    """Compare weights of a base model (see `probe`) with those that an adapter remembers. Raises BaseModelError."""
-    if (
-        found is None
-        or adapter.weight_fingerprint is None
-        or torch.equal(found, adapter.weight_fingerprint)
-    ):
+    """Compare a model's `weight_fingerprint` with the adapter's. Raises BaseModelError.
+
+    Args:
+        found: The fingerprint of the model at hand; None is not compared.
+        adapter: The adapter.
+        model: The model's name, for the message.
+    """
+    wanted = adapter.weight_fingerprint
+    if found is None or wanted is None or torch.equal(found, wanted):
         return
-    # Quantization moves weights by a tenth; another model's weights have nothing in common with these.
-    alike = torch.cosine_similarity(
-        found.double(), adapter.weight_fingerprint.double(), dim=0
-    ).item()
-    if alike < 0.9:
-        raise BaseModelError(
-            f"the adapter was trained on another base model{_was(adapter)}: the layers fit, but the weights of "
-            f"'{model}' agree only to {alike:.2f}; load the right base, or pass check_base=False to insist"
+    # Quantization moves weights by a tenth; another model's weights have nothing in common.
+    similarity = torch.cosine_similarity(found.double(), wanted.double(), dim=0).item()
+    if similarity < 0.9:
+        raise _other_base(
+            adapter,
+            f"the layers fit, but the weights of '{model}' agree only to {similarity:.2f}; load "
+            "the right base, or pass check_base=False to insist",
         )
+
+
+def _check_weights(model: nn.Module, adapter: Adapter, sites: list[Site]) -> None:
+    if adapter.weight_fingerprint is not None:
+        check_weight_fingerprint(weight_fingerprint(model, sites), adapter, base_id(model))
+    if adapter.base_fingerprint is not None:
+        heads = [path for path, _ in find_heads(model, adapter.config.head)]
+        share = differing_weights(base_fingerprint(model, heads), adapter.base_fingerprint)
+        if share > 0:
+            raise _other_base(
+                adapter,
+                f"the adapted layers fit, but {share:.0%} of the weight matrices of "
+                f"'{base_id(model)}' differ; load the right base, or pass check_base=False to "
+                "insist",
+            )
 
 
 def _check_head(model: nn.Module, adapter: Adapter, shapes: bool) -> None:
@@ -319,23 +393,20 @@ def _check_head(model: nn.Module, adapter: Adapter, shapes: bool) -> None:
     }
     for name in sorted(set(wanted) | set(adapter.head)):
         file = tuple(adapter.head[name].shape) if name in adapter.head else "nothing"
-        own = tuple(wanted[name]) if name in wanted else "nothing"
-        if file != own and (shapes or "nothing" in (file, own) or file[1:] != own[1:]):
+        here = tuple(wanted[name]) if name in wanted else "nothing"
+        if file != here and (shapes or "nothing" in (file, here) or file[1:] != here[1:]):
             raise BaseModelError(
-                f"head tensor '{name}': the file has {file}, the model has {own}; build the model with that head"
+                f"head tensor '{name}': the file has {file}, the model has {here}; build the model "
+                "with that head"
             )
 
 
-def _sites_or_mismatch(model: nn.Module, adapter: Adapter) -> list[Site]:
-    try:
-        return find_sites(model, adapter.config)
-    except TargetError as error:
-        raise BaseModelError(
-            f"the adapter was trained on another base model{_was(adapter)}: {error}"
-        ) from None
+def _other_base(adapter: Adapter, reason: str) -> BaseModelError:
+    name = f" ('{adapter.base_id}')" if adapter.base_id else ""
+    return BaseModelError(f"the adapter was trained on another base model{name}: {reason}")
 
 
-def _of_head(adapter: Adapter, path: str) -> dict[str, Tensor]:
+def _head_state(adapter: Adapter, path: str) -> dict[str, Tensor]:
     return {
         key.removeprefix(f"{path}."): value
         for key, value in adapter.head.items()
@@ -343,13 +414,11 @@ def _of_head(adapter: Adapter, path: str) -> dict[str, Tensor]:
     }
 
 
-def _was(adapter: Adapter) -> str:
-    return f" ('{adapter.base_id}')" if adapter.base_id else ""
+def _copied(tensor: Tensor) -> Tensor:
+    return full_tensor(tensor.detach()).to("cpu", copy=True).contiguous()
 
 
-def _what(kernel: tuple[int, ...]) -> str:
-    return (
-        f"a convolution with a kernel of {' x '.join(map(str, kernel))}"
-        if kernel
-        else "no convolution"
-    )
+def _kind(kernel: tuple[int, ...]) -> str:
+    if not kernel:
+        return "no convolution"
+    return f"a convolution with a kernel of {' x '.join(map(str, kernel))}"

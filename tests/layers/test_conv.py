@@ -10,8 +10,8 @@ from torch import nn
 
 import veratune as vt
 from tests.fakes import scramble
-from veratune.attach import vectors_of
 from veratune.errors import BaseModelError, ConfigError, ShapeError, TargetError, UnsupportedError
+from veratune.model_state import vectors_of
 from veratune.ops.functional import delta_weight, vera_conv
 
 KINDS = {

@@ -9,8 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 import veratune as vt
 from tests.fakes import scramble
-from veratune.attach import vectors_of
 from veratune.errors import ShapeError, UnsupportedError
+from veratune.model_state import vectors_of
 from veratune.ops.matrix import dense
 
 sizes = st.integers(1, 20)

@@ -6,10 +6,10 @@ import torch
 
 import veratune as vt
 from tests import fakes
-from veratune.attach import vectors_of
 from veratune.errors import ConfigError
 from veratune.layers import weight_cache
 from veratune.layers.weight_cache import WEIGHTS, WeightCache
+from veratune.model_state import vectors_of
 
 TOKENS = torch.arange(12).view(2, 6)
 

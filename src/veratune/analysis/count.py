@@ -9,10 +9,11 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from veratune.adapter import FINGERPRINT_VALUES, Adapter
+from veratune.adapter import Adapter
 from veratune.basis.basis import new_basis
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError, DataError
+from veratune.fingerprint import FINGERPRINT_VALUES
 from veratune.formats import native
 from veratune.targets import Site, find_sites
 

@@ -1,4 +1,4 @@
-"""The command veratune calibrate."""
+"""veratune calibrate"""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The command veratune count."""
+"""veratune count"""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The command veratune eval."""
+"""veratune eval"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +11,7 @@ from rich.table import Table
 from veratune.cli.parsing import Parser, new_parser, parse, print_json
 
 if TYPE_CHECKING:
-    from veratune.inference.adapted import LoadedModel
+    from veratune.inference.evaluate import Loaded
 
 
 def parser() -> Parser:
@@ -103,9 +103,9 @@ def add_loading(out: Parser) -> None:
     )
 
 
-def load(flags: Namespace, **more: Any) -> "LoadedModel":
+def load(flags: Namespace, **more: Any) -> "Loaded":
     """What the flags of `add_loading` ask for."""
-    from veratune.inference.adapted import load_with_adapter
+    from veratune.inference.evaluate import load_with_adapter
 
     return load_with_adapter(
         flags.model, flags.adapter, task=flags.task, dtype=flags.base_dtype, quantize=flags.quantize,

@@ -1,4 +1,4 @@
-"""The command veratune explain."""
+"""veratune explain"""
 
 import dataclasses
 from collections.abc import Sequence

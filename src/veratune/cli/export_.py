@@ -1,4 +1,4 @@
-"""The command veratune export."""
+"""veratune export"""
 
 from collections.abc import Sequence
 from typing import Literal

@@ -1,4 +1,4 @@
-"""The command veratune import."""
+"""veratune import"""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The command veratune inspect."""
+"""veratune inspect"""
 
 from collections.abc import Sequence
 

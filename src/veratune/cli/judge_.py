@@ -1,4 +1,4 @@
-"""The command veratune judge."""
+"""veratune judge"""
 
 from collections.abc import Sequence
 from pathlib import Path

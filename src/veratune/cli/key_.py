@@ -1,4 +1,4 @@
-"""The command veratune key."""
+"""veratune key"""
 
 import sys
 from collections.abc import Sequence

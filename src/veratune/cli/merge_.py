@@ -1,4 +1,4 @@
-"""The command veratune merge."""
+"""veratune merge"""
 
 from collections.abc import Sequence
 
@@ -22,10 +22,11 @@ def run(argv: Sequence[str]) -> int:
     flags = parse(parser(), argv)
     from pathlib import Path
 
-    from veratune.attach import detach, merge
+    from veratune.attach import detach
     from veratune.errors import ConfigError
     from veratune.formats.atomic import new_folder
     from veratune.layers.base import total_rounding_error
+    from veratune.merging import merge
 
     if flags.adapter is None:
         raise ConfigError("merge needs --adapter: there is nothing to merge without one")

@@ -1,4 +1,4 @@
-"""The command veratune sample."""
+"""veratune sample"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,10 +37,9 @@ def run(argv: Sequence[str]) -> int:
             f"count is {flags.count} and steps {flags.steps}; both must be at least 1"
         )
     from veratune.analysis.pictures import draw_grid
-    from veratune.attach import use
-    from veratune.inference.adapted import ADAPTER_NAME
-    from veratune.tasks.diffusion.generation import ImageGeneration
-    from veratune.tasks.diffusion.models import Diffusion
+    from veratune.inference.evaluate import ADAPTER_NAME
+    from veratune.selection import use
+    from veratune.tasks.diffusion.diffusion import Diffusion, ImageGeneration
 
     loaded = load(flags)
     if not isinstance(loaded.task, ImageGeneration) or not isinstance(loaded.model, Diffusion):

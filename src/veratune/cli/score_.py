@@ -1,4 +1,4 @@
-"""The command veratune score."""
+"""veratune score"""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The command veratune train."""
+"""veratune train"""
 
 import dataclasses
 import math

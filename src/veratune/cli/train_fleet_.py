@@ -1,4 +1,4 @@
-"""The command veratune train-fleet."""
+"""veratune train-fleet"""
 
 import os
 import time

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from veratune.adapter import FINGERPRINT_VALUES, Adapter
+from veratune.adapter import Adapter
 from veratune.basis.basis import basis_of
 from veratune.config import VeraConfig
 from veratune.errors import AdapterFileError, BasisError, VeratuneError
+from veratune.fingerprint import FINGERPRINT_VALUES
 
 # Values of A or B that one layer may want: a file is compared with a model only after this check.
 _MAX_MATRIX_VALUES = 2**31

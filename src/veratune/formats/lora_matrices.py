@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from veratune.adapter import Adapter
 from veratune.errors import BaseModelError, UnsupportedError, near
 from veratune.ops.matrix import dense
-from veratune.targets import PART, base_module, is_attention, is_conv1d, layers_of, parts_of
+from veratune.patterns import PART
+from veratune.targets import base_module, is_attention, is_conv1d, layers_of, parts_of
 
 _CPU = torch.device("cpu")
 
@@ -36,7 +37,7 @@ class LoraPair:
 
     @property
     def rank(self) -> int:
-        """R."""
+        """r."""
         return self.A.shape[0]
 
     def delta(self) -> Tensor:

@@ -23,7 +23,8 @@ from veratune.formats.peft_files import (
     write_checkpoint,
 )
 from veratune.ops.matrix import dense
-from veratune.targets import PART, is_attention, layers_of, linear_shape
+from veratune.patterns import PART
+from veratune.targets import is_attention, layers_of, linear_shape
 
 _CPU = torch.device("cpu")
 

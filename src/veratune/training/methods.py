@@ -2,7 +2,7 @@
 
 Method (abstract)
 ├── Vera     the vectors of an adapter, and the head; the file is the adapter's
-└── BaselineMethod    parameters of the model itself: all, biases, or what PEFT and `veratune.training.baselines.registry` add
+└── BaselineMethod    parameters of the model itself: all, biases, or what PEFT and `veratune.training.baselines.inserted` add
 """
 
 import abc
@@ -19,17 +19,18 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from veratune.adapter import extract, update
-from veratune.attach import attach, heads_of, set_task_metadata, vectors_of
+from veratune.attach import attach
 from veratune.basis.basis import Basis
 from veratune.config import VeraConfig
 from veratune.errors import AdapterFileError, ConfigError, VeratuneError, near
 from veratune.formats import native
 from veratune.formats.atomic import write_atomic
-from veratune.inference.adapted import ADAPTER_NAME
+from veratune.inference.evaluate import ADAPTER_NAME
+from veratune.model_state import heads_of, set_task_metadata, vectors_of
 from veratune.targets import find_heads, find_sites
 from veratune.training.baselines.adalora import AdaLoraCallback
-from veratune.training.baselines.modules import NAME as BASELINE_MODULE
-from veratune.training.baselines.registry import BASELINES, add_baseline
+from veratune.training.baselines.inserted import INSERTED, insert
+from veratune.training.baselines.inserted import NAME as WHERE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +144,8 @@ class BaselineMethod(Method):
         if self.method == "bitfit":
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.rpartition(".")[2] in ("bias", "in_proj_bias"))
-        elif self.method in BASELINES:
-            add_baseline(self.method, model, self.config, self.options)
+        elif self.method in INSERTED:
+            insert(self.method, model, self.config, self.options)
         elif self.method.startswith("peft:"):
             self._inject(model)
         for parameter in self.head(model):
@@ -190,7 +191,7 @@ class BaselineMethod(Method):
                 if buffer is not None
             }
         return kept | {
-            name: buffer for name, buffer in model.named_buffers() if f".{BASELINE_MODULE}." in name
+            name: buffer for name, buffer in model.named_buffers() if f".{WHERE}." in name
         }
 
     def _inject(self, model: nn.Module) -> None:
@@ -230,7 +231,7 @@ def build_method(name: str, config: VeraConfig, options: Mapping[str, Any]) -> M
     """The method of a name. Raises ConfigError for an unknown one."""
     if name == "vera":
         return VeraMethod(config)
-    known = ("vera", "head", "bitfit", "full", *BASELINES)
+    known = ("vera", "head", "bitfit", "full", *INSERTED)
     if name not in known and not name.startswith("peft:"):
         raise ConfigError(
             f"unknown method {name!r}; there are {', '.join(known)} and peft:NAME{near(name, (*known, 'peft:lora'))}"

@@ -27,7 +27,6 @@ from veratune.adapter import (
     base_id,
     check_fits,
     check_weight_fingerprint,
-    weight_fingerprint,
 )
 from veratune.basis.basis import Basis
 from veratune.errors import (
@@ -38,6 +37,7 @@ from veratune.errors import (
     ShapeError,
     UnsupportedError,
 )
+from veratune.fingerprint import weight_fingerprint
 from veratune.layers.base import ModuleWrapper, VeraLayer, product_dtype, replace_modules
 from veratune.layers.linear import add_parts
 from veratune.ops.functional import vera_rows
@@ -51,8 +51,7 @@ _GATHERED = 4  # batches whose values a group keeps: those of the rows that answ
 @dataclasses.dataclass
 class Lease:
     """An adapter that stays in its slot until it is given back. group: None for the bare base model, whose slot is 0; task: what the adapter is
-    for (see `Adapter`).
-    """
+    for (see `Adapter`)."""
 
     pool: "AdapterPool"
     key: Key | None

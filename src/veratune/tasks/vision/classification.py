@@ -11,8 +11,7 @@ from sklearn.metrics import confusion_matrix
 from torch import nn
 from transformers import AutoModelForImageClassification
 
-from veratune.loading import load_pretrained
-from veratune.tasks.base import Metrics
+from veratune.tasks.base import Metrics, load_pretrained
 from veratune.tasks.classes import (
     class_ids,
     classification_scores,
