@@ -7,7 +7,7 @@ from torch import nn
 from veratune.adapter import Adapter, extract, install
 from veratune.basis.basis import Basis
 from veratune.errors import AdapterFileError, InvalidNameError
-from veratune.formats import native, peft
+from veratune.formats import hub, native, peft
 from veratune.formats.peft_files import CONFIG_NAME, is_checkpoint
 
 
@@ -34,27 +34,34 @@ def load(
 ) -> str:
     """Put an adapter from a file into a model and make it the active one. Returns its name.
 
-    path: a veratune file, or the folder of a PEFT VeRA checkpoint. name: default the file's own, without
-    its suffix. trainable: whether to train it further. check_base: see `veratune.adapter.install`.
+    path: a veratune file, the folder of a PEFT VeRA checkpoint, or hf://user/repo@revision. name: default
+    the file's own, without its suffix (the repository's name for the hub). trainable: whether to train it further. check_base: see `veratune.adapter.install`.
     basis: the LoRA that the adapter was trained over, from `read_lora`.
     Raises AdapterFileError (damaged, tampered with, another basis), BaseModelError (another base model) or
     AdapterStateError (the name is taken); then the model is as it was.
     """
-    path = Path(path)
+    name = name or default_name(path)
     install(
         model,
         read(path, model),
-        name or path.stem,
+        name,
         trainable=trainable,
         check_base=check_base,
         basis=basis,
     )
-    return name or path.stem
+    return name
+
+
+def default_name(path: str | Path) -> str:
+    """The adapter's name for a file (without suffix) or a hub address (the repository's name)."""
+    if hub.is_address(path):
+        return hub.parse_address(str(path)).repo.rpartition("/")[2].replace(".", "-")
+    return Path(path).stem
 
 
 def read(path: str | Path, model: nn.Module) -> Adapter:
-    """An adapter from a veratune file or a PEFT folder; `model` tells a PEFT checkpoint its layers' sizes."""
-    path = Path(path)
+    """Read an adapter from a veratune file, a PEFT folder or the hub; `model` gives a PEFT checkpoint its sizes."""
+    path = hub.download(str(path)) if hub.is_address(path) else Path(path)
     if path.is_dir():
         if not is_checkpoint(path):
             raise AdapterFileError(

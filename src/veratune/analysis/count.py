@@ -130,7 +130,10 @@ def empty_model(model: str) -> PreTrainedModel:
     if path.suffix == ".json" and not path.is_file():
         raise DataError(f"{model}: no such file")
     try:
-        config = AutoConfig.from_pretrained(model)
+        if path.suffix == ".gguf":
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        else:
+            config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(

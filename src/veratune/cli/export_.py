@@ -1,33 +1,45 @@
 """veratune export"""
 
 from collections.abc import Sequence
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse.typing import PositiveInt
 
 from veratune.cli.parsing import Parser, new_parser, parse
 
+if TYPE_CHECKING:
+    from veratune.formats.reduction import LayerError
+
+HELP = """safetensors: veratune's own file, in another dtype;
+peft: a PEFT VeRA folder; peft-lora: a PEFT LoRA folder; vllm: a LoRA folder for vLLM;
+gguf-lora: a folder with a LoRA for llama.cpp and an Ollama Modelfile;
+diffusers, kohya: a LoRA file for image programs; mlx-lm: an mlx-lm adapter folder"""
+
 
 def parser() -> Parser:
-    out = new_parser("export", "Write an adapter for other programs.")
+    out = new_parser("export", "Write an adapter for another program.")
     out.add_argument("file", type=str, help="adapter file")
     out.add_argument(
         "--to",
-        type=Literal["peft", "peft-lora", "safetensors"],
+        type=Literal[
+            "safetensors", "peft", "peft-lora", "vllm", "gguf-lora", "diffusers", "kohya", "mlx-lm"
+        ],
         required=True,
-        help="peft: a PEFT VeRA folder; peft-lora: a PEFT LoRA folder, exact; "
-        "safetensors: veratune's own file, in another dtype",
+        help=" ".join(HELP.split()),
     )
     out.add_argument(
         "--out",
         type=str,
         required=True,
-        help="an empty folder (peft, peft-lora) or a file (safetensors)",
+        help="a file (safetensors, diffusers, kohya) or an empty folder (the others)",
     )
     out.add_argument(
         "--model",
         type=str | None,
         default=None,
-        help="the base model's config.json, folder or id; needed for parts of fused layers and for "
-        "convolutions",
+        help="the base model's config.json, folder, .gguf file or id; needed for gguf-lora, for "
+        "parts of fused layers and for convolutions",
     )
     out.add_argument(
         "--dtype",
@@ -35,24 +47,53 @@ def parser() -> Parser:
         default=None,
         help="storage of the vectors (safetensors)",
     )
+    out.add_argument(
+        "--reduce",
+        type=PositiveInt | None,
+        default=None,
+        help="reduce every layer to this rank by SVD (LoRA formats); prints the error",
+    )
+    out.add_argument(
+        "--tolerance",
+        type=float | None,
+        default=None,
+        help="reduce every layer to the least rank of this relative error, such as 0.01",
+    )
     return out
 
 
 def run(argv: Sequence[str]) -> int:
     flags = parse(parser(), argv)
-    from veratune.errors import ConfigError
-    from veratune.formats import native, peft, peft_lora
+    from veratune.cli.base_models import empty_base
+    from veratune.formats import native
+    from veratune.formats.export import export
 
-    if flags.dtype is not None and flags.to != "safetensors":
-        raise ConfigError(f"--dtype is for --to safetensors; {flags.to} is written in float32")
     adapter = native.read(flags.file)
-    if flags.to == "safetensors":
-        native.write(adapter, flags.out, flags.dtype)
-    else:
-        from veratune.analysis.count import empty_model
-
-        model = None if flags.model is None else empty_model(flags.model)
-        write = peft.write_vera if flags.to == "peft" else peft_lora.write_lora
-        write(adapter, flags.out, model)
+    model = None if flags.model is None else empty_base(flags.model)
+    gguf = flags.model if flags.model and Path(flags.model).suffix == ".gguf" else None
+    written = export(
+        adapter,
+        flags.to,
+        flags.out,
+        model=model,
+        gguf=gguf,
+        storage=flags.dtype,
+        rank=flags.reduce,
+        tolerance=flags.tolerance,
+    )
+    if written.errors:
+        print_errors(written.errors)
     print(flags.out)
+    if written.command:
+        print(written.command)
     return 0
+
+
+def print_errors(errors: "Sequence[LayerError]") -> None:
+    """Print each layer's rank and relative error, and the error over all layers."""
+    from veratune.formats.reduction import total_error
+
+    width = max(len(entry.layer) for entry in errors)
+    for entry in errors:
+        print(f"{entry.layer:<{width}}  rank {entry.rank:>4}  relative error {entry.error:.2e}")
+    print(f"{'all layers':<{width}}  relative error {total_error(list(errors)):.2e}")

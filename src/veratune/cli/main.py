@@ -27,6 +27,10 @@ COMMANDS = {
     "merge": "write the merged model",
     "export": "convert an adapter for other tools",
     "import": "convert an adapter of another tool",
+    "push": "upload an adapter to the Hugging Face Hub",
+    "pull": "download an adapter from the Hugging Face Hub",
+    "verify": "check an adapter's digest, basis, base model and signature",
+    "sign": "sign an adapter file with an Ed25519 key",
     "score": "BLEU, NIST, METEOR, ROUGE-L and CIDEr of generated texts",
     "judge": "rate answers with an LLM judge",
     "serve": "serve many adapters behind an OpenAI-compatible API",
@@ -35,7 +39,7 @@ COMMANDS = {
     "explain": "estimate the cost of each plan for a model's layers",
 }
 
-EXTRAS = "train,vision,plot,peft,quantized,scores,serve,cluster"
+EXTRAS = "train,vision,plot,peft,quantized,scores,serve,cluster,exits"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,7 +30,16 @@ def write_lora(adapter: Adapter, folder: str | Path, model: nn.Module | None = N
         BaseModelError: The model lacks a layer.
         OutputError: The folder is in use or cannot be written.
     """
-    pairs = lora_pairs(adapter, model)
+    write_pairs(adapter, lora_pairs(adapter, model), folder, model)
+
+
+def write_pairs(
+    adapter: Adapter,
+    pairs: Mapping[str, LoraPair],
+    folder: str | Path,
+    model: nn.Module | None = None,
+) -> None:
+    """Write an adapter's LoRA pairs, possibly of a reduced rank, as a PEFT LoRA checkpoint."""
     tensors = pair_tensors(pairs)
     tensors |= {f"{KEY_PREFIX}{name}": tensor for name, tensor in adapter.head.items()}
     settings = lora_settings(adapter, pairs) | {"fan_in_fan_out": stored_transposed(model)}

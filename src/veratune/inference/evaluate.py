@@ -15,6 +15,7 @@ from veratune.adapter import Adapter, install
 from veratune.errors import ConfigError, UnsupportedError
 from veratune.files import read
 from veratune.formats import native
+from veratune.formats.hub import download, is_address
 from veratune.inference.generate import exact_match, generate_completions
 from veratune.selection import use
 from veratune.tasks.base import Quantize, Task
@@ -75,6 +76,8 @@ def load_with_adapter(
     task: default the one that the adapter's file remembers, else instruction; columns: go before the
     remembered ones. Raises VeratuneError for files that do not fit.
     """
+    if adapter is not None and is_address(adapter):
+        adapter = str(download(adapter))
     known = (
         native.read(adapter) if adapter is not None and adapter.endswith(native.SUFFIX) else None
     )
