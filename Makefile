@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo chat serve test test-all lint docs benchmarks vision language clean
+.PHONY: install demo chat serve test test-all lint docs site benchmarks vision language clean
 
 install: .venv/.installed
 
@@ -45,6 +45,11 @@ docs: install
 	$(BIN)/python docs/make_cli.py
 	$(BIN)/python docs/make_benchmarks.py
 	$(BIN)/python docs/make_reproduced.py
+
+# The documentation, in out/site. A broken link, a missing anchor or a page outside the menu fails.
+site: install
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0 -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # An hour on two quiet cores; serving wants the model that `make demo` unpacks.
 benchmarks: install

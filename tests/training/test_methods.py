@@ -7,12 +7,12 @@ from torch import nn
 import veratune as vt
 from tests import fakes
 from veratune.errors import AdapterFileError, ConfigError
-from veratune.training.baselines.inserted import INSERTED
+from veratune.training.baselines.registry import BASELINES
 from veratune.training.methods import BaselineMethod, VeraMethod, build_method, has_whole_file
 from veratune.training.run import _norms
 from veratune.training.settings import TrainSettings
 
-EVERY = ("head", "full", "bitfit", "vera", "peft:lora", "peft:vera", *INSERTED)
+EVERY = ("head", "full", "bitfit", "vera", "peft:lora", "peft:vera", *BASELINES)
 TARGETS = vt.VeraConfig(rank=4, targets=["query", "value"])
 
 

@@ -4,7 +4,8 @@ import pytest
 
 import veratune as vt
 from veratune.formats import native
-from veratune.inference.evaluate import evaluate, load_with_adapter
+from veratune.inference.adapted import load_with_adapter
+from veratune.inference.evaluate import evaluate
 from veratune.tasks.data import load_examples
 from veratune.training.run import train
 from veratune.training.settings import TrainSettings

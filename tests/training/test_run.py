@@ -17,7 +17,8 @@ import veratune as vt
 from tests import fakes
 from veratune.errors import ConfigError, DataError, OutputError
 from veratune.formats import native
-from veratune.inference.evaluate import evaluate, evaluate_with_base, load_with_adapter
+from veratune.inference.adapted import load_with_adapter
+from veratune.inference.evaluate import evaluate, evaluate_with_base
 from veratune.training.run import sweep, train
 from veratune.training.settings import TrainSettings
 
@@ -93,6 +94,30 @@ def test_classification_learns_and_the_file_knows_its_task(place, tmp_path):
         for c in checkpoints
         for p in c.iterdir()
     )
+
+
+def test_regression_does_not_depend_on_the_units_of_its_targets(place, tmp_path):
+    rows = [json.loads(line) for line in (place / "sentiment" / "train.jsonl").open()]
+    found = {}
+    for unit, (scale, shift) in {"small": (1.0, 0.0), "large": (1000.0, 7000.0)}.items():
+        folder = tmp_path / unit
+        folder.mkdir()
+        scored = [row | {"score": scale * row["score"] + shift} for row in rows]
+        for split in ("train", "validation"):
+            text = "".join(json.dumps(row) + "\n" for row in scored)
+            (folder / f"{split}.jsonl").write_text(text)
+        found[unit] = train(
+            settings(
+                place, tmp_path / f"{unit}-run", task="text-regression", data=str(folder),
+                columns={"label": "score"}, epochs=4, max_grad_norm=0.0,
+            ),
+            VERA,
+        )  # fmt: skip
+    small, large = found["small"], found["large"]
+    assert large.after["pearson"] == pytest.approx(small.after["pearson"], abs=1e-2)
+    assert large.after["mse"] == pytest.approx(1e6 * small.after["mse"], rel=2e-2)
+    assert large.loss == pytest.approx(small.loss, rel=2e-2)
+    assert small.after["mse"] < small.before["mse"]
 
 
 def test_regression_and_language_tasks_learn(place, tmp_path):

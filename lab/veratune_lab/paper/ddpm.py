@@ -12,7 +12,8 @@ from torch import nn
 from veratune.config import VeraConfig
 from veratune.errors import DataError
 from veratune.formats.lora import read_lora
-from veratune.tasks.diffusion.diffusion import Pixels, Unconditional, UnconditionalImage
+from veratune.tasks.diffusion.generation import Pixels, UnconditionalImage
+from veratune.tasks.diffusion.models import Unconditional
 from veratune.tasks.vision.images import decode_image, load_image_examples
 from veratune.training.methods import BaselineMethod, Method, VeraMethod
 from veratune_lab.paper.experiment import (

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from veratune.errors import DataError
-from veratune.tasks.base import load_pretrained
+from veratune.loading import load_pretrained
 from veratune.tasks.text.language import Instruction
 
 

@@ -16,7 +16,8 @@ IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 class NetworkTask(ImageClassification):
     """build: the network for so many classes; heads: the modules trained in full, by their path in it; side: of the images, in pixels;
-    rows: how many of each split are used, at random but for any seed the same ones; classes: outputs, if more than there are labels."""
+    rows: how many of each split are used, at random but for any seed the same ones; classes: outputs, if more than there are labels.
+    """
 
     def __init__(
         self, build: Callable[[int], nn.Module], heads: Callable[[nn.Module], list[str]], side: int,

@@ -70,7 +70,8 @@ def _scaled(layer: nn.Module, args: Any, out: Tensor) -> Tensor:
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """One idea. vera: settings of the adapter for the encoder tasks; language: for the language model; b: the
-    learning rate of b as a multiple of d's; method: another class than Vera."""
+    learning rate of b as a multiple of d's; method: another class than Vera.
+    """
 
     vera: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     language: Mapping[str, Any] = dataclasses.field(default_factory=dict)

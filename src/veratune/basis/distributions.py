@@ -93,7 +93,7 @@ def _horner(coefficients: tuple[float, ...], x: NDArray[np.float64]) -> NDArray[
 
 
 def _log(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """ln x = e ln 2 + 2 atanh((m - 1) / (m + 1)) for x = m 2**e, by its series (numpy's own log varies by machine)."""
+    """Ln x = e ln 2 + 2 atanh((m - 1) / (m + 1)) for x = m 2**e, by its series (numpy's own log varies by machine)."""
     m, e = np.frexp(x)
     s = (m - 1.0) / (m + 1.0)
     odd = tuple(1.0 / k for k in range(1, 42, 2))

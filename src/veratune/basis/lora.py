@@ -29,7 +29,7 @@ class LoraBasis(Basis):
         }
 
     def ranks(self) -> dict[str, int]:
-        """r of each layer."""
+        """R of each layer."""
         return {layer: A.shape[0] for layer, (A, _) in self.pairs.items()}
 
     def roles(self, layer: str, out_features: int, in_features: int) -> tuple[str, str]:

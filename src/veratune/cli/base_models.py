@@ -22,10 +22,10 @@ def empty_base(model: str) -> nn.Module:
     import transformers
     from diffusers import UNet2DConditionModel
 
-    from veratune.tasks.diffusion.diffusion import loading_pipeline
+    from veratune.loading import loading_errors
 
     parts = nn.ModuleDict()
-    with loading_pipeline(model), torch.device("meta"):
+    with loading_errors(model, "model_index.json"), torch.device("meta"):
         parts["unet"] = UNet2DConditionModel.from_config(
             UNet2DConditionModel.load_config(model, subfolder="unet")
         )

@@ -1,4 +1,4 @@
-"""veratune calibrate"""
+"""The command veratune calibrate."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""veratune chat"""
+"""The command veratune chat."""
 
 import sys
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
     flags = parse(parser(), argv)
     if flags.temperature < 0:
         raise ConfigError(f"temperature is {flags.temperature}; it must be at least 0")
-    from veratune.inference.evaluate import ADAPTER_NAME
+    from veratune.inference.adapted import ADAPTER_NAME
     from veratune.inference.generate import stream_completion
     from veratune.model_state import active
     from veratune.selection import use

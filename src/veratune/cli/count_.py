@@ -1,4 +1,4 @@
-"""veratune count"""
+"""The command veratune count."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""veratune eval"""
+"""The command veratune eval."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +11,7 @@ from rich.table import Table
 from veratune.cli.parsing import Parser, new_parser, parse, print_json
 
 if TYPE_CHECKING:
-    from veratune.inference.evaluate import Loaded
+    from veratune.inference.adapted import LoadedModel
 
 
 def parser() -> Parser:
@@ -103,9 +103,9 @@ def add_loading(out: Parser) -> None:
     )
 
 
-def load(flags: Namespace, **more: Any) -> "Loaded":
+def load(flags: Namespace, **more: Any) -> "LoadedModel":
     """What the flags of `add_loading` ask for."""
-    from veratune.inference.evaluate import load_with_adapter
+    from veratune.inference.adapted import load_with_adapter
 
     return load_with_adapter(
         flags.model, flags.adapter, task=flags.task, dtype=flags.base_dtype, quantize=flags.quantize,

@@ -1,4 +1,4 @@
-"""veratune explain"""
+"""The command veratune explain."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""veratune export"""
+"""The command veratune export."""
 
 from collections.abc import Sequence
 from pathlib import Path

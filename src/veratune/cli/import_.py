@@ -1,4 +1,4 @@
-"""veratune import"""
+"""The command veratune import."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""veratune inspect"""
+"""The command veratune inspect."""
 
 from collections.abc import Sequence
 

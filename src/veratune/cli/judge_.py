@@ -1,4 +1,4 @@
-"""veratune judge"""
+"""The command veratune judge."""
 
 from collections.abc import Sequence
 from pathlib import Path

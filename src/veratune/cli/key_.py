@@ -1,4 +1,4 @@
-"""veratune key"""
+"""The command veratune key."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""veratune merge"""
+"""The command veratune merge."""
 
 from collections.abc import Sequence
 from pathlib import Path

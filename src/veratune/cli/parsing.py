@@ -188,7 +188,7 @@ def _normalize(parser: Parser, argv: Sequence[str]) -> list[str]:
 
 
 def _parts(word: str) -> list[str]:
-    """--a-b=c to --a-b and c. Values and the part after a dot stay."""
+    """Split and hyphenate --flag=value. Values and the part after a dot stay."""
     if not word.startswith("--") or word == "--":
         return [word]
     flag, equals, value = word.partition("=")

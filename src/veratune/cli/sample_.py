@@ -1,4 +1,4 @@
-"""veratune sample"""
+"""The command veratune sample."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,9 +37,10 @@ def run(argv: Sequence[str]) -> int:
             f"count is {flags.count} and steps {flags.steps}; both must be at least 1"
         )
     from veratune.analysis.pictures import draw_grid
-    from veratune.inference.evaluate import ADAPTER_NAME
+    from veratune.inference.adapted import ADAPTER_NAME
     from veratune.selection import use
-    from veratune.tasks.diffusion.diffusion import Diffusion, ImageGeneration
+    from veratune.tasks.diffusion.generation import ImageGeneration
+    from veratune.tasks.diffusion.models import Diffusion
 
     loaded = load(flags)
     if not isinstance(loaded.task, ImageGeneration) or not isinstance(loaded.model, Diffusion):

@@ -1,4 +1,4 @@
-"""veratune score"""
+"""The command veratune score."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""veratune serve"""
+"""The command veratune serve."""
 
 import contextlib
 import functools
@@ -303,8 +303,8 @@ def _replicas(flags: Namespace) -> int:
     notes = Console(stderr=True, highlight=False)
     notes.print(f"starting {flags.replicas} replicas ...")
     cluster.start(
-        functools.partial(_replica, flags), replicas=flags.replicas, host=flags.host, port=flags.port, key_file=flags.key_file, max_num_seqs=flags.max_num_seqs,
-        max_queue=flags.max_queue,
+        functools.partial(_replica, flags), replicas=flags.replicas, host=flags.host, port=flags.port, key_file=flags.key_file, rows=flags.max_num_seqs,
+        waiting=flags.max_queue,
     )  # fmt: skip
     _say(flags, [Path(given).name for given in (flags.model, flags.encoder) if given], notes)
     cluster.wait()

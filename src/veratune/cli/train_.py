@@ -1,4 +1,4 @@
-"""veratune train"""
+"""The command veratune train."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""veratune train-fleet"""
+"""The command veratune train-fleet."""
 
 import os
 import time

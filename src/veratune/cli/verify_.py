@@ -75,7 +75,7 @@ def run(argv: Sequence[str]) -> int:
 def _check_base(adapter: "Adapter", file: str, model: str) -> None:
     """Raise BaseModelError unless the layers and the weight fingerprint are the base model's."""
     from veratune.errors import BaseModelError
-    from veratune.inference.evaluate import load_with_adapter
+    from veratune.inference.adapted import load_with_adapter
 
     if adapter.weight_fingerprint is None:
         raise BaseModelError("the adapter holds no fingerprint of its base model's weights")

@@ -37,7 +37,7 @@ class LoraPair:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """R."""
         return self.A.shape[0]
 
     def delta(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Answers of a causal model: batched and greedy for scores, streamed for people."""
+"""Completions of a causal model: batched for scores, streamed for people."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -18,9 +18,18 @@ def generate_completions(
     batch_size: int = 16,
     **search: Any,
 ) -> Iterator[str]:
-    """The model's next turn in each conversation, in order: greedily decoded, or by beams.
+    """Generate the assistant's next turn of each conversation, greedily or by beam search.
 
-    max_new_tokens: per answer. search: settings of transformers' generate, such as num_beams. Prompts of one batch are padded on the left.
+    Args:
+        model: The causal model.
+        tokenizer: Its tokenizer. Prompts of one batch are padded on the left.
+        conversations: The prompts, each a list of messages.
+        max_new_tokens: Longest completion, in tokens.
+        batch_size: Prompts in one batch.
+        search: Settings of transformers' `generate`, such as num_beams.
+
+    Yields:
+        The completions, in order.
     """
     side = tokenizer.padding_side
     tokenizer.padding_side = "left"
@@ -55,7 +64,18 @@ def stream_completion(
     max_new_tokens: int = 512,
     temperature: float = 0.0,
 ) -> str:
-    """The model's next turn, printed as it comes, and returned. temperature: 0 is greedy."""
+    """Generate the assistant's next turn and print it token by token.
+
+    Args:
+        model: The causal model.
+        tokenizer: Its tokenizer.
+        conversation: The messages so far.
+        max_new_tokens: Longest completion, in tokens.
+        temperature: Sampling temperature; 0 is greedy.
+
+    Returns:
+        The whole completion.
+    """
     inputs = tokenizer(
         render(conversation, tokenizer, add_generation_prompt=True),
         return_tensors="pt",
@@ -72,12 +92,11 @@ def stream_completion(
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             **sampling,
         )
-    return str(
-        tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    ).strip()
+    completion = out[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(completion, skip_special_tokens=True)).strip()
 
 
-def exact_match(answers: Iterable[str], wanted: Iterable[str]) -> float:
-    """The share of answers that are the wanted text, spaces at the ends apart."""
-    pairs = list(zip(answers, wanted, strict=True))
-    return sum(a.strip() == w.strip() for a, w in pairs) / len(pairs)
+def exact_match(completions: Iterable[str], references: Iterable[str]) -> float:
+    """The share of completions that equal their reference, ignoring spaces at the ends."""
+    pairs = list(zip(completions, references, strict=True))
+    return sum(c.strip() == r.strip() for c, r in pairs) / len(pairs)

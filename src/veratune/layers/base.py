@@ -148,7 +148,7 @@ class VeraVectors(nn.Module):
         )
 
     def apply_dropout(self, x: Tensor) -> Tensor:
-        """x with this adapter's dropout."""
+        """X with this adapter's dropout."""
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
 
     def forward(
@@ -258,7 +258,7 @@ class VeraWeightLayer(VeraLayer):
         return delta
 
     def rows_of(self, weight: Tensor) -> int:
-        """m of the whole matrix, of which a part may be some rows."""
+        """M of the whole matrix, of which a part may be some rows."""
         return weight.shape[0]
 
     def weight_of(self, parameter: str) -> nn.Parameter:

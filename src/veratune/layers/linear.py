@@ -139,7 +139,7 @@ def _group(x: Tensor, group: list[tuple[VeraVectors, list[int]]]) -> Tensor:
 
 
 def add_parts(y: Tensor, shares: Sequence[tuple[Part, Tensor]]) -> Tensor:
-    """y with each share added to its part's columns; y itself is not written to. Parts rise and do not overlap."""
+    """Y with each share added to its part's columns; y itself is not written to. Parts rise and do not overlap."""
     if len(shares) == 1 and shares[0][0].out_features == y.shape[-1]:
         return y + shares[0][1].to(y.dtype)
     pieces, at = [], 0

@@ -56,7 +56,7 @@ def vera_linear(
     plan: str = "auto",
     layer_id: int | None = None,
 ) -> Tensor:
-    """y = scale * b * (B (d * (A x))), and W x + bias before it where a weight is given
+    """Y = scale * b * (B (d * (A x))), and W x + bias before it where a weight is given
 
     x: (*T, n) activations; weight: W (m, n), frozen, in the dtype of the products, and bias: (m,).
     plan: the order of the products, one of `plans`; "auto" takes the cheapest that the precision allows. A and B of
@@ -198,7 +198,7 @@ def vera_conv(
     groups: int = 1,
     transposed: bool = False,
 ) -> Tensor:
-    """y = scale * b * (B (d * (A patch))) for each place of a convolution's output, with the patch of x that it sees
+    """Y = scale * b * (B (d * (A patch))) for each place of a convolution's output, with the patch of x that it sees
 
     x: (N, in, *places); A: (r, in / groups * kernel), B: (out, r); convolve(x, weight): the layer's own convolution, without
     bias, which takes A as its weight; B follows as one of kernel 1. kernel: its size in each dimension. Each group of
@@ -405,7 +405,7 @@ class _DeltaWeight(Function):
 
 
 def _trained(B: Tensor, d: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
-    """scale * diag(b) B diag(d), in B's dtype."""
+    """Scale * diag(b) B diag(d), in B's dtype."""
     out = B * _scaled(d, scale, B.dtype)
     return out if b is None else out.mul_(b.to(B.dtype)[:, None])
 
@@ -424,7 +424,7 @@ def _with_delta(
 
 
 def _add_product(y: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """y + left @ right, in y's memory; left: (*T, k), right: (k, columns)."""
+    """Y + left @ right, in y's memory; left: (*T, k), right: (k, columns)."""
     if y is None:
         return left.matmul(right)
     flat = y.view(-1, y.shape[-1])
@@ -455,7 +455,7 @@ def _summed(left: Tensor, right: Tensor, vector: Tensor) -> Tensor:
 
 
 def _scaled(d: Tensor | None, scale: float, dtype: torch.dtype) -> Any:
-    """scale * d in `dtype`: the scale goes to the small vector, at the higher precision of the two, rounded once."""
+    """Scale * d in `dtype`: the scale goes to the small vector, at the higher precision of the two, rounded once."""
     if d is None:
         return scale
     return (

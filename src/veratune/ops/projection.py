@@ -33,7 +33,7 @@ _last = _Last()
 
 
 def project(x: Tensor, A: Matrix, layer_id: int | None) -> Tensor:
-    """x Aᵀ, as a number and not as a step that autograd knows: its callers give the gradients.
+    """X Aᵀ, as a number and not as a step that autograd knows: its callers give the gradients.
 
     x: (*T, n); A: (r, n), in the dtype of x; layer_id: a number of the layer that asks, None for nobody who shares.
     Returns (*T, r), which must not be written to.

@@ -24,7 +24,8 @@ TRIES = 3
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judge:
     """Where to ask. url: such as https://api.openai.com/v1, or None to replay the cache alone; model: the judge's name; key: the name of the
-    environment variable that holds the key; cache: the file of replies, as JSON lines."""
+    environment variable that holds the key; cache: the file of replies, as JSON lines.
+    """
 
     url: str | None
     model: str

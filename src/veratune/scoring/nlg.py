@@ -64,7 +64,7 @@ def nlg_scores(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> N
 def nist(
     outputs: Sequence[Tokens], references: Sequence[Sequence[Tokens]], order: int = 5
 ) -> float:
-    """penalty * sum over n of (sum of info(w1 ... wn) over matches / n-grams in the outputs).
+    """Penalty * sum over n of (sum of info(w1 ... wn) over matches / n-grams in the outputs).
 
     info(w1 ... wn) = log2(count(w1 ... wn-1) / count(w1 ... wn)), counted in all references; an n-gram matches at most as often as in
     the one reference that has it most often; penalty = exp(-beta ln(min(1, length / mean reference length))^2), 1/2 at 2/3.

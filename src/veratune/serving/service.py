@@ -104,7 +104,8 @@ class Service:
 
     def asked(self, caller: Caller, model: str, loop: Loop[Any]) -> dict[str, Any]:
         """Tenant, key and load of a request to one of the loops, for a model's name. Raises what `find` raises, UnsupportedError for the other
-        base model."""
+        base model.
+        """
         ref = self.find(caller, model)
         if ref is None and self.loops[model] is not loop:
             does = (

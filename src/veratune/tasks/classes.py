@@ -1,8 +1,10 @@
 """Classes: their names from training rows, their numbers, their scores, and the part of a model that tells them apart."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import nn
@@ -82,6 +84,31 @@ def logits_of(prediction: Any) -> np.ndarray:
     """The logits among a model's outputs."""
     logits = prediction.predictions
     return np.asarray(logits[0] if isinstance(logits, tuple) else logits)
+
+
+def output_layer(model: nn.Module, outputs: int) -> tuple[str, nn.Linear] | None:
+    """The path and the module of the head's last linear layer with so many outputs; None without one."""
+    found = None
+    for head in output_heads(model):
+        for name, module in model.get_submodule(head).named_modules(prefix=head):
+            if isinstance(module, nn.Linear) and module.out_features == outputs:
+                found = name, module
+    return found
+
+
+def set_class_bias(layer: nn.Linear, targets: Sequence[int]) -> None:
+    """Set a classifier's bias to the log of the class frequencies: the best constant prediction.
+
+    A class without any row counts as half a row, so that its bias is finite.
+
+    Args:
+        layer: The output layer, with a bias of shape (classes,).
+        targets: The class index of each training row.
+    """
+    counts = torch.bincount(torch.as_tensor(targets), minlength=layer.out_features)
+    frequencies = counts.double().clamp_min(0.5) / max(len(targets), 1)
+    with torch.no_grad():
+        layer.bias.copy_(frequencies.log())
 
 
 def output_heads(model: nn.Module) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from veratune.errors import AdapterFileError, ConfigError, near
 from veratune.tasks.base import Task
-from veratune.tasks.diffusion.diffusion import TextToImage, UnconditionalImage
+from veratune.tasks.diffusion.generation import TextToImage, UnconditionalImage
 from veratune.tasks.text.classification import TextClassification, TextRegression
 from veratune.tasks.text.language import CausalLM, Instruction
 from veratune.tasks.vision.classification import ImageClassification

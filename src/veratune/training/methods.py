@@ -2,7 +2,7 @@
 
 Method (abstract)
 ├── Vera     the vectors of an adapter, and the head; the file is the adapter's
-└── BaselineMethod    parameters of the model itself: all, biases, or what PEFT and `veratune.training.baselines.inserted` add
+└── BaselineMethod    parameters of the model itself: all, biases, or what PEFT and `veratune.training.baselines.registry` add
 """
 
 import abc
@@ -25,12 +25,12 @@ from veratune.config import VeraConfig
 from veratune.errors import AdapterFileError, ConfigError, VeratuneError, near
 from veratune.formats import native
 from veratune.formats.atomic import write_atomic
-from veratune.inference.evaluate import ADAPTER_NAME
+from veratune.inference.adapted import ADAPTER_NAME
 from veratune.model_state import heads_of, set_task_metadata, vectors_of
 from veratune.targets import find_heads, find_sites
 from veratune.training.baselines.adalora import AdaLoraCallback
-from veratune.training.baselines.inserted import INSERTED, insert
-from veratune.training.baselines.inserted import NAME as WHERE
+from veratune.training.baselines.modules import NAME as BASELINE_MODULE
+from veratune.training.baselines.registry import BASELINES, add_baseline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +144,8 @@ class BaselineMethod(Method):
         if self.method == "bitfit":
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.rpartition(".")[2] in ("bias", "in_proj_bias"))
-        elif self.method in INSERTED:
-            insert(self.method, model, self.config, self.options)
+        elif self.method in BASELINES:
+            add_baseline(self.method, model, self.config, self.options)
         elif self.method.startswith("peft:"):
             self._inject(model)
         for parameter in self.head(model):
@@ -191,7 +191,7 @@ class BaselineMethod(Method):
                 if buffer is not None
             }
         return kept | {
-            name: buffer for name, buffer in model.named_buffers() if f".{WHERE}." in name
+            name: buffer for name, buffer in model.named_buffers() if f".{BASELINE_MODULE}." in name
         }
 
     def _inject(self, model: nn.Module) -> None:
@@ -231,7 +231,7 @@ def build_method(name: str, config: VeraConfig, options: Mapping[str, Any]) -> M
     """The method of a name. Raises ConfigError for an unknown one."""
     if name == "vera":
         return VeraMethod(config)
-    known = ("vera", "head", "bitfit", "full", *INSERTED)
+    known = ("vera", "head", "bitfit", "full", *BASELINES)
     if name not in known and not name.startswith("peft:"):
         raise ConfigError(
             f"unknown method {name!r}; there are {', '.join(known)} and peft:NAME{near(name, (*known, 'peft:lora'))}"

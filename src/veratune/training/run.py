@@ -21,11 +21,11 @@ from transformers.trainer_callback import ProgressCallback
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError, OutputError, near
 from veratune.formats.atomic import refuse_used, write_atomic
-from veratune.inference.evaluate import scores
+from veratune.inference.evaluate import clean_metrics
 from veratune.targets import find_heads
 from veratune.tasks.base import Task
 from veratune.tasks.registry import task_class
-from veratune.training.ema import EMACallback
+from veratune.training.callbacks import EMACallback
 from veratune.training.methods import LearningRates, Method, build_method
 from veratune.training.settings import TrainSettings
 from veratune.training.trainer import ProgressLogger, SampleCallback, VeraTrainer, last_checkpoint
@@ -75,9 +75,11 @@ def train(
     """
     vera = dataclasses.replace(vera, seed=settings.basis_seed)
     out = Path(settings.out)
+    task = task or build_task(settings)
+    if settings.head_lr is None:
+        settings = dataclasses.replace(settings, head_lr=task.head_lr)
     if _first_process():
         _check_out(settings, vera, out)
-    task = task or build_task(settings)
     method = method or build_method(settings.method, vera, settings.options)
     if settings.label_smoothing and not task.cross_entropy:
         raise ConfigError(
@@ -96,6 +98,7 @@ def train(
     set_seed(settings.seed)
     options = {"dtype": settings.base_dtype, "quantize": settings.quantize}
     model = task.load_model(settings.model, processor, **options)
+    task.init_head(model, train_set)
     heads, frozen_norms = _norms(settings, model, vera.head or task.heads(model))
     method.prepare(model, heads, task.to_metadata())
 
@@ -113,7 +116,7 @@ def train(
     start = time.perf_counter()
     trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
-    after = {} if eval_set is None else scores(trainer.evaluate())
+    after = {} if eval_set is None else clean_metrics(trainer.evaluate())
     size = method.write(model, out, _first_process())
     result = TrainResult(
         path=str(out / method.file),
@@ -243,6 +246,7 @@ def _trainer(
     checkpoint: Path | None,
 ) -> VeraTrainer:
     evaluates, out = eval_set is not None, Path(settings.out)
+    head_lr = task.head_lr if settings.head_lr is None else settings.head_lr
     every: dict[str, Any] = {"save_strategy": "epoch"}
     if settings.save_steps:
         every = {"save_strategy": "steps", "save_steps": settings.save_steps}
@@ -309,7 +313,8 @@ def _trainer(
         frozen_norms=frozen_norms,
         loss_per_token=task.loss_per_token,
         outputs=task.outputs,
-        rates=LearningRates(settings.lr, settings.head_lr, settings.b_lr),
+        rates=LearningRates(settings.lr, head_lr * task.target_scale, settings.b_lr),
+        loss_scale=task.target_scale**-2,
     )
     trainer.remove_callback(ProgressCallback)  # it writes to standard output
     trainer.add_callback(ProgressLogger)
@@ -321,7 +326,7 @@ def _before(trainer: VeraTrainer, out: Path) -> dict[str, float]:
     kept = out / BEFORE
     if kept.is_file():
         return json.loads(kept.read_text())
-    found = scores(trainer.evaluate())
+    found = clean_metrics(trainer.evaluate())
     # Evaluation marks the model as prepared, and accelerate would then not wrap it for distributed training.
     trainer.adapted.__dict__.pop("_is_accelerate_prepared", None)
     if _first_process():

@@ -43,7 +43,8 @@ class TrainSettings:
             layers, which is stored as a part of the head. Default: frozen, or train with method full.
         lr: peak learning rate of the vectors d and b (of what the method trains beside the head), per step.
         b_lr: peak learning rate of the vectors b alone (method vera); default: lr.
-        head_lr: peak learning rate of the head, per step.
+        head_lr: peak learning rate of the head, per step. Default: 1e-2 for tasks on text with a head, else 1e-3. Regression
+            multiplies it by the standard deviation of the targets.
         weight_decay: of AdamW, on vectors and head.
         batch_size: examples in one forward pass of one process.
         group_by_length: make batches of examples of like length: less padding, so faster, and less random.
@@ -97,7 +98,7 @@ class TrainSettings:
     batch_norm: Literal["frozen", "train"] | None = None
     lr: float = 1e-2
     b_lr: float | None = None
-    head_lr: float = 1e-3
+    head_lr: float | None = None
     weight_decay: float = 0.0
     batch_size: int = 16
     group_by_length: bool = False

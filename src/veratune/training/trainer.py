@@ -24,7 +24,8 @@ class VeraTrainer(TaskTrainer):
     """Trainer for what a method trains of a model.
 
     rates: peak learning rates; loss_per_token: see Task; frozen_norms: modules that stay in
-    evaluation mode while the model is trained, such as frozen batch normalisation.
+    evaluation mode while the model is trained, such as frozen batch normalisation; loss_scale: factor of the
+    training loss.
     Checkpoints hold the method's file, the optimizer and the random states, never the base model.
     """
 
@@ -36,9 +37,11 @@ class VeraTrainer(TaskTrainer):
         rates: LearningRates,
         loss_per_token: bool,
         frozen_norms: Sequence[nn.Module] = (),
+        loss_scale: float = 1.0,
         **kwargs: Any,
     ) -> None:
         self.method, self.rates, self.frozen_norms = method, rates, frozen_norms
+        self.loss_scale = loss_scale
         # Trainer refuses a quantized model unless this mark says that there is an adapter on it.
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
         try:
@@ -75,7 +78,9 @@ class VeraTrainer(TaskTrainer):
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         for module in self.frozen_norms:
             module.eval()
-        return super().compute_loss(model, *args, **kwargs)
+        loss = super().compute_loss(model, *args, **kwargs)
+        # Evaluation asks for a pair (loss, outputs): its loss stays in the targets' own units.
+        return loss * self.loss_scale if isinstance(loss, torch.Tensor) else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over what the method trains, each group at its own learning rate."""

@@ -8,7 +8,7 @@ import pytest
 
 import veratune as vt
 from tests import fakes
-from tests.serving.engine.test_engine import small_llama
+from tests.serving.fakes import small_llama
 from tests.serving.http.test_app import FILES, Served
 from veratune.errors import ConfigError
 from veratune_lab.__main__ import main

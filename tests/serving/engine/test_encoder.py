@@ -5,16 +5,10 @@ import threading
 import pytest
 import torch
 
-import veratune as vt
-from tests import fakes
-from veratune.adapter import install
+from tests.serving.fakes import HEADED, QV, encode_alone, encoder, headed_adapter
 from veratune.errors import ConfigError, UnsupportedError
-from veratune.serving.engine.encoder import Encoder, EncodeRequest
-from veratune.serving.engine.scheduler import SchedulerConfig
-from veratune.serving.pool.pool import AdapterPool
+from veratune.serving.engine.encoder import EncodeRequest
 
-HEADED = vt.VeraConfig(rank=6, targets=("query", "value"), head=("classifier",))
-QV = vt.VeraConfig(rank=6, targets=("query", "value"))
 TEXTS = [
     "turn the light on",
     "a great film",
@@ -23,35 +17,6 @@ TEXTS = [
     "awful movie",
     "I love it",
 ]
-
-
-def trained(config, number, labels=2):
-    model = vt.attach(fakes.bert(labels), config, "x")
-    fakes.scramble(model, "x", seed=number)
-    return vt.extract(model, "x")
-
-
-def encoder(rows=16, **options):
-    model = fakes.bert(2).eval()
-    return Encoder(
-        model,
-        fakes.tokenizer(),
-        AdapterPool(model, slots=rows),
-        config=SchedulerConfig(max_num_seqs=rows),
-        **options,
-    )
-
-
-def alone(own, text, want, labels=2):
-    model = fakes.bert(labels).eval()
-    if own is not None:
-        install(model, own, "x")
-    batch = fakes.tokenizer()([text], return_tensors="pt")
-    with torch.no_grad():
-        if want == "logits":
-            return model(**batch).logits[0]
-        hidden = model.base_model(**batch).last_hidden_state[0].mean(0)
-    return hidden / hidden.norm()
 
 
 def run(server, requests):
@@ -66,10 +31,10 @@ def test_every_text_is_read_as_if_alone(batch_tokens):
     """Adapters with two classes, with three, without a head, and nobody's: in few batches, or in many."""
     server = encoder(max_num_batched_tokens=batch_tokens)
     own = {
-        1: (trained(HEADED, 1), 2),
-        2: (trained(HEADED, 2), 2),
-        3: (trained(HEADED, 3, labels=3), 3),
-        4: (trained(QV, 4), 2),
+        1: (headed_adapter(HEADED, 1), 2),
+        2: (headed_adapter(HEADED, 2), 2),
+        3: (headed_adapter(HEADED, 3, labels=3), 3),
+        4: (headed_adapter(QV, 4), 2),
         None: (None, 2),
     }
     asked = [
@@ -85,7 +50,9 @@ def test_every_text_is_read_as_if_alone(batch_tokens):
     run(server, requests)
     for (who, text, want), request in zip(asked, requests, strict=True):
         found = torch.tensor(request.result())
-        assert torch.allclose(found, alone(own[who][0], text, want, own[who][1]), atol=1e-5), (
+        assert torch.allclose(
+            found, encode_alone(own[who][0], text, want, own[who][1]), atol=1e-5
+        ), (
             who,
             text,
             want,
@@ -101,7 +68,7 @@ def test_what_cannot_be_read_is_said_and_fails_alone():
         server.submit(EncodeRequest("t", server.encode("light " * 30)))
     with pytest.raises(UnsupportedError, match="no trained head"):
         server.submit(EncodeRequest("t", server.encode("light"), "logits"))
-    own = trained(QV, 1)
+    own = headed_adapter(QV, 1)
     plain = EncodeRequest("t", server.encode("light"), "logits", key="plain", load=lambda: own)
     broken = EncodeRequest("t", server.encode("light"), key="broken", load=lambda: 1 / 0)
     fine = EncodeRequest("t", server.encode("light"), key="fine", load=lambda: own)
@@ -115,7 +82,7 @@ def test_what_cannot_be_read_is_said_and_fails_alone():
 
 def test_a_slow_store_holds_up_nobody_else():
     server = encoder(rows=4)
-    own = trained(QV, 1)
+    own = headed_adapter(QV, 1)
     there = threading.Event()
     server.start()
     late = server.submit(

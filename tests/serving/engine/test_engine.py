@@ -10,91 +10,23 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-import veratune as vt
 from tests import fakes
-from tests.serving.pool.test_pool import adapter
-from veratune.adapter import install
+from tests.serving.fakes import (
+    FAMILIES,
+    GREEDY,
+    QV,
+    adapter,
+    engine,
+    generate_alone,
+    run_all,
+    small_llama,
+)
 from veratune.errors import ConfigError, QueueFullError, ShutdownError, UnsupportedError
 from veratune.serving.engine.engine import Engine, GenerationRequest
 from veratune.serving.engine.loop import run_in_temporary_thread
 from veratune.serving.engine.sampling import Detokenizer, SamplingParams, sample
 from veratune.serving.engine.scheduler import SchedulerConfig
 from veratune.serving.pool.pool import AdapterPool
-
-QV = vt.VeraConfig(rank=6, targets=("query", "value"))
-GREEDY = SamplingParams(temperature=0, max_tokens=12)
-
-
-def small_llama():
-    return fakes.llama(num_hidden_layers=2)
-
-
-def engine(make=small_llama, rows=8, **options):
-    model = make().eval()
-    return Engine(
-        model,
-        fakes.tokenizer(),
-        AdapterPool(model, slots=max(rows, 1)),
-        config=SchedulerConfig(max_num_seqs=rows),
-        max_model_len=128,
-        **options,
-    )
-
-
-def alone(make, prompt, own, tokens):
-    """The greedy answer of transformers' own generate, with one adapter in the model."""
-    model = make().eval()
-    if own is not None:
-        install(model, own, "x")
-    ids = torch.tensor([list(prompt)])
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    return out[0, len(prompt) :].tolist()
-
-
-def run(engine, requests):
-    """Submit at random moments, step until all ended; returns the tokens of each."""
-    rng, waiting = random.Random(0), list(requests)
-    found = {id(request): [] for request in requests}
-    for request in requests:
-        request.on_output = found[id(request)].append
-    while waiting or engine.scheduler.waiting or engine.scheduler.running:
-        while waiting and rng.random() < 0.6:
-            engine.submit(waiting.pop(0))
-        engine.step()
-    return [
-        [piece.token.token_id for piece in found[id(r)] if getattr(piece, "token", None)]
-        for r in requests
-    ], found
-
-
-def family(name):
-    """A tiny model of another family, by its configuration's class."""
-
-    def make():
-        kind = getattr(transformers, f"{name}Config")
-        window = (
-            {"sliding_window": 8}
-            if "sliding_window" in {field.name for field in dataclasses.fields(kind)}
-            else {}
-        )
-        config = kind(
-            vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-            max_position_embeddings=128, bos_token_id=0, eos_token_id=1, pad_token_id=1, initializer_range=0.2, **window,
-        )  # fmt: skip
-        return fakes.seeded(lambda: transformers.AutoModelForCausalLM.from_config(config))
-
-    make.__name__ = name
-    return make
-
-
-# Mistral, Gemma 2 and 3 see the last 8 tokens only, in all layers or in every other one.
-FAMILIES = [family(name) for name in ("Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3Text")]
 
 
 @pytest.mark.parametrize("make", [small_llama, fakes.gpt2, *FAMILIES])
@@ -120,9 +52,9 @@ def test_every_conversation_is_as_if_alone(make, chunk):
     ]
     server = engine(make, rows=5, max_num_batched_tokens=chunk)
     server.eos_token_ids = set()
-    answers, _ = run(server, requests)
+    answers, _ = run_all(server, requests)
     for prompt, w, n, answer in zip(prompts, which, lengths, answers, strict=True):
-        wanted = alone(make, prompt, own[w], n)
+        wanted = generate_alone(make, prompt, own[w], n)
         assert answer[: len(wanted)] == wanted
         assert len(answer) == n
     assert server.stats.finished["length"] == 14
@@ -139,8 +71,8 @@ def test_the_same_prompt_under_two_adapters_never_crosses():
         GenerationRequest("t", prompt, GREEDY, key=i % 2 + 1, load=lambda i=i: (one, two)[i % 2])
         for i in range(8)
     ]
-    answers, _ = run(engine(), requests)
-    wanted = [alone(small_llama, prompt, own, 12) for own in (one, two)]
+    answers, _ = run_all(engine(), requests)
+    wanted = [generate_alone(small_llama, prompt, own, 12) for own in (one, two)]
     assert wanted[0] != wanted[1]
     for i, answer in enumerate(answers):
         assert answer == wanted[i % 2][: len(answer)]
@@ -160,11 +92,11 @@ def test_one_request_fails_alone():
         GenerationRequest("t", [4, 5], GREEDY, key="broken", load=broken), GenerationRequest("t", [4, 5], GREEDY),
     ]  # fmt: skip
     server = engine()
-    answers, found = run(server, requests)
-    assert answers[0] == alone(small_llama, [4, 5], good, 12)[: len(answers[0])]
+    answers, found = run_all(server, requests)
+    assert answers[0] == generate_alone(small_llama, [4, 5], good, 12)[: len(answers[0])]
     assert isinstance(found[id(requests[1])][-1], UnsupportedError)
     assert isinstance(found[id(requests[2])][-1], OSError)
-    assert answers[3] == alone(small_llama, [4, 5], None, 12)[: len(answers[3])]
+    assert answers[3] == generate_alone(small_llama, [4, 5], None, 12)[: len(answers[3])]
     assert server.stats.finished["error"] == 2
 
 
@@ -176,12 +108,14 @@ def test_what_a_failed_row_leaves_behind_reaches_nobody():
     server = engine(rows=2)
     server.eos_token_ids = set()
     long, short = [4, 5, 6] * 10, [7, 8]
-    _, found = run(server, [GenerationRequest("t", long, GREEDY, key="huge", load=lambda: huge)])
+    _, found = run_all(
+        server, [GenerationRequest("t", long, GREEDY, key="huge", load=lambda: huge)]
+    )
     assert [type(answers[-1]) for answers in found.values()] == [UnsupportedError]
-    answers, _ = run(
+    answers, _ = run_all(
         server, [GenerationRequest("t", short, GREEDY), GenerationRequest("t", long, GREEDY)]
     )
-    assert answers == [alone(small_llama, prompt, None, 12) for prompt in (short, long)]
+    assert answers == [generate_alone(small_llama, prompt, None, 12) for prompt in (short, long)]
 
 
 def test_prompts_of_like_length_are_read_together_and_a_tenant_who_asks_a_lot_does_not_hold_up_another():
@@ -206,7 +140,7 @@ def test_prompts_of_like_length_are_read_together_and_a_tenant_who_asks_a_lot_do
     while one.finished_time is None:
         server.step()
     assert one.result() == server.tokenizer.decode(
-        alone(small_llama, [5] * 15, None, 3), skip_special_tokens=True
+        generate_alone(small_llama, [5] * 15, None, 3), skip_special_tokens=True
     )
     server.close()
 
@@ -220,11 +154,11 @@ def test_a_failing_pass_fails_its_rows_and_the_next_one_works(monkeypatch):
         "forward",
         lambda *a, **k: (_ for _ in ()).throw(RuntimeError("out of memory")),
     )
-    _, found = run(server, [first])
+    _, found = run_all(server, [first])
     assert "out of memory" in str(found[id(first)][-1])
     monkeypatch.setattr(server.model, "forward", forward)
-    answers, _ = run(server, [GenerationRequest("t", [4, 5], GREEDY)])
-    assert answers[0] == alone(small_llama, [4, 5], None, 12)[: len(answers[0])]
+    answers, _ = run_all(server, [GenerationRequest("t", [4, 5], GREEDY)])
+    assert answers[0] == generate_alone(small_llama, [4, 5], None, 12)[: len(answers[0])]
 
 
 def test_cancelled_while_waiting_reading_and_answering():
@@ -258,12 +192,12 @@ def test_cancelled_while_waiting_reading_and_answering():
 
 def test_a_seed_draws_the_same_answer_whoever_else_is_there():
     drawn = SamplingParams(temperature=1.0, top_p=0.9, top_k=20, seed=7, max_tokens=10)
-    (first,), _ = run(engine(), [GenerationRequest("t", [4, 5], drawn)])
+    (first,), _ = run_all(engine(), [GenerationRequest("t", [4, 5], drawn)])
     others = [
         GenerationRequest("u", [6] * i, SamplingParams(temperature=1.0, max_tokens=9))
         for i in range(1, 5)
     ]
-    answers, _ = run(engine(), [*others, GenerationRequest("t", [4, 5], drawn)])
+    answers, _ = run_all(engine(), [*others, GenerationRequest("t", [4, 5], drawn)])
     assert answers[-1] == first
 
 
@@ -271,7 +205,7 @@ def test_logprobs_are_those_of_the_model():
     request = GenerationRequest(
         "t", [4, 5, 6], SamplingParams(temperature=0, max_tokens=1, logprobs=3)
     )
-    _, found = run(engine(), [request])
+    _, found = run_all(engine(), [request])
     choice = found[id(request)][-1].token
     with torch.no_grad():
         logs = small_llama().eval()(torch.tensor([[4, 5, 6]])).logits[0, -1].log_softmax(-1)
@@ -320,8 +254,8 @@ def test_penalties_and_bias_are_taken_from_the_logits(logits, said, frequency, p
 def test_a_penalty_knows_its_own_answer_alone():
     greedy = SamplingParams(temperature=0, max_tokens=12)
     penalised = dataclasses.replace(greedy, frequency_penalty=2.0, logit_bias=((7, 100.0),))
-    (plain,), _ = run(engine(), [GenerationRequest("t", [4, 5], greedy)])
-    (one, other, last), found = run(
+    (plain,), _ = run_all(engine(), [GenerationRequest("t", [4, 5], greedy)])
+    (one, other, last), found = run_all(
         engine(),
         [
             asked := GenerationRequest("t", [4, 5], penalised),
@@ -387,14 +321,14 @@ def test_text_is_sent_in_whole_characters_and_never_a_stop_nor_its_beginning():
 
 def test_a_stop_ends_an_answer(monkeypatch):
     server = engine()
-    wanted = alone(small_llama, [4, 5], None, 12)
+    wanted = generate_alone(small_llama, [4, 5], None, 12)
     words = server.tokenizer.decode(wanted)
     stop = server.tokenizer.decode(wanted[3:4]).strip()
     if stop:
         request = GenerationRequest(
             "t", [4, 5], SamplingParams(temperature=0, max_tokens=12, stop=(stop,))
         )
-        _, found = run(server, [request])
+        _, found = run_all(server, [request])
         said = "".join(piece.text for piece in found[id(request)])
         assert said == words[: words.index(stop)]
         assert found[id(request)][-1].finish_reason == "stop"
@@ -421,7 +355,8 @@ def test_a_thread_serves_and_goes_down():
         thread.join()
     for i, answer in answers.items():
         assert (
-            answer == alone(small_llama, [4, 5, 3 + i], own if i % 2 else None, 12)[: len(answer)]
+            answer
+            == generate_alone(small_llama, [4, 5, 3 + i], own if i % 2 else None, 12)[: len(answer)]
         )
     late = server.submit(GenerationRequest("t", [4], SamplingParams(temperature=0, max_tokens=100)))
     server.close(drain=30)

@@ -6,8 +6,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.serving.engine.test_engine import FAMILIES, GREEDY, QV, alone, engine, run, small_llama
-from tests.serving.pool.test_pool import adapter
+from tests.serving.fakes import (
+    FAMILIES,
+    GREEDY,
+    QV,
+    adapter,
+    engine,
+    generate_alone,
+    run_all,
+    small_llama,
+)
 from veratune.errors import UnsupportedError
 from veratune.serving.engine.engine import GenerationRequest
 from veratune.serving.engine.prefix_cache import LEAST, PrefixCache
@@ -75,9 +83,9 @@ def test_a_conversation_that_goes_on_says_what_it_says_without(make):
         requests = [
             GenerationRequest("t", talk, GREEDY, key=i or None, load=lambda i=i: own[i]) for i, talk in enumerate(talks)
         ]  # fmt: skip
-        answers, _ = run(server, requests)
+        answers, _ = run_all(server, requests)
         for i, (talk, answer) in enumerate(zip(talks, answers, strict=True)):
-            assert answer == alone(make, talk, own[i], 12)[:12]
+            assert answer == generate_alone(make, talk, own[i], 12)[:12]
             assert requests[i].cached_tokens == (
                 0 if turn == 0 else len(talk) - 3
             )  # all but the last of the answer and two new ones
@@ -95,8 +103,8 @@ def test_a_prefix_is_its_tenants_adapters_and_versions_alone():
 
     def known(tenant, key, own):
         request = GenerationRequest(tenant, prompt, GREEDY, key=key, load=lambda: own)
-        (answer,), _ = run(server, [request])
-        assert answer == alone(small_llama, prompt, own, 12)
+        (answer,), _ = run_all(server, [request])
+        assert answer == generate_alone(small_llama, prompt, own, 12)
         return request.cached_tokens
 
     first = ("ann", "x", 1)
@@ -117,7 +125,7 @@ def test_a_row_that_failed_is_not_kept():
     for b in huge.b.values():
         b.fill_(1e38)
     server = engine(rows=2, prefix_cache_bytes=10**8)
-    _, found = run(
+    _, found = run_all(
         server, [GenerationRequest("t", list(range(4, 24)), GREEDY, key="huge", load=lambda: huge)]
     )
     assert [type(answers[-1]) for answers in found.values()] == [UnsupportedError]
@@ -134,6 +142,6 @@ def test_a_cancelled_request_leaves_what_it_read():
     server.cancel(request)
     server.step()
     again = GenerationRequest("t", prompt, GREEDY)
-    (answer,), _ = run(server, [again])
+    (answer,), _ = run_all(server, [again])
     assert again.cached_tokens == 16
-    assert answer == alone(small_llama, prompt, None, 12)[: len(answer)]
+    assert answer == generate_alone(small_llama, prompt, None, 12)[: len(answer)]

@@ -14,12 +14,17 @@ import pytest
 import torch
 import uvicorn
 
-import veratune as vt
 from tests import fakes
-from tests.serving.engine.test_encoder import HEADED, encoder, trained
-from tests.serving.engine.test_encoder import alone as alone_read
-from tests.serving.engine.test_engine import alone, small_llama
-from tests.serving.pool.test_pool import adapter
+from tests.serving.fakes import (
+    HEADED,
+    QV,
+    adapter,
+    encode_alone,
+    encoder,
+    generate_alone,
+    headed_adapter,
+    small_llama,
+)
 from veratune.errors import AdapterNotFoundError, ConfigError, UnsupportedError
 from veratune.formats import native
 from veratune.serving.engine.engine import Engine
@@ -31,7 +36,6 @@ from veratune.serving.pool.pool import AdapterPool
 from veratune.serving.service import Service
 from veratune.serving.store.sqlite import SqliteStore
 
-QV = vt.VeraConfig(rank=6, targets=("query", "value"))
 OWN = {name: adapter(small_llama, QV, i) for i, name in enumerate(("alice", "bob", "new"))}
 FILES = {name: native.encode(own) for name, own in OWN.items()}
 
@@ -129,7 +133,7 @@ def served(tmp_path_factory):
 
 def greedy(name, prompt, tokens=8):
     """What the model says with an adapter, by transformers' own generate, up to its end token."""
-    said = alone(small_llama, prompt, OWN.get(name), tokens)
+    said = generate_alone(small_llama, prompt, OWN.get(name), tokens)
     made = fakes.tokenizer()
     said = said[: said.index(made.eos_token_id)] if made.eos_token_id in said else said
     return made.decode(said, skip_special_tokens=True)
@@ -568,13 +572,14 @@ def test_embeddings_and_classes_come_from_the_encoder(tmp_path):
     served = Served(tmp_path, encoder=True)
     try:
         headed = dataclasses.replace(
-            trained(HEADED, 1), task={"name": "text-classification", "labels": ["bad", "good"]}
+            headed_adapter(HEADED, 1),
+            task={"name": "text-classification", "labels": ["bad", "good"]},
         )
         with served.http() as http, served.openai() as client:
             assert http.put("/v1/adapters/taste", content=native.encode(headed)).status_code == 201
             assert (
                 http.put(
-                    "/v1/adapters/three", content=native.encode(trained(HEADED, 3, labels=3))
+                    "/v1/adapters/three", content=native.encode(headed_adapter(HEADED, 3, labels=3))
                 ).status_code
                 == 201
             )
@@ -591,7 +596,9 @@ def test_embeddings_and_classes_come_from_the_encoder(tmp_path):
                 found = client.embeddings.create(model=model, input=texts)
                 for text, entry in zip(texts, found.data, strict=True):
                     assert torch.allclose(
-                        torch.tensor(entry.embedding), alone_read(own, text, "embedding"), atol=1e-5
+                        torch.tensor(entry.embedding),
+                        encode_alone(own, text, "embedding"),
+                        atol=1e-5,
                     )
             plain = client.embeddings.create(
                 model="reader", input=[4, 5, 6], encoding_format="float"
@@ -604,7 +611,7 @@ def test_embeddings_and_classes_come_from_the_encoder(tmp_path):
             assert [entry.index for entry in many.data] == list(range(40))
             reply = http.post("/v1/classify", json={"model": "taste", "input": texts}).json()
             for text, entry in zip(texts, reply["data"], strict=True):
-                logits = alone_read(headed, text, "logits")
+                logits = encode_alone(headed, text, "logits")
                 assert torch.allclose(torch.tensor(entry["probs"]), logits.softmax(-1), atol=1e-5)
                 assert entry["label"] == ["bad", "good"][int(logits.argmax())]
             three = http.post(

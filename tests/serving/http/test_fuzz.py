@@ -4,7 +4,7 @@ import hypothesis
 import pytest
 import schemathesis
 
-from tests.serving.engine.test_encoder import HEADED, trained
+from tests.serving.fakes import HEADED, headed_adapter
 from tests.serving.http.test_app import FILES, Served
 from tests.serving.jobs.test_jobs import CHAT, LINES
 from veratune.formats import native
@@ -33,7 +33,7 @@ def fuzzed(tmp_path_factory):
     served.jobs.command = ("true",)
     with served.http() as http:
         http.put("/v1/adapters/alice", content=FILES["alice"])
-        http.put("/v1/adapters/taste", content=native.encode(trained(HEADED, 1)))
+        http.put("/v1/adapters/taste", content=native.encode(headed_adapter(HEADED, 1)))
     file = served.jobs.add_file("default", "rows", "fine-tune", LINES).id
     job = served.jobs.add("default", "base", file).id
     app = build(served.service, served.keys, served.jobs, timeout=20)

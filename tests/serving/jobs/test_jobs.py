@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from tests import fakes
-from tests.serving.engine.test_engine import small_llama
+from tests.serving.fakes import small_llama
 from tests.serving.http.test_app import FILES, Served
 from veratune.errors import ConfigError, DataError, JobNotFoundError, QueueFullError
 from veratune.formats import native

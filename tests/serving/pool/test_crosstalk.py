@@ -7,8 +7,7 @@ import threading
 import pytest
 
 from tests import fakes
-from tests.serving.engine.test_engine import QV, alone, small_llama
-from tests.serving.pool.test_pool import adapter
+from tests.serving.fakes import QV, adapter, generate_alone, small_llama
 from veratune.errors import AdapterNotFoundError
 from veratune.formats import native
 from veratune.serving.engine.engine import Engine, GenerationRequest
@@ -29,11 +28,13 @@ def test_no_answer_is_anothers(tmp_path, count):
     made = [adapter(small_llama, QV, i) for i in range(TENANTS * CONTENTS)]
     files = [native.encode(own) for own in made]
     says = {
-        (i, p): tuple(alone(small_llama, PROMPTS[p], own, TOKENS))
+        (i, p): tuple(generate_alone(small_llama, PROMPTS[p], own, TOKENS))
         for i, own in enumerate(made)
         for p in range(len(PROMPTS))
     }
-    base = {p: tuple(alone(small_llama, PROMPTS[p], None, TOKENS)) for p in range(len(PROMPTS))}
+    base = {
+        p: tuple(generate_alone(small_llama, PROMPTS[p], None, TOKENS)) for p in range(len(PROMPTS))
+    }
     whose = {}
     for (i, p), tokens in says.items():
         whose.setdefault((p, tokens), set()).add(i // CONTENTS)

@@ -10,6 +10,7 @@ from torch import nn
 
 import veratune as vt
 from tests import fakes
+from tests.serving.fakes import QV, adapter
 from veratune.errors import (
     AdapterError,
     BaseModelError,
@@ -21,14 +22,6 @@ from veratune.errors import (
 from veratune.serving.pool.pool import AdapterPool
 
 TOKENS = torch.arange(40).view(5, 8) % 30
-QV = vt.VeraConfig(rank=6, targets=("query", "value"))
-
-
-def adapter(make, config, number, name="x"):
-    """A trained adapter: its vectors are random, by its number."""
-    model = vt.attach(make(), config, name)
-    fakes.scramble(model, name, seed=number)
-    return vt.extract(model, name)
 
 
 def alone(make, adapters, tokens=TOKENS):

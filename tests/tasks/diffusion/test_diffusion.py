@@ -8,8 +8,10 @@ import veratune as vt
 from tests import fakes
 from veratune.errors import DataError, UnsupportedError
 from veratune.formats import native
-from veratune.inference.evaluate import evaluate_with_base, load_with_adapter
-from veratune.tasks.diffusion.diffusion import Unconditional, load_style
+from veratune.inference.adapted import load_with_adapter
+from veratune.inference.evaluate import evaluate_with_base
+from veratune.tasks.diffusion.models import Unconditional
+from veratune.tasks.diffusion.pipelines import load_style
 from veratune.training.run import train
 from veratune.training.settings import TrainSettings
 

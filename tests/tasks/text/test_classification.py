@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 from tests import fakes
@@ -118,3 +119,49 @@ def test_an_unknown_task_in_a_file():
         task_from_metadata({"name": "telepathy"})
     with pytest.raises(AdapterFileError, match="is not known here"):
         task_from_metadata({"name": "instruction", "colour": 3})
+
+
+def loaded_on(task, labels, folder, base):
+    """A task's model from a saved base, with its head started from the labels."""
+    base.save_pretrained(folder)
+    tokenizer = fakes.tokenizer()
+    task.fit_labels(rows(labels))
+    model = task.load_model(str(folder), tokenizer)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    task.init_head(model, task.encode(rows(labels), tokenizer))
+    return model, before
+
+
+def test_a_new_classifier_starts_at_the_log_of_the_class_frequencies(tmp_path):
+    task = TextClassification()
+    model, before = loaded_on(task, [0, 0, 0, 2], tmp_path, fakes.bert())
+    bias = model.classifier.bias.detach()
+    assert bias.exp().tolist() == pytest.approx([0.75, 0.125, 0.25])  # class 1 has no row
+    assert torch.equal(model.classifier.weight, before["classifier.weight"])
+    assert task.target_scale == 1.0
+
+
+def test_a_new_regression_head_starts_at_the_mean_in_units_of_the_spread(tmp_path):
+    task = TextRegression()
+    model, before = loaded_on(task, [10.0, 30.0, 20.0], tmp_path, fakes.bert())
+    spread = np.std([10.0, 30.0, 20.0])
+    assert model.classifier.bias.item() == pytest.approx(20.0)
+    assert task.target_scale == pytest.approx(spread)
+    assert torch.allclose(model.classifier.weight, before["classifier.weight"] * spread)
+
+
+def test_constant_targets_are_no_division_by_zero(tmp_path):
+    task = TextRegression()
+    model, _ = loaded_on(task, [3.0, 3.0], tmp_path, fakes.bert())
+    assert (task.target_scale, model.classifier.bias.item()) == (1.0, 3.0)
+
+
+def test_a_head_that_the_checkpoint_brings_keeps_its_values(tmp_path):
+    model, before = loaded_on(TextClassification(), [0, 0, 1], tmp_path, fakes.bert(labels=2))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_a_head_without_a_bias_keeps_its_values(tmp_path):
+    model, before = loaded_on(TextRegression(), [1.0, 2.0], tmp_path, fakes.llama())
+    assert torch.equal(model.score.weight, before["score.weight"])

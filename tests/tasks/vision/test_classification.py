@@ -10,7 +10,8 @@ import veratune as vt
 from tests import fakes
 from veratune.errors import ConfigError, DataError
 from veratune.formats import native
-from veratune.inference.evaluate import evaluate_with_base, load_with_adapter
+from veratune.inference.adapted import load_with_adapter
+from veratune.inference.evaluate import evaluate_with_base
 from veratune.training.run import train
 from veratune.training.settings import TrainSettings
 

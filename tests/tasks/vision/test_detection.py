@@ -10,7 +10,8 @@ import veratune as vt
 from tests import fakes
 from veratune.errors import DataError
 from veratune.formats import native
-from veratune.inference.evaluate import evaluate, load_with_adapter
+from veratune.inference.adapted import load_with_adapter
+from veratune.inference.evaluate import evaluate
 from veratune.tasks.vision.boxes import load_box_examples, validate_boxes
 from veratune.tasks.vision.detection import mean_average_precision
 from veratune.training.run import train

@@ -94,7 +94,8 @@ R = TypeVar("R", bound=BaseRequest)
 @dataclasses.dataclass
 class EngineStats:
     """What a loop did: steps, tokens of prompts that were read and that were known already, tokens of answers, seconds in steps, requests
-    that ended, by how."""
+    that ended, by how.
+    """
 
     steps: int = 0
     prompt_tokens: int = 0

@@ -29,7 +29,8 @@ R = TypeVar("R", bound=Schedulable)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
     """rows: requests that run at once; waiting: requests in all queues; waiting_tenant: in one of them; tokens: of all that run and wait
-    together, prompts and the most they may answer."""
+    together, prompts and the most they may answer.
+    """
 
     max_num_seqs: int = 32
     max_queue: int = 512

@@ -35,7 +35,8 @@ def build(
     timeout: float = 600.0,
 ) -> FastAPI:
     """The application. upload_limit: bytes of an adapter's file or of rows to learn from; body_limit: of any other body; timeout: seconds
-    of one answer."""
+    of one answer.
+    """
     app = FastAPI(title="veratune", openapi_url="/openapi.json", docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimits, upload=upload_limit, body=body_limit)
     app.add_middleware(_Log)

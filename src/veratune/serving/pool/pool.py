@@ -51,7 +51,8 @@ _GATHERED = 4  # batches whose values a group keeps: those of the rows that answ
 @dataclasses.dataclass
 class Lease:
     """An adapter that stays in its slot until it is given back. group: None for the bare base model, whose slot is 0; task: what the adapter is
-    for (see `Adapter`)."""
+    for (see `Adapter`).
+    """
 
     pool: "AdapterPool"
     key: Key | None

@@ -133,7 +133,7 @@ class ObjectStore(Store):
 
 @contextlib.contextmanager
 def _as_store_error(action: str) -> Iterator[None]:
-    """obstore's errors as StoreError, except those that callers handle."""
+    """Obstore's errors as StoreError, except those that callers handle."""
     from obstore.exceptions import AlreadyExistsError, BaseError
 
     try:

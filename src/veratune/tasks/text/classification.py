@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from scipy.stats import pearsonr, spearmanr
 from torch import nn
@@ -15,15 +16,19 @@ from transformers import (
 )
 
 from veratune.errors import DataError
-from veratune.tasks.base import Metrics, TextTask, load_pretrained
+from veratune.loading import load_pretrained
+from veratune.tasks.base import Metrics
 from veratune.tasks.classes import (
     class_ids,
     classification_scores,
     label_names,
     logits_of,
     output_heads,
+    output_layer,
+    set_class_bias,
 )
 from veratune.tasks.data import pick_columns
+from veratune.tasks.text.base import TextTask
 
 
 class TextClassification(TextTask):
@@ -40,6 +45,7 @@ class TextClassification(TextTask):
     greater_is_better = True
     cross_entropy = True
     needs_labels = True
+    head_lr = 1e-2
 
     def __init__(
         self,
@@ -49,6 +55,7 @@ class TextClassification(TextTask):
     ) -> None:
         super().__init__(columns, max_length)
         self.labels = labels or []
+        self._new: frozenset[str] = frozenset()  # parameters that the checkpoint does not have
 
     def fit_labels(self, examples: Dataset) -> None:
         column = pick_columns(examples, self.roles, self.columns, self.optional)["label"]
@@ -58,9 +65,27 @@ class TextClassification(TextTask):
         return super().to_metadata() | {"labels": self.labels}
 
     def load_base(self, model: str, **options: Any) -> PreTrainedModel:
-        return load_pretrained(
-            AutoModelForSequenceClassification, model, num_labels=len(self.labels), **options
+        return self._load(model, num_labels=len(self.labels), **options)
+
+    def _load(self, model: str, **options: Any) -> PreTrainedModel:
+        loaded: Any = load_pretrained(
+            AutoModelForSequenceClassification, model, output_loading_info=True, **options
         )
+        self._new = frozenset(loaded[1]["missing_keys"])
+        return loaded[0]
+
+    def init_head(self, model: nn.Module, encoded: Dataset) -> None:
+        """Start a new head at the log of the class frequencies.
+
+        A head that the checkpoint brings, or one without a bias, keeps its values.
+        """
+        layer = self._new_output_layer(model, len(self.labels))
+        if layer is not None:
+            set_class_bias(layer, encoded["labels"])
+
+    def _new_output_layer(self, model: nn.Module, outputs: int) -> nn.Linear | None:
+        found = output_layer(model, outputs)
+        return found[1] if found is not None and f"{found[0]}.bias" in self._new else None
 
     def heads(self, model: nn.Module) -> tuple[str, ...]:
         return output_heads(model)
@@ -107,13 +132,23 @@ class TextRegression(TextClassification):
         return TextTask.to_metadata(self)
 
     def load_base(self, model: str, **options: Any) -> PreTrainedModel:
-        return load_pretrained(
-            AutoModelForSequenceClassification,
-            model,
-            num_labels=1,
-            problem_type="regression",
-            **options,
-        )
+        return self._load(model, num_labels=1, problem_type="regression", **options)
+
+    def init_head(self, model: nn.Module, encoded: Dataset) -> None:
+        """Start a new head at the mean of the targets, in units of their standard deviation s.
+
+        The weight is multiplied by s, and `target_scale` = s makes the run multiply the head's
+        learning rate by s and divide the loss by s². AdamW then takes the steps that it would take
+        on standardised targets (gradient clipping apart), while the head predicts raw units.
+        """
+        targets = np.asarray(encoded["labels"], dtype=np.float64)
+        spread = float(targets.std())
+        layer = self._new_output_layer(model, 1)
+        if layer is not None:
+            self.target_scale = spread if spread > 0 else 1.0
+            with torch.no_grad():
+                layer.weight.mul_(self.target_scale)
+                layer.bias.fill_(float(targets.mean()))
 
     def _targets(self, examples: Dataset, column: str) -> list[Any]:
         targets = []

@@ -13,8 +13,9 @@ from transformers import (
 )
 
 from veratune.errors import ConfigError, DataError
-from veratune.tasks.base import TextTask, load_pretrained
+from veratune.loading import load_pretrained
 from veratune.tasks.data import pick_columns
+from veratune.tasks.text.base import TextTask
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 

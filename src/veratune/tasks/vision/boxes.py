@@ -65,7 +65,8 @@ def validate_boxes(
     bad: BadBoxes = "fail",
 ) -> tuple[list[list[float]], list[Any]]:
     """Boxes inside their image, cut to it. bad: "fail" raises DataError for a box that is empty or lies over a pixel outside, "clip"
-    cuts it and leaves out what is empty."""
+    cuts it and leaves out what is empty.
+    """
     if len(boxes) != len(labels):
         raise DataError(f"row {row}: {len(boxes)} boxes and {len(labels)} labels")
     kept, named = [], []

@@ -11,7 +11,8 @@ from sklearn.metrics import confusion_matrix
 from torch import nn
 from transformers import AutoModelForImageClassification
 
-from veratune.tasks.base import Metrics, load_pretrained
+from veratune.loading import load_pretrained
+from veratune.tasks.base import Metrics
 from veratune.tasks.classes import (
     class_ids,
     classification_scores,

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor
 
 from veratune.errors import ConfigError, DataError
-from veratune.tasks.base import Task, loading
+from veratune.loading import loading_errors
+from veratune.tasks.base import Task
 from veratune.tasks.data import SPLITS, has_split, load_examples
 
 BadImages = Literal["fail", "skip"]
@@ -74,7 +75,7 @@ class ImageTask(Task):
 
     def load_processor(self, model: str) -> Any:
         """The image processor of a base model, for images of the side that was asked for."""
-        with loading(model):
+        with loading_errors(model):
             processor = AutoImageProcessor.from_pretrained(model, backend="pil")
         if self.image_size is not None:
             square = {"height": self.image_size, "width": self.image_size}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from veratune.errors import ConfigError
-from veratune.training.ema import EMACallback
+from veratune.training.callbacks import EMACallback
 from veratune.training.settings import TrainSettings
 
 

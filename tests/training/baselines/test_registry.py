@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from tests import fakes
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError, TargetError
-from veratune.training.baselines.inserted import NAME, Bottleneck, DyLora, LoraFa, insert
+from veratune.training.baselines.lora import DyLora, LoraFa
+from veratune.training.baselines.modules import NAME, Bottleneck
+from veratune.training.baselines.registry import add_baseline
 
 QV = VeraConfig(rank=4, targets=("query", "value"))
 TOKENS = {"input_ids": torch.arange(12).view(2, 6)}
@@ -31,7 +33,7 @@ def places(model):
 
 def test_houlsby_is_beside_both_halves_of_a_block():
     model = fakes.bert().eval()
-    insert("houlsby", model, QV, {"size": 3})
+    add_baseline("houlsby", model, QV, {"size": 3})
     random_(model)
     assert places(model) == [
         f"encoder.layer.{i}.{n}.dense" for i in range(2) for n in ("attention.output", "output")
@@ -45,7 +47,7 @@ def test_houlsby_is_beside_both_halves_of_a_block():
 
 def test_pfeiffer_of_a_block_that_ends_in_a_layer_norm():
     model = fakes.bert().eval()
-    insert("pfeiffer", model, QV, {"size": 3})
+    add_baseline("pfeiffer", model, QV, {"size": 3})
     random_(model)
     end = model.encoder.layer[1].output
     x, residual = torch.randn(2, 6, end.dense.in_features), torch.randn(2, 6, 32)
@@ -70,7 +72,7 @@ def test_adapter_layers_of_each_family_start_near_nothing_and_change_every_block
     torch.manual_seed(0)
     model = make().eval()
     before = model(**TOKENS)[0]
-    insert(method, model, QV, {"size": 3})
+    add_baseline(method, model, QV, {"size": 3})
     assert torch.allclose(model(**TOKENS)[0], before, atol=0.02)
     assert not torch.allclose(random_(model)(**TOKENS)[0], before, atol=0.02)
     found = places(model)
@@ -110,10 +112,10 @@ def test_mistakes():
         ConfigError,
         match="method 'houlsby' has no option 'sise'; it has size, reduction; did you mean 'size'",
     ):
-        insert("houlsby", fakes.bert(), QV, {"sise": 3})
+        add_baseline("houlsby", fakes.bert(), QV, {"sise": 3})
     with pytest.raises(ConfigError, match="option size of method 'lin' is 0"):
-        insert("lin", fakes.bert(), QV, {"size": 0})
+        add_baseline("lin", fakes.bert(), QV, {"size": 0})
     with pytest.raises(ConfigError, match="drop is 2, but the model has 2 blocks"):
-        insert("adapterdrop", fakes.bert(), QV, {"drop": 2})
+        add_baseline("adapterdrop", fakes.bert(), QV, {"drop": 2})
     with pytest.raises(TargetError, match="has no numbered blocks with one of"):
-        insert("pfeiffer", fakes.perceptron(), QV, {})
+        add_baseline("pfeiffer", fakes.perceptron(), QV, {})
