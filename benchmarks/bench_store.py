@@ -62,8 +62,8 @@ def main():
             lines.append({
                 "adapters": size, "bytes_each": flags.bytes, "file_bytes": store.path.stat().st_size, "put": put,
                 "newest": times(lambda i=i: store.newest(*name(i)) for i in who), "get": times(lambda i=i: store.get(*name(i), 1) for i in who),
-                "unknown": times(lambda i=i: store.list(f"t{i % TENANTS}", "adapter-999", 1) for i in who[:500]),
-                "names": times(lambda i=i: store.list(f"t{i % TENANTS}", "", 100) for i in who[:200]), **describe_machine(),
+                "unknown": times(lambda i=i: store.list_adapters(f"t{i % TENANTS}", "adapter-999", 1) for i in who[:500]),
+                "names": times(lambda i=i: store.list_adapters(f"t{i % TENANTS}", "", 100) for i in who[:200]), **describe_machine(),
             })  # fmt: skip
             print(json.dumps(lines[-1]))
         store.close()

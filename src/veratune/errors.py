@@ -18,6 +18,7 @@
     ├── JudgeError           a judge cannot be reached, or returns no rating
     ├── StoreError           an adapter store cannot be read or written
     ├── JobNotFoundError     the tenant has no such fine-tuning job or file
+    ├── InUseError           a file is needed by a fine-tuning job
     ├── ShutdownError        the server is shutting down
     └── OutputError          the result could not be written
 
@@ -98,6 +99,10 @@ class StoreError(VeratuneError):
 
 class JobNotFoundError(VeratuneError, LookupError):
     """The tenant has no such fine-tuning job, or no such uploaded file."""
+
+
+class InUseError(VeratuneError):
+    """A file is needed by an unfinished fine-tuning job."""
 
 
 class ShutdownError(VeratuneError):

@@ -16,7 +16,7 @@ import pytest
 
 from tests import fakes
 from tests.serving.fakes import small_llama
-from tests.serving.http.test_app import FILES
+from tests.serving.http.fakes import FILES
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow

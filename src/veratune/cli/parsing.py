@@ -20,7 +20,18 @@ from veratune.errors import ConfigError, near
 T = TypeVar("T")
 
 # Flags whose value may be a comma-separated list.
-LISTS = ("targets", "exclude", "layers", "head", "report_to", "prompts", "tenants", "adapters")
+LISTS = (
+    "targets",
+    "exclude",
+    "layers",
+    "head",
+    "report_to",
+    "prompts",
+    "tenants",
+    "adapters",
+    "cors_origins",
+    "allowed_hosts",
+)
 
 # Measured settings by name; docs/recipes.md says on what they were measured.
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}

@@ -1,9 +1,10 @@
 """Cluster: replicas of one server behind one address, by Ray Serve (the extra `cluster`).
 
-Replicas are alike and keep nothing: adapters are in a store that all of them read, and a replica that dies takes with it only the answers
-it was making. A request goes where its adapter is in memory already, unless that replica has too much to do.
+Replicas are alike and keep nothing: adapters are in a store that all of them read, and a replica
+that dies loses only the responses it was making. A request goes to the replica that has its adapter
+in memory, unless that one is busy.
 
-    client -> Front (who asks, for what) -> one of the Workers (a Service with its HTTP application)
+    client -> Front (who calls, for which model) -> one of the Workers (a Service with its app)
 """
 
 import asyncio
@@ -12,17 +13,19 @@ import logging
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veratune.serving.engine.loop import run_in_temporary_thread
-from veratune.serving.http.app import BodyLimits
-from veratune.serving.http.routes.base import ApiError
+from veratune.serving.http.errors import ApiError
+from veratune.serving.http.middleware import BodyLimits
 from veratune.serving.keys import Keys
 from veratune.serving.service import Service
 
@@ -39,40 +42,40 @@ _SCOPE = (
     "client",
     "server",
 )
-Message = dict[str, Any]
 
 
 @serve.deployment
 class Worker:
-    """One replica. make: gives the service, and the application over it."""
+    """One replica."""
 
     def __init__(self, make: Callable[[], tuple[Service, FastAPI]]) -> None:
+        """Build the service and the application over it, and start its engines."""
         self.service, self.app = run_in_temporary_thread(make)
         for loop in self.service.loops.values():
             loop.start()
 
     @serve.multiplexed(max_num_models_per_replica=4096)  # type: ignore[untyped-decorator]
-    async def hold(self, name: str) -> str:
-        """Tell the router that this replica has an adapter; the pool knows what is in memory."""
+    async def note_adapter(self, name: str) -> str:
+        """Tell Ray's router that this replica has used an adapter."""
         return name
 
-    async def answer(self, scope: Message, body: bytes) -> AsyncIterator[Message]:
-        """What the application sends for one request, as ASGI messages."""
+    async def respond(self, scope: Scope, body: bytes) -> AsyncIterator[Message]:
+        """Run the application for one request. Yields the ASGI messages that it sends."""
         name = serve.get_multiplexed_model_id()
         if name:
-            await self.hold(name)
+            await self.note_adapter(name)
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
-        asked, gone = False, asyncio.Event()
+        received, gone = False, asyncio.Event()
 
         async def receive() -> Message:
-            nonlocal asked
-            if asked:
+            nonlocal received
+            if received:
                 await gone.wait()
                 return {"type": "http.disconnect"}
-            asked = True
+            received = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        running = asyncio.ensure_future(self.app(scope, receive, messages.put))  # type: ignore[arg-type]
+        running = asyncio.ensure_future(self.app(scope, receive, messages.put))
         running.add_done_callback(lambda _: messages.put_nowait(None))
         try:
             while (message := await messages.get()) is not None:
@@ -83,29 +86,30 @@ class Worker:
             running.cancel()
 
     def check_health(self) -> None:
-        """Raise where this replica cannot answer: Ray starts another in its place."""
-        reason = self.service.ready()
-        if reason is not None:
-            raise RuntimeError(reason)
+        """Raise if this replica cannot answer: Ray then replaces it."""
+        problem = self.service.problem()
+        if problem is not None:
+            raise RuntimeError(problem)
 
 
 @serve.deployment
 @serve.ingress()
 class Front:
-    """Reads whom a request is for and sends it on; what comes back is passed on as it comes."""
+    """Reads which model a request is for, sends it to a Worker, and passes the response on."""
 
-    def __init__(self, worker: Any, key_file: str | None, body_limit: int) -> None:
+    def __init__(self, worker: DeploymentHandle, key_file: str | None, body_limit: int) -> None:
+        """Keep the handle of the Workers."""
         self.worker, self.keys, self.body_limit = worker, Keys(key_file), body_limit
 
-    def __serve_build_asgi_app__(self) -> Any:
-        async def app(
-            scope: Any, receive: Any, send: Any
-        ) -> None:  # a function: uvicorn takes a method for the older interface
-            await self._answer(scope, receive, send)
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """The ASGI application. A function: uvicorn takes a method for ASGI 2."""
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await self._respond(scope, receive, send)
 
         return BodyLimits(app, self.body_limit, self.body_limit)
 
-    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             for event in ("startup", "shutdown"):
                 await receive()
@@ -115,14 +119,14 @@ class Front:
         while more:
             message = await receive()
             body, more = body + message.get("body", b""), message.get("more_body", False)
-        handle = self.worker.options(stream=True, multiplexed_model_id=self._name(scope, body))
-        answers = handle.answer.remote({key: scope[key] for key in _SCOPE if key in scope}, body)
-        left = asyncio.ensure_future(_gone(receive))
-        left.add_done_callback(lambda done: None if done.cancelled() else answers.cancel())
-        begun = False
+        handle = self.worker.options(stream=True, multiplexed_model_id=self._model_id(scope, body))
+        responses = handle.respond.remote({k: scope[k] for k in _SCOPE if k in scope}, body)
+        left = asyncio.ensure_future(_wait_for_disconnect(receive))
+        left.add_done_callback(lambda done: None if done.cancelled() else responses.cancel())
+        started = False
         try:
-            async for message in answers:
-                begun = True
+            async for message in responses:
+                started = True
                 await send(message)
         except BackPressureError:
             busy = ApiError(
@@ -133,72 +137,77 @@ class Front:
             )
             await busy.response()(scope, receive, send)
         except (RayError, asyncio.CancelledError) as error:
-            if left.done():
-                return  # nobody waits for it
-            log.error("a replica failed: %s", error)
-            died = ApiError(
-                503,
-                "the replica that was answering went away; send the request again",
-                "server_error",
-            )
-            if not begun:
-                await died.response()(scope, receive, send)
-                return
-            told = {"error": {"message": str(died), "type": died.kind, "param": None, "code": None}}
-            await send(
-                {
-                    "type": "http.response.body",
-                    "body": f"data: {json.dumps(told)}\n\n".encode(),
-                    "more_body": False,
-                }
-            )
+            if not left.done():  # otherwise nobody waits for the response
+                log.error("a replica failed: %s", error)
+                await _send_failure(started, scope, receive, send)
         finally:
             left.cancel()
 
-    def _name(self, scope: Any, body: bytes) -> str:
-        """Tenant and model of a request, where the body names one: requests for it prefer the replica that had it last."""
+    def _model_id(self, scope: Scope, body: bytes) -> str:
+        """TENANT/MODEL of a request that names a model: its replica is preferred; else ""."""
         if not body or len(body) > 2**20 or scope["method"] != "POST":
             return ""
         try:
             model = json.loads(body).get("model")
         except (ValueError, AttributeError, RecursionError):
             return ""
-        key = (
-            dict(scope["headers"])
-            .get(b"authorization", b"")
-            .decode("latin-1")
-            .partition(" ")[2]
-            .strip()
-        )
+        key = Headers(scope=scope).get("authorization", "").partition(" ")[2].strip()
         caller = self.keys.caller(key or None)
-        return (
-            f"{caller.tenant}/{model}"
-            if caller is not None and isinstance(model, str) and len(model) < 300
-            else ""
-        )
+        if caller is None or not isinstance(model, str) or len(model) >= 300:
+            return ""
+        return f"{caller.tenant}/{model}"
 
 
-async def _gone(receive: Any) -> None:
-    """Until the client has gone."""
+async def _send_failure(started: bool, scope: Scope, receive: Receive, send: Send) -> None:
+    """Tell a client that its replica died: as a status, or as the last event of its stream."""
+    died = ApiError(
+        503, "the replica that was answering went away; send the request again", "server_error"
+    )
+    if not started:
+        await died.response()(scope, receive, send)
+        return
+    event = f"data: {json.dumps(died.body())}\n\n".encode()
+    await send({"type": "http.response.body", "body": event, "more_body": False})
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 def start(
-    make: Callable[[], tuple[Service, FastAPI]], *, replicas: int, host: str, port: int, key_file: str | None = None, rows: int = 32,
-    waiting: int = 512, upload_limit: int = 64 * 2**20,
-) -> None:  # fmt: skip
-    """Start replicas on this machine, or on the Ray cluster that RAY_ADDRESS names, and return when they answer.
+    make: Callable[[], tuple[Service, FastAPI]],
+    *,
+    replicas: int,
+    host: str,
+    port: int,
+    key_file: str | None = None,
+    max_num_seqs: int = 32,
+    max_queue: int = 512,
+    upload_limit: int = 64 * 2**20,
+) -> None:
+    """Start replicas on this machine, or on the Ray cluster that RAY_ADDRESS names.
 
-    rows, waiting: requests that a replica takes at once and that wait before the replicas; more get status 429.
+    Args:
+        make: Builds a service and the application over it, in a replica's process.
+        replicas: How many.
+        host: The address to listen on.
+        port: The port to listen on.
+        key_file: The file of API keys.
+        max_num_seqs: Sequences that a replica decodes at once.
+        max_queue: Requests that wait for all replicas; more get status 429.
+        upload_limit: Bytes of a body.
     """
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     serve.start(http_options={"host": host, "port": port})
     worker = Worker.options(  # type: ignore[attr-defined]
-        num_replicas=replicas, max_ongoing_requests=2 * rows, max_queued_requests=waiting, health_check_period_s=2,
+        num_replicas=replicas,
+        max_ongoing_requests=2 * max_num_seqs,
+        max_queued_requests=max_queue,
+        health_check_period_s=2,
         ray_actor_options={"num_cpus": 1},
-    ).bind(make)  # fmt: skip
+    ).bind(make)
     front = Front.options(  # type: ignore[attr-defined]
         max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0}
     ).bind(worker, key_file, upload_limit)
@@ -206,7 +215,7 @@ def start(
 
 
 def wait() -> None:
-    """Until SIGTERM or SIGINT; then replicas let answers end, and all goes down."""
+    """Wait for SIGTERM or SIGINT; then let responses end and stop all replicas."""
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())

@@ -1,17 +1,20 @@
-"""Service: what a server can do, apart from HTTP: adapters in and out of the store, and which engine answers."""
+"""Service: what the server does apart from HTTP. It resolves model names and moves adapters in and out of the store."""
 
 import contextlib
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict
 
 from veratune.adapter import Adapter, base_id
+from veratune.config import VeraConfig
 from veratune.errors import (
     AdapterNotFoundError,
     BaseModelError,
     ConfigError,
     InvalidNameError,
+    ShutdownError,
+    TargetError,
     UnsupportedError,
-    VeratuneError,
 )
 from veratune.formats.native import AdapterReader
 from veratune.serving.engine.encoder import Encoder
@@ -19,20 +22,37 @@ from veratune.serving.engine.engine import Engine
 from veratune.serving.engine.loop import Loop
 from veratune.serving.keys import Caller
 from veratune.serving.store.base import Entry, Store, Version
+from veratune.targets import find_sites
+
+Key = tuple[str, str, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterRef:
-    """An adapter that was asked for: whose it is, its name and the version that answers."""
+    """A stored adapter that a request names.
+
+    Attributes:
+        tenant: Whose it is.
+        name: Its name.
+        version: Its newest version.
+    """
 
     tenant: str
     name: str
     version: Version
 
     @property
-    def key(self) -> tuple[str, str, int]:
-        """What the pools know it by."""
+    def key(self) -> Key:
+        """The key of this version in the adapter pools."""
         return (self.tenant, self.name, self.version.number)
+
+
+class RequestFields(TypedDict, total=False):
+    """What a request to an engine takes from the caller and the model's name."""
+
+    tenant: str
+    key: Key
+    load: Callable[[], Adapter]
 
 
 class Service:
@@ -44,44 +64,66 @@ class Service:
         engine: Engine | None = None,
         encoder: Encoder | None = None,
         *,
-        name: str = "",
-        encoder_name: str = "",
+        served_model_name: str = "",
+        served_encoder_name: str = "",
     ) -> None:
-        """name, encoder_name: the base models' names for clients; default their hub ids or folders' names. Raises ConfigError."""
+        """Name the base models.
+
+        Args:
+            store: Where adapters are kept.
+            engine: Generates with a causal model.
+            encoder: Computes embeddings and classes.
+            served_model_name: The causal model's name for clients; default its id or folder's name.
+            served_encoder_name: The encoder's name for clients; default its id or folder's name.
+
+        Raises:
+            ConfigError: There is no model, or both have one name.
+        """
         self.store, self.engine, self.encoder = store, engine, encoder
         self._reader = AdapterReader()
+        self.draining = False
         self.loops: dict[str, Loop[Any]] = {}
-        for loop, wanted in ((engine, name), (encoder, encoder_name)):
+        for loop, wanted in ((engine, served_model_name), (encoder, served_encoder_name)):
             if loop is not None:
-                own = wanted or base_id(loop.model)
-                if own in self.loops:
+                name = wanted or base_id(loop.model)
+                if name in self.loops:
                     raise ConfigError(
-                        f"both base models are called {own!r}; give one of them another name"
+                        f"both base models are called {name!r}; give one of them another name"
                     )
-                self.loops[own] = loop
+                self.loops[name] = loop
         if not self.loops:
             raise ConfigError("there is nothing to serve: give a causal model, an encoder, or both")
 
-    def generating(self) -> Engine:
+    def require_engine(self) -> Engine:
         """The engine of the causal model. Raises UnsupportedError without one."""
         if self.engine is None:
             raise UnsupportedError(
-                "this server has no causal model: it gives embeddings and classes (start it with --model)"
+                "this server has no causal model: it gives embeddings and classes "
+                "(start it with --model)"
             )
         return self.engine
 
-    def encoding(self) -> Encoder:
+    def require_encoder(self) -> Encoder:
         """The encoder. Raises UnsupportedError without one."""
         if self.encoder is None:
             raise UnsupportedError(
-                "this server has no encoder: it gives no embeddings and classes (start it with --encoder)"
+                "this server has no encoder: it gives no embeddings and classes "
+                "(start it with --encoder)"
             )
         return self.encoder
 
-    def find(self, caller: Caller, model: str) -> AdapterRef | None:
-        """The adapter of a model's name, NAME or TENANT/NAME; None for a base model.
+    def find_adapter(self, caller: Caller, model: str) -> AdapterRef | None:
+        """Resolve a model's name.
 
-        Raises AdapterNotFoundError for one that is not there, and in the same words for one of somebody else's.
+        Args:
+            caller: Who asks.
+            model: A base model's name, NAME, or TENANT/NAME.
+
+        Returns:
+            The adapter; None for a base model.
+
+        Raises:
+            AdapterNotFoundError: There is none, or it is another tenant's: in the same words.
         """
         if model in self.loops:
             return None
@@ -90,40 +132,54 @@ class Service:
         missing = AdapterNotFoundError(
             f"the model {model!r} does not exist, or this key may not use it"
         )
-        own = tenant in caller.tenants
+        allowed = tenant in caller.tenants
         try:
-            # For somebody else's the same work is done on the caller's own, so that time tells nothing either.
-            ref = AdapterRef(
-                tenant, name, self.store.newest(tenant if own else caller.tenant, name)
-            )
+            # For another tenant's name the same look-up is done on the caller's tenant, so that
+            # the response time does not tell whether the adapter exists.
+            version = self.store.newest(tenant if allowed else caller.tenant, name)
         except (AdapterNotFoundError, InvalidNameError):
             raise missing from None
-        if not own:
+        if not allowed:
             raise missing
-        return ref
+        return AdapterRef(tenant, name, version)
 
-    def asked(self, caller: Caller, model: str, loop: Loop[Any]) -> dict[str, Any]:
-        """Tenant, key and load of a request to one of the loops, for a model's name. Raises what `find` raises, UnsupportedError for the other
-        base model.
+    def request_fields(self, caller: Caller, model: str, loop: Loop[Any]) -> RequestFields:
+        """The fields of a request that follow from the caller and the model's name.
+
+        Args:
+            caller: Who asks.
+            model: A model's name.
+            loop: The engine that the request is for.
+
+        Raises:
+            AdapterNotFoundError: As `find_adapter`.
+            UnsupportedError: `model` is the other base model.
+            ShutdownError: The server is draining.
         """
-        ref = self.find(caller, model)
-        if ref is None and self.loops[model] is not loop:
-            does = (
-                "reads texts (embeddings, classes)"
-                if isinstance(self.loops[model], Encoder)
-                else "generates"
-            )
+        if self.draining:
+            raise ShutdownError("the server is shutting down; send the request to another one")
+        ref = self.find_adapter(caller, model)
+        if ref is not None:
+            return {"tenant": ref.tenant, "key": ref.key, "load": lambda: self.load(ref)}
+        if self.loops[model] is not loop:
+            encodes = isinstance(self.loops[model], Encoder)
+            does = "reads texts (embeddings, classes)" if encodes else "generates"
             raise UnsupportedError(f"the model {model!r} {does}, and nothing else")
-        if ref is None:
-            return {"tenant": caller.tenant}
-        return {"tenant": ref.tenant, "key": ref.key, "load": lambda: self.load(ref)}
+        return {"tenant": caller.tenant}
 
     def load(self, ref: AdapterRef) -> Adapter:
-        """An adapter out of the store, checked."""
+        """Read an adapter from the store and check it."""
         return self._reader.decode(self.store.get(*ref.key))
 
     def put(self, tenant: str, name: str, data: bytes) -> Version:
-        """Store an adapter's file, if it is one and fits a base model here. Raises VeratuneError, and then nothing was stored."""
+        """Store an adapter file that fits one of the base models.
+
+        Raises:
+            AdapterFileError: `data` is no adapter file.
+            BaseModelError: It fits no base model here.
+            UnsupportedError: It is too large for this server.
+            StoreError: It could not be stored.
+        """
         adapter = self._reader.decode(data)
         refused: list[BaseModelError] = []
         for loop in self.loops.values():
@@ -135,58 +191,98 @@ class Service:
                 return self.store.put(tenant, name, data)
         raise refused[0]
 
-    def keep(self, tenant: str, name: str, data: bytes) -> Version:
-        """Store an adapter's file unless its newest version has the same bytes already: what may be done twice. Raises as `put`."""
+    def put_if_changed(self, tenant: str, name: str, data: bytes) -> Version:
+        """Store an adapter file unless its newest version has the same bytes. Raises as `put`."""
         with contextlib.suppress(AdapterNotFoundError):
             newest = self.store.newest(tenant, name)
             if self.store.get(tenant, name, newest.number) == data:
                 return newest
         return self.put(tenant, name, data)
 
+    def check_settings(self, model: str, settings: Mapping[str, object]) -> None:
+        """Check that an adapter of a fine-tuning job could be published here.
+
+        Args:
+            model: A base model's served name.
+            settings: Flags of `veratune train`, of which "rank" and "targets" count.
+
+        Raises:
+            ConfigError: A setting is invalid.
+            UnsupportedError: The adapter could not be served: its rank or a layer.
+        """
+        chosen: dict[str, Any] = {k: settings[k] for k in ("rank", "targets") if k in settings}
+        config = VeraConfig(**chosen)
+        pool = self.loops[model].pool
+        if pool.max_rank is not None and config.rank > pool.max_rank:
+            raise UnsupportedError(
+                f"rank {config.rank:,} could not be served here; ranks up to {pool.max_rank:,} can"
+            )
+        try:
+            sites = find_sites(pool.base_model, config)
+        except TargetError as error:
+            raise ConfigError(f"targets: {error}") from None
+        for site in sites:
+            if site.part.kernel:
+                raise UnsupportedError(
+                    f"targets: layer '{site.name}' is a convolution, which this server does not "
+                    "serve; name linear layers"
+                )
+
     def delete(self, tenant: str, name: str) -> Version:
-        """Delete an adapter; requests that it answers now end as they began."""
-        gone = AdapterRef(tenant, name, self.store.newest(tenant, name))
+        """Delete an adapter; running requests finish with it. Raises AdapterNotFoundError."""
+        ref = AdapterRef(tenant, name, self.store.newest(tenant, name))
         tombstone = self.store.delete(tenant, name)
-        self.forget(gone.key)
+        self.unload(ref.key)
         return tombstone
 
-    def forget(self, key: tuple[str, str, int]) -> None:
-        """Take an adapter out of memory, if nobody uses it now."""
+    def unload(self, key: Key) -> None:
+        """Take an adapter out of memory, unless a request uses it now."""
         for loop in self.loops.values():
             loop.forget(key)
 
-    def names(self, caller: Caller, after: str, limit: int) -> list[tuple[str, Entry]]:
-        """Adapters of the caller's tenants, as (model's name, entry), by name; those behind `after`."""
-        out: list[tuple[str, Entry]] = []
-        first, _, rest = after.rpartition("/")
-        for i, tenant in enumerate(caller.tenants):
-            prefix = "" if i == 0 else f"{tenant}/"
-            begin = ""
-            if after:
-                at = caller.tenants.index(first) if first in caller.tenants else 0
-                if i < at:
-                    continue
-                begin = rest if i == at else ""
-            with contextlib.suppress(AdapterNotFoundError):
-                out += [
-                    (prefix + entry.name, entry)
-                    for entry in self.store.list(tenant, begin, limit - len(out))
-                ]
-            if len(out) >= limit:
-                break
-        return out
+    def list_adapters(self, caller: Caller, after: str, limit: int) -> list[tuple[str, Entry]]:
+        """Adapters of all tenants of a caller.
 
-    def ready(self) -> str | None:
-        """Why the server cannot answer now; None if it can."""
-        try:
-            self.store.list("default", limit=1)
-        except VeratuneError as error:
-            return str(error)
-        return (
-            None if all(loop.alive for loop in self.loops.values()) else "an engine is not running"
+        Args:
+            caller: Who asks.
+            after: List only what comes after this model's name.
+            limit: The most entries.
+
+        Returns:
+            (model's name, entry), by tenant and name.
+        """
+        listed: list[tuple[str, Entry]] = []
+        last_tenant, _, last_name = after.rpartition("/")
+        begin = caller.tenants.index(last_tenant) if last_tenant in caller.tenants else 0
+        for i, tenant in enumerate(caller.tenants):
+            if i < begin:
+                continue
+            prefix = "" if i == 0 else f"{tenant}/"
+            begin_name = last_name if after and i == begin else ""
+            with contextlib.suppress(AdapterNotFoundError):
+                entries = self.store.list_adapters(tenant, begin_name, limit - len(listed))
+                listed += [(prefix + entry.name, entry) for entry in entries]
+            if len(listed) >= limit:
+                break
+        return listed
+
+    def problem(self) -> str | None:
+        """Why the server cannot answer now; None if it can. Raises StoreError."""
+        if self.draining:
+            return "the server is shutting down"
+        if not all(loop.alive for loop in self.loops.values()):
+            return "an engine is not running"
+        return self.store.problem()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request runs or waits."""
+        return not any(
+            loop.scheduler.waiting or loop.scheduler.running for loop in self.loops.values()
         )
 
-    def close(self, drain: float = 0.0) -> None:
-        """Let answers end for `drain` seconds, and stop the engines."""
+    def close(self, timeout: float = 0.0) -> None:
+        """Give running requests `timeout` seconds to finish, and stop the engines."""
+        self.draining = True
         for loop in self.loops.values():
-            loop.close(drain)
+            loop.close(timeout)

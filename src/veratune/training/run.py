@@ -27,6 +27,7 @@ from veratune.tasks.base import Task
 from veratune.tasks.registry import task_class
 from veratune.training.callbacks import EMACallback
 from veratune.training.methods import LearningRates, Method, build_method
+from veratune.training.progress import PROGRESS_FILE, ProgressFileCallback
 from veratune.training.settings import TrainSettings
 from veratune.training.trainer import ProgressLogger, SampleCallback, VeraTrainer, last_checkpoint
 
@@ -318,6 +319,8 @@ def _trainer(
     )
     trainer.remove_callback(ProgressCallback)  # it writes to standard output
     trainer.add_callback(ProgressLogger)
+    if progress_file := os.environ.get(PROGRESS_FILE):
+        trainer.add_callback(ProgressFileCallback(Path(progress_file)))
     return trainer
 
 

@@ -9,7 +9,7 @@ import pytest
 import veratune as vt
 from tests import fakes
 from tests.serving.fakes import small_llama
-from tests.serving.http.test_app import FILES, Served
+from tests.serving.http.fakes import FILES, RunningServer
 from veratune.errors import ConfigError
 from veratune_lab.__main__ import main
 from veratune_lab.bench.load import Load, OpenLoad
@@ -80,7 +80,7 @@ def test_the_open_load_comes_at_its_rate_and_by_zipfs_law():
 
 
 def test_a_server_under_load(tmp_path, capsys):
-    served = Served(tmp_path, open=True)
+    served = RunningServer(tmp_path, open=True)
     try:
         with served.http() as http:
             for name in ("alice", "bob"):

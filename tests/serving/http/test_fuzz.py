@@ -5,11 +5,12 @@ import pytest
 import schemathesis
 
 from tests.serving.fakes import HEADED, headed_adapter
-from tests.serving.http.test_app import FILES, Served
-from tests.serving.jobs.test_jobs import CHAT, LINES
+from tests.serving.http.fakes import FILES, RunningServer
+from tests.serving.jobs.fakes import CHAT, LINES
 from veratune.formats import native
 from veratune.serving.engine.scheduler import SchedulerConfig
-from veratune.serving.http.app import build
+from veratune.serving.http.app import create_app
+from veratune.serving.http.config import HttpConfig
 
 CALLS = (
     "GET /health", "GET /ready", "GET /metrics", "GET /v1/models", "GET /v1/models/{model}", "PUT /v1/adapters/{name}", "GET /v1/adapters",
@@ -23,20 +24,21 @@ CALLS = (
 
 @pytest.fixture(scope="module")
 def fuzzed(tmp_path_factory):
-    served = Served(
+    served = RunningServer(
         tmp_path_factory.mktemp("fuzz"),
         open=True,
-        encoder=True,
+        with_encoder=True,
         jobs={"base": CHAT},
         config=SchedulerConfig(max_num_seqs=4, max_total_tokens=10_000),
     )
-    served.jobs.command = ("true",)
+    served.jobs.worker.command = ("true",)
     with served.http() as http:
         http.put("/v1/adapters/alice", content=FILES["alice"])
         http.put("/v1/adapters/taste", content=native.encode(headed_adapter(HEADED, 1)))
     file = served.jobs.add_file("default", "rows", "fine-tune", LINES).id
-    job = served.jobs.add("default", "base", file).id
-    app = build(served.service, served.keys, served.jobs, timeout=20)
+    job = served.jobs.create("default", "base", file).id
+    config = HttpConfig(request_timeout=20, allowed_hosts=("testserver",))
+    app = create_app(served.service, served.keys, served.jobs, config)
     yield (
         schemathesis.openapi.from_asgi("/openapi.json", app),
         {"name": "alice", "model": "alice", "file": file, "job": job},

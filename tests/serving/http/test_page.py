@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from tests import fakes
-from tests.serving.http.test_app import FILES, Served, greedy
+from tests.serving.http.fakes import FILES, RunningServer, greedy
 from veratune.serving.engine.scheduler import SchedulerConfig
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -24,7 +24,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    found = Served(tmp_path_factory.mktemp("page"), open=True)
+    found = RunningServer(tmp_path_factory.mktemp("page"), open=True)
     with found.http() as http:
         for name in ("alice", "bob"):
             assert http.put(f"/v1/adapters/{name}", content=FILES[name]).status_code == 201
@@ -134,7 +134,7 @@ def test_what_goes_wrong_is_said_in_its_column(page, served):
 
 
 def test_a_key_is_asked_for_where_one_is_wanted(browser, tmp_path):
-    served = Served(tmp_path, config=SchedulerConfig(max_num_seqs=2))
+    served = RunningServer(tmp_path, config=SchedulerConfig(max_num_seqs=2))
     try:
         with served.http() as http:
             http.put("/v1/adapters/alice", content=FILES["alice"])

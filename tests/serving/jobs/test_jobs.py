@@ -1,6 +1,5 @@
 """Fine-tuning jobs: a real run over HTTP with the openai client, and what happens when servers and runs are cut off."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,95 +11,31 @@ import pytest
 
 from tests import fakes
 from tests.serving.fakes import small_llama
-from tests.serving.http.test_app import FILES, Served
-from veratune.errors import ConfigError, DataError, JobNotFoundError, QueueFullError
+from tests.serving.http.fakes import FILES, RunningServer
+from tests.serving.jobs.fakes import CHAT, LINES, JobBench
+from veratune.errors import (
+    ConfigError,
+    DataError,
+    InUseError,
+    JobNotFoundError,
+    QueueFullError,
+    StoreError,
+    UnsupportedError,
+)
 from veratune.formats import native
-from veratune.serving.jobs.jobs import Base, Jobs
-from veratune.serving.store.base import Version
-
-ROWS = [{"prompt": f"turn the light {word}", "completion": word} for word in ("on", "off")] * 4
-LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-CHAT = Base("", "instruction", (("messages",), ("prompt", "completion")))
-
-# Stands for `veratune train`: tells its progress, waits for a file called go, and writes an adapter.
-TRAINER = """
-import json, pathlib, shutil, sys, time
-words = sys.argv[1:]
-out = pathlib.Path(words[words.index("--out") + 1])
-out.mkdir(parents=True, exist_ok=True)
-(out / "run.yaml").write_text("x")
-with (out / "starts").open("a") as starts:
-    starts.write(f"resumed {'--resume' in words}\\n")
-print("  5%|#    | 1/20 [00:01<00:10]", file=sys.stderr, flush=True)
-print("epoch 1  loss 0.5", file=sys.stderr, flush=True)
-here = pathlib.Path(__file__).parent
-while not (here / "go").exists():
-    time.sleep(0.02)
-if (here / "go").read_text() == "fail":
-    sys.exit("veratune: the loss is not finite at step 3")
-shutil.copy(here / "made.safetensors", out / "adapter.safetensors")
-print(json.dumps({"path": "x", "trained": 7}))
-"""
-
-
-class Bench:
-    """Jobs whose runs are in our hands."""
-
-    def __init__(self, path, **options):
-        self.path, self.options, self.published = path, options, []
-        (path / "trainer.py").write_text(TRAINER)
-        (path / "made.safetensors").write_bytes(FILES["alice"])
-        self.open()
-
-    def open(self):
-        def publish(tenant, name, data):
-            self.published.append((tenant, name, data))
-            return Version(len(self.published), len(data), time.time())
-
-        command = (sys.executable, str(self.path / "trainer.py"))
-        self.jobs = Jobs(
-            self.path / "jobs", {"base": CHAT}, publish, command=command, **self.options
-        )
-
-    def go(self, how="go"):
-        (self.path / "go").write_text(how)
-
-    def add(self, tenant="ann", **more):
-        file = self.jobs.add_file(tenant, "rows.jsonl", "fine-tune", LINES)
-        return self.jobs.add(tenant, "base", file.id, **more)
-
-    def until(self, job, *statuses, seconds=30):
-        end = time.time() + seconds
-        while time.time() < end:
-            found = self.jobs.job(job.tenant, job.id)
-            if found.status in statuses:
-                return found
-            time.sleep(0.02)
-        raise AssertionError(f"{found} is not {statuses}")
-
-    def starts(self, job):
-        return (self.path / "jobs" / job.id / "run" / "starts").read_text().split("\n")[:-1]
-
-    def until_started(self, job, times=1, seconds=30):
-        end = time.time() + seconds
-        while time.time() < end:
-            if (self.path / "jobs" / job.id / "run" / "starts").exists() and len(
-                self.starts(job)
-            ) == times:
-                return
-            time.sleep(0.02)
-        raise AssertionError("the run did not start")
+from veratune.serving.jobs.models import TrainableModel
+from veratune.serving.jobs.process import without_paths
 
 
 @pytest.fixture
 def bench(tmp_path):
-    made = Bench(tmp_path)
+    made = JobBench(tmp_path)
     yield made
     made.jobs.close()
 
 
 def test_jobs_run_one_after_the_other_and_tell_how_far_they_are(bench):
-    one, two = bench.add(adapter="house"), bench.add("ben")
+    one, two = bench.create(adapter="house"), bench.create("ben")
     bench.jobs.start()
     bench.until_started(one)
     end = time.time() + 10
@@ -114,7 +49,7 @@ def test_jobs_run_one_after_the_other_and_tell_how_far_they_are(bench):
     bench.until(two, "succeeded")
     assert bench.published == [("ann", "house", FILES["alice"]), ("ben", two.id, FILES["alice"])]
     said = [event.message for event in bench.jobs.events("ann", one.id)]
-    assert said[0] == "the adapter 'house' is there, version 1"
+    assert said[0] == "the adapter 'house' is published as version 1"
     assert "epoch 1  loss 0.5" in said
     assert [event.number for event in bench.jobs.events("ann", one.id, limit=2)] == sorted(
         (event.number for event in bench.jobs.events("ann", one.id)), reverse=True
@@ -123,20 +58,21 @@ def test_jobs_run_one_after_the_other_and_tell_how_far_they_are(bench):
 
 def test_a_run_that_fails_says_why(bench):
     bench.go("fail")
-    job = bench.add()
+    job = bench.create()
     bench.jobs.start()
     failed = bench.until(job, "failed")
-    assert failed.error == "the loss is not finite at step 3"
+    assert failed.error == f"{job.file}.jsonl: the loss is not finite at step 3"
+    assert str(bench.path) not in repr(bench.jobs.events("ann", job.id))
     assert bench.published == []
 
 
 def test_a_job_is_cancelled_while_it_waits_and_while_it_runs(bench):
-    running, waiting = bench.add(), bench.add()
+    running, waiting = bench.create(), bench.create()
     bench.jobs.start()
     bench.until_started(running)
     assert bench.jobs.cancel("ann", waiting.id).status == "cancelled"
     assert bench.jobs.cancel("ann", running.id).status == "cancelled"
-    last = bench.add()
+    last = bench.create()
     bench.go()
     bench.until(last, "succeeded")
     assert bench.jobs.job("ann", running.id).status == "cancelled"
@@ -144,7 +80,7 @@ def test_a_job_is_cancelled_while_it_waits_and_while_it_runs(bench):
 
 
 def test_jobs_go_on_after_a_restart(bench):
-    one, two = bench.add(), bench.add()
+    one, two = bench.create(), bench.create()
     bench.jobs.start()
     bench.until_started(one)
     bench.jobs.close()
@@ -159,10 +95,10 @@ def test_jobs_go_on_after_a_restart(bench):
 
 
 def test_a_run_that_a_killed_server_left_behind_is_ended(bench):
-    job = bench.add()
+    job = bench.create()
     code = f"""
 import sys, time
-from tests.serving.jobs.test_jobs import CHAT, Jobs
+from tests.serving.jobs.fakes import CHAT, Jobs
 jobs = Jobs({str(bench.path / "jobs")!r}, {{"base": CHAT}}, None, command=({sys.executable!r}, {str(bench.path / "trainer.py")!r}))
 jobs.start()
 time.sleep(60)
@@ -184,7 +120,7 @@ time.sleep(60)
 
 
 def test_what_is_wrong_is_said_at_once(tmp_path):
-    bench = Bench(tmp_path, waiting_tenant=1, files_tenant=3)
+    bench = JobBench(tmp_path, max_jobs_per_tenant=1, max_files_per_tenant=3)
     jobs = bench.jobs
     for data, why in (
         (b"", "no rows"),
@@ -199,31 +135,120 @@ def test_what_is_wrong_is_said_at_once(tmp_path):
         DataError,
         match="line 1 has question; for the model 'base' a row has messages, or prompt and completion",
     ):
-        jobs.add("ann", "base", wrong.id)
+        jobs.create("ann", "base", wrong.id)
     with pytest.raises(ConfigError, match="'gpt' cannot be fine-tuned here; 'base' is wanted"):
-        jobs.add("ann", "gpt", wrong.id)
+        jobs.create("ann", "gpt", wrong.id)
     with pytest.raises(JobNotFoundError):
-        jobs.add("ben", "base", wrong.id)
-    job = bench.add()
+        jobs.create("ben", "base", wrong.id)
+    job = bench.create()
     with pytest.raises(QueueFullError, match="1 jobs of this tenant are waiting"):
-        bench.add()
+        bench.create()
     with pytest.raises(QueueFullError, match="3 files already"):
         jobs.add_file("ann", "x", "fine-tune", LINES)
-    with pytest.raises(QueueFullError, match="learns from file"):
-        jobs.drop_file("ann", job.file)
+    with pytest.raises(InUseError, match="an unfinished job uses file"):
+        jobs.delete_file("ann", job.file)
     for name in ("job", "cancel", "events"):
         with pytest.raises(JobNotFoundError):
             getattr(jobs, name)("ben", job.id)
     jobs.cancel("ann", job.id)
-    jobs.drop_file("ann", job.file)
+    jobs.delete_file("ann", job.file)
     assert [file.id for file in jobs.files("ann")][-1] == wrong.id
     jobs.close()
+
+
+def test_a_job_goes_on_after_errors_of_the_store(bench, caplog):
+    """Writes fail for a while, as on a full disk: training goes on, and readiness tells."""
+    job = bench.create()
+    repository = bench.jobs.repository
+    works, repository.set_progress = repository.set_progress, broken
+    bench.jobs.start()
+    bench.until_started(job)
+    until(lambda: bench.jobs.problem() is not None)
+    assert bench.jobs.problem() == "the job runner cannot store the progress of a job"
+    repository.set_progress = works
+    bench.go()
+    assert bench.until(job, "succeeded").version == 1
+    until(lambda: bench.jobs.problem() is None)
+    assert "disk is full" in caplog.text
+
+
+def test_the_job_runner_outlives_a_broken_store(bench, caplog):
+    """The queue cannot be read for a while: the runner retries and says so."""
+    repository = bench.jobs.repository
+    works, repository.next_job = repository.next_job, broken
+    bench.jobs.start()
+    until(lambda: bench.jobs.problem() is not None)
+    assert bench.jobs.problem() == "the job runner cannot store its jobs; it retries"
+    bench.go()
+    job = bench.create()
+    repository.next_job = works
+    bench.jobs.worker.wake()
+    assert bench.until(job, "succeeded")
+    until(lambda: bench.jobs.problem() is None)
+    assert caplog.text.count("the job runner failed") >= 1
+
+
+def test_an_adapter_that_cannot_be_stored_fails_its_job_and_no_other(bench):
+    bench.publish_error = StoreError(f"{bench.path}/adapters.db: disk is full")
+    bench.jobs.worker.max_delay = 0.05
+    bench.go()
+    one = bench.create()
+    bench.jobs.start()
+    failed = bench.until(one, "failed")
+    assert failed.error == "the server could not run it: adapters.db: disk is full"
+    bench.publish_error = None
+    assert bench.until(bench.create(), "succeeded").version == 1
+
+
+def test_an_adapter_that_does_not_fit_fails_its_job(bench):
+    bench.publish_error = UnsupportedError("the adapter has rank 9,999")
+    bench.go()
+    job = bench.create()
+    bench.jobs.start()
+    assert "cannot be published: the adapter has rank 9,999" in bench.until(job, "failed").error
+
+
+def test_a_job_runner_that_died_is_a_problem(bench):
+    bench.jobs.start()
+    assert bench.jobs.problem() is None
+    bench.jobs.worker.close()
+    assert bench.jobs.problem() == "the job runner has stopped"
+
+
+def test_settings_are_checked_when_a_job_is_created(tmp_path):
+    def refuse(model, settings):
+        raise UnsupportedError(f"{model}: rank {settings['rank']} could not be served here")
+
+    bench = JobBench(tmp_path, check_settings=refuse)
+    with pytest.raises(UnsupportedError, match="base: rank 9 could not be served"):
+        bench.create(settings={"rank": 9})
+    assert bench.jobs.list_jobs("ann") == []
+    bench.jobs.close()
+
+
+def test_messages_name_files_without_the_servers_folders():
+    assert without_paths("/srv/a b/x.jsonl: no") == "a b/x.jsonl: no"
+    assert without_paths("see https://example.com/a/b and 3/4") == (
+        "see https://example.com/a/b and 3/4"
+    )
+    assert without_paths("cannot open '/srv/jobs/run/adapter.bin'") == "cannot open 'adapter.bin'"
+
+
+def broken(*words):
+    raise StoreError("disk is full")
+
+
+def until(met, seconds=20):
+    end = time.time() + seconds
+    while not met():
+        assert time.time() < end
+        time.sleep(0.02)
 
 
 def test_the_openai_client_fine_tunes_and_asks_the_result(tmp_path):
     """A real run of `veratune train` on a tiny model, whose adapter then answers."""
     base = fakes.folder(small_llama(), tmp_path / "base")
-    served = Served(tmp_path, jobs={"base": Base(base, CHAT.task, CHAT.columns)})
+    served = RunningServer(tmp_path, jobs={"base": TrainableModel(base, CHAT.task, CHAT.columns)})
     try:
         with served.openai("ann") as ann, served.openai("ben") as ben:
             file = ann.files.create(file=("rows.jsonl", LINES), purpose="fine-tune")
@@ -251,7 +276,7 @@ def test_the_openai_client_fine_tunes_and_asks_the_result(tmp_path):
             assert job.status == "succeeded", job.error
             assert job.fine_tuned_model == "mine"
             said = [event.message for event in ann.fine_tuning.jobs.list_events(job.id)]
-            assert said[0] == "the adapter 'mine' is there, version 1"
+            assert said[0] == "the adapter 'mine' is published as version 1"
             assert [j.id for j in ann.fine_tuning.jobs.list()] == [job.id]
             assert (
                 ann.completions.create(

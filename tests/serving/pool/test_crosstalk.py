@@ -51,7 +51,7 @@ def test_no_answer_is_anothers(tmp_path, count):
         prefix_cache_bytes=100_000,
     )
     engine.eos_token_ids = set()
-    service = Service(SqliteStore(tmp_path / "adapters.db"), engine, name="base")
+    service = Service(SqliteStore(tmp_path / "adapters.db"), engine, served_model_name="base")
     for tenant in range(TENANTS):
         service.put(f"t{tenant}", "mine", files[tenant * CONTENTS])
     engine.start()
@@ -84,7 +84,7 @@ def test_no_answer_is_anothers(tmp_path, count):
             bare = rng.random() < 0.1
             caller = Caller((f"t{tenant}",))
             try:
-                asked = service.asked(caller, "base" if bare else "mine", engine)
+                asked = service.request_fields(caller, "base" if bare else "mine", engine)
                 request = GenerationRequest(
                     **asked,
                     tokens=PROMPTS[p],

@@ -88,17 +88,17 @@ def test_it_answers_as_a_dictionary_of_histories_would(store):
                 for (tenant_, own), versions in known.items()
                 if tenant_ == owner and versions and versions[-1]
             )
-            assert [entry.name for entry in store.list(owner)] == alive
+            assert [entry.name for entry in store.list_adapters(owner)] == alive
 
 
 def test_lists_are_paged(store):
     for i in range(7):
         store.put("a", f"n{i}", b"x")
     store.delete("a", "n3")
-    first = store.list("a", limit=4)
+    first = store.list_adapters("a", limit=4)
     assert [entry.name for entry in first] == ["n0", "n1", "n2", "n4"]
-    assert [entry.name for entry in store.list("a", after=first[-1].name)] == ["n5", "n6"]
-    assert store.list("b") == []
+    assert [entry.name for entry in store.list_adapters("a", after=first[-1].name)] == ["n5", "n6"]
+    assert store.list_adapters("b") == []
 
 
 def test_threads_that_put_at_once_get_a_version_each(store):
@@ -128,7 +128,7 @@ def test_names_that_could_mean_something_else_are_refused(store, name):
     with pytest.raises(InvalidNameError, match="cannot be used"):
         store.put(name, "x", b"x")
     with pytest.raises(InvalidNameError, match="cannot be used"):
-        store.list(name)
+        store.list_adapters(name)
 
 
 def test_mistakes(store, tmp_path):

@@ -1,158 +1,137 @@
-"""HTTP: the OpenAI-compatible API, the adapters' own, and the page, as one application over a Service."""
+"""The HTTP application: the OpenAI API, this server's own calls for adapters, and the page."""
 
-import json
-import logging
-import sys
-import time
-from collections.abc import Awaitable, Callable
-from typing import Any
+import contextlib
+from collections.abc import AsyncIterator
 
 import prometheus_client
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from veratune.errors import UnsupportedError, VeratuneError
-from veratune.serving.http.routes import adapters, encoding, generation, health
+from veratune.serving.http.config import HttpConfig
+from veratune.serving.http.dependencies import Context
+from veratune.serving.http.errors import ApiError, to_api_error
+from veratune.serving.http.limiter import TenantLimiter
+from veratune.serving.http.metrics import EngineMetrics, Latencies
+from veratune.serving.http.middleware import AccessLog, Authentication, BodyLimits, OriginCheck
+from veratune.serving.http.pools import ThreadPools
+from veratune.serving.http.routes import adapters, chat, encoding, health
 from veratune.serving.http.routes import jobs as jobs_routes
-from veratune.serving.http.routes.base import ApiError, to_api_error
 from veratune.serving.jobs.jobs import Jobs
 from veratune.serving.keys import Keys
 from veratune.serving.service import Service
 
-access = logging.getLogger("veratune.access")
-MiB = 2**20
-_UPLOADS = ("/v1/adapters/", "/v1/files")
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
-def build(
-    service: Service,
-    keys: Keys,
-    jobs: Jobs | None = None,
-    *,
-    upload_limit: int = 64 * MiB,
-    body_limit: int = 4 * MiB,
-    timeout: float = 600.0,
+def create_app(
+    service: Service, keys: Keys, jobs: Jobs | None = None, config: HttpConfig | None = None
 ) -> FastAPI:
-    """The application. upload_limit: bytes of an adapter's file or of rows to learn from; body_limit: of any other body; timeout: seconds
-    of one answer.
+    """Build the application.
+
+    Args:
+        service: Answers the calls.
+        keys: Says who calls.
+        jobs: Fine-tunes; None for a server without fine-tuning.
+        config: Bounds and switches.
+
+    Returns:
+        An ASGI application.
     """
-    app = FastAPI(title="veratune", openapi_url="/openapi.json", docs_url=None, redoc_url=None)
-    app.add_middleware(BodyLimits, upload=upload_limit, body=body_limit)
-    app.add_middleware(_Log)
-    app.state.service, app.state.keys, app.state.jobs, app.state.timeout = (
-        service,
-        keys,
-        jobs,
-        timeout,
+    config = config or HttpConfig()
+    registry = prometheus_client.CollectorRegistry()
+    limiter = TenantLimiter(config.max_requests_per_minute, config.max_tokens_per_minute)
+    pools = ThreadPools()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        pools.close()
+
+    app = FastAPI(
+        title="veratune",
+        openapi_url="/openapi.json" if config.openapi else None,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
     )
-    app.state.registry = prometheus_client.CollectorRegistry()
-    app.state.registry.register(health.Metrics(service))
-    for part in (health, adapters, generation, encoding, jobs_routes):
-        app.include_router(part.router)
+    app.state.registry = registry
+    app.state.context = Context(service, jobs, config, limiter, pools, Latencies(registry))
+    registry.register(EngineMetrics(service))
+    for room in (health, adapters, chat, encoding, jobs_routes):
+        app.include_router(room.router)
+    if config.metrics:
+        app.include_router(health.metrics_router)
+    _add_middleware(app, keys, config, limiter)
+    _add_error_handlers(app)
+    return app
+
+
+def check_address(host: str, keys: Keys) -> None:
+    """Raise UnsupportedError for a server without keys on an address that other machines reach."""
+    if keys.path is None and host not in ("127.0.0.1", "::1", "localhost"):
+        raise UnsupportedError(
+            f"a server without keys listens on 127.0.0.1 only, not on {host}: make a key with "
+            "veratune key --key-file FILE --tenants NAME, and give --key-file FILE"
+        )
+
+
+def _add_middleware(app: FastAPI, keys: Keys, config: HttpConfig, limiter: TenantLimiter) -> None:
+    """Add middleware, innermost first."""
+    app.add_middleware(
+        BodyLimits,
+        upload=config.upload_limit,
+        body=config.body_limit,
+        timeout=config.body_timeout,
+    )
+    app.add_middleware(Authentication, keys=keys, limiter=limiter)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+        )
+    hosts = config.allowed_hosts
+    if keys.path is None:
+        # DNS rebinding: a page's own host name may be pointed at 127.0.0.1.
+        app.add_middleware(OriginCheck, origins=config.cors_origins)
+        hosts = (*LOCAL_HOSTS, *hosts)
+    if hosts:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    app.add_middleware(AccessLog)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Answer every error in the OpenAI API's shape."""
 
     @app.exception_handler(ApiError)
-    async def api_error(request: Request, error: ApiError) -> Response:
+    async def on_api_error(request: Request, error: ApiError) -> Response:
         return error.response()
 
     @app.exception_handler(VeratuneError)
-    async def own_error(request: Request, error: VeratuneError) -> Response:
+    async def on_veratune_error(request: Request, error: VeratuneError) -> Response:
         return to_api_error(error).response()
 
     @app.exception_handler(RequestValidationError)
-    async def bad_body(request: Request, error: RequestValidationError) -> Response:
+    async def on_invalid_body(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:] or first["loc"])
         unknown = first["type"] == "extra_forbidden" or first.get("ctx", {}).get("max_length") == 0
-        said = "it is not known here" if unknown else first["msg"].removeprefix("Value error, ")
-        return ApiError(400, f"{where}: {said}").response()
+        reason = "it is not known here" if unknown else first["msg"].removeprefix("Value error, ")
+        return ApiError(400, f"{where}: {reason}", param=where.partition(".")[0]).response()
 
     @app.exception_handler(HTTPException)
-    async def plain(request: Request, error: HTTPException) -> Response:
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
         response = ApiError(error.status_code, str(error.detail)).response()
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> Response:
+    async def on_unexpected_error(request: Request, error: Exception) -> Response:
         return ApiError(
-            500, "something went wrong here; the log says what", "server_error"
+            500, "internal error; the server's log has the cause", "server_error"
         ).response()
-
-    return app
-
-
-class BodyLimits:
-    """Refuses bodies that are too large, by their length where it is said and by counting where it is not."""
-
-    def __init__(self, app: Callable[..., Awaitable[None]], upload: int, body: int) -> None:
-        self.app, self.upload, self.body = app, upload, body
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        upload = scope["method"] in ("PUT", "POST") and scope["path"].startswith(_UPLOADS)
-        limit, seen = self.upload if upload else self.body, 0
-        said = dict(scope["headers"]).get(b"content-length", b"")
-        refused = ApiError(413, f"the body is over {limit} bytes", code="body_too_large").response()
-        if said.isdigit() and int(said) > limit:
-            await refused(scope, receive, send)
-            return
-
-        async def counted() -> Any:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > limit:
-                raise ApiError(413, f"the body is over {limit} bytes", code="body_too_large")
-            return message
-
-        try:
-            await self.app(scope, counted, send)
-        except ApiError:
-            await refused(scope, receive, send)
-
-
-class _Log:
-    """One line of JSON for each request: caller, what, how it ended and how long it took; never what was asked or answered."""
-
-    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or not access.isEnabledFor(logging.INFO):
-            await self.app(scope, receive, send)
-            return
-        begin, status = time.perf_counter(), 0
-
-        async def noted(message: Any) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
-
-        try:
-            await self.app(scope, receive, noted)
-        finally:
-            line = {
-                "time": round(time.time(), 3), "method": scope["method"], "path": scope["path"], "status": status,
-                "ms": round(1000 * (time.perf_counter() - begin), 1), "tenant": scope.get("state", {}).get("tenant"),
-            }  # fmt: skip
-            access.info(json.dumps(line))
-
-
-def log_to_stderr() -> None:
-    """Let the server's logs go to standard error: one JSON line a request, and what went wrong."""
-    plain = logging.StreamHandler(sys.stderr)
-    plain.setFormatter(logging.Formatter("%(message)s"))
-    access.addHandler(plain)
-    access.setLevel(logging.INFO)
-    access.propagate = False
-
-
-def check_address(host: str, keys: Keys) -> None:
-    """Raise UnsupportedError for an address that others reach, without keys."""
-    if keys.path is None and host not in ("127.0.0.1", "::1", "localhost"):
-        raise UnsupportedError(
-            f"without keys the server listens on 127.0.0.1 alone, not on {host}: make some with veratune key --key-file FILE --tenants NAME, and give --key-file FILE"
-        )

@@ -75,7 +75,7 @@ class Store(abc.ABC):
         """Append a tombstone and drop the bytes of all versions. Raises AdapterNotFoundError."""
 
     @abc.abstractmethod
-    def list(self, tenant: str, after: str = "", limit: int = 100) -> "list[Entry]":
+    def list_adapters(self, tenant: str, after: str = "", limit: int = 100) -> list[Entry]:
         """A tenant's adapters by name, deleted ones left out.
 
         Args:
@@ -90,7 +90,7 @@ class Store(abc.ABC):
 
     def problem(self) -> str | None:
         """The reason why the store cannot take adapters now; None if it can."""
-        self.list("default", limit=1)
+        self.list_adapters("default", limit=1)
         return None
 
     def close(self) -> None:  # noqa: B027 (some stores have nothing to close)

@@ -68,8 +68,8 @@ class CachedStore(Store):
             self.cache.delete(tenant, name)
         return tombstone
 
-    def list(self, tenant: str, after: str = "", limit: int = 100) -> "list[Entry]":
-        return self.origin.list(tenant, after, limit)
+    def list_adapters(self, tenant: str, after: str = "", limit: int = 100) -> list[Entry]:
+        return self.origin.list_adapters(tenant, after, limit)
 
     def roll_back(self, tenant: str, name: str, number: int) -> Version:
         # By the origin: the cache may still have a version that was deleted elsewhere.

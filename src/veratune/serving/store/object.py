@@ -86,7 +86,7 @@ class ObjectStore(Store):
             obstore.delete(self.store, [_key(tenant, name, number) for number in older])
         return tombstone
 
-    def list(self, tenant: str, after: str = "", limit: int = 100) -> "list[Entry]":
+    def list_adapters(self, tenant: str, after: str = "", limit: int = 100) -> list[Entry]:
         import obstore
 
         check_name("tenant", tenant)
@@ -99,7 +99,7 @@ class ObjectStore(Store):
                 entries += [Entry(name, version) for version in newest if version.size]
         return entries
 
-    def _history(self, tenant: str, name: str) -> "list[Version]":
+    def _history(self, tenant: str, name: str) -> list[Version]:
         import obstore
 
         check_names(tenant, name)

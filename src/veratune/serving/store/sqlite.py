@@ -86,7 +86,7 @@ class SqliteStore(Store):
         self.newest(tenant, name)
         return self._append(tenant, name, None)
 
-    def list(self, tenant: str, after: str = "", limit: int = 100) -> "list[Entry]":
+    def list_adapters(self, tenant: str, after: str = "", limit: int = 100) -> list[Entry]:
         check_name("tenant", tenant)
         rows = self._db.query(
             "SELECT name, number, size, created FROM newest "

@@ -1,81 +1,74 @@
-"""Models in OpenAI's shape, and the adapters behind them: in, out, their versions, and the calls that other tools know."""
+"""Models in the OpenAI API's shape, and the adapters behind them: upload, download, delete, versions, roll back."""
 
-import asyncio
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
+from openai.types import Model
 from pydantic import Field
 
-from veratune.serving.http.routes.base import (
-    ApiError,
-    Body,
+from veratune.serving.http.dependencies import (
     CallerDep,
+    ContextDep,
     Limit,
-    ServiceDep,
     TenantDep,
     page,
 )
+from veratune.serving.http.errors import ApiError
+from veratune.serving.http.schemas import LoadAdapterBody, RollBackBody
+from veratune.serving.service import Service
 from veratune.serving.store.base import Version
 
 router = APIRouter()
 Number = Annotated[int, Field(ge=1, lt=2**31)]  # of a version
 
 
-class LoadBody(Body):
-    lora_name: str
-    lora_path: str = ""
-    lora_int_id: int | None = None
-
-
-class RollBackBody(Body):
-    version: Number
-
-
 @router.get("/v1/models")
-def models(
-    caller: CallerDep, service: ServiceDep, after: str = "", limit: Limit = 100
-) -> dict[str, Any]:
+async def list_models(
+    caller: CallerDep, context: ContextDep, after: str = "", limit: Limit = 100
+) -> dict[str, object]:
     """The base models, and the caller's adapters by name."""
-    found = service.names(caller, after, limit)
-    data = [_model(name, entry.version.created) for name, entry in found]
+    service = context.service
+    listed = await context.pools.read.run(service.list_adapters, caller, after, limit)
     bases = [] if after else [_model(name, 0) for name in service.loops]
-    return page(bases + data, len(found) == limit, last_id=found[-1][0] if found else None)
+    adapters = [_model(name, entry.version.created) for name, entry in listed]
+    last = listed[-1][0] if listed else None
+    return page(bases + adapters, len(listed) == limit, last_id=last)
 
 
 @router.get("/v1/models/{model:path}")
-def model(model: str, caller: CallerDep, service: ServiceDep) -> dict[str, Any]:
+async def get_model(model: str, caller: CallerDep, context: ContextDep) -> dict[str, object]:
     """One model."""
-    adapter = service.find(caller, model)
-    return _model(model, 0 if adapter is None else adapter.version.created)
+    ref = await context.pools.read.run(context.service.find_adapter, caller, model)
+    return _model(model, 0 if ref is None else ref.version.created)
 
 
 @router.put("/v1/adapters/{name}", status_code=201)
-async def put(
-    name: str, request: Request, tenant: TenantDep, service: ServiceDep
-) -> dict[str, Any]:
-    """The next version of an adapter: its file's bytes."""
+async def put_adapter(
+    name: str, request: Request, tenant: TenantDep, context: ContextDep
+) -> dict[str, object]:
+    """Upload the next version of an adapter: the bytes of its file."""
     data = await request.body()
-    version = await asyncio.to_thread(service.put, tenant, name, data)
+    version = await context.pools.write.run(context.service.put, tenant, name, data)
     return _adapter(name, tenant, version)
 
 
 @router.get("/v1/adapters")
-def adapters(
-    tenant: TenantDep, service: ServiceDep, after: str = "", limit: Limit = 100
-) -> dict[str, Any]:
+async def list_adapters(
+    tenant: TenantDep, context: ContextDep, after: str = "", limit: Limit = 100
+) -> dict[str, object]:
     """A tenant's adapters by name."""
-    found = service.store.list(tenant, after, limit)
-    return page([_adapter(e.name, tenant, e.version) for e in found], len(found) == limit)
+    store = context.service.store
+    listed = await context.pools.read.run(store.list_adapters, tenant, after, limit)
+    return page([_adapter(e.name, tenant, e.version) for e in listed], len(listed) == limit)
 
 
 @router.get("/v1/adapters/{name}")
-def get(
-    name: str, tenant: TenantDep, service: ServiceDep, version: Number | None = None
+async def get_adapter(
+    name: str, tenant: TenantDep, context: ContextDep, version: Number | None = None
 ) -> Response:
-    """An adapter's file."""
-    number = service.store.newest(tenant, name).number if version is None else version
-    data = service.store.get(tenant, name, number)
+    """Download an adapter's file."""
+    number, data = await context.pools.read.run(_read, context.service, tenant, name, version)
     headers = {
         "X-Adapter-Version": str(number),
         "Content-Disposition": f'attachment; filename="{name}.safetensors"',
@@ -84,55 +77,74 @@ def get(
 
 
 @router.delete("/v1/adapters/{name}")
-def delete(name: str, tenant: TenantDep, service: ServiceDep) -> dict[str, Any]:
-    """The end of an adapter, with all of its versions."""
-    service.delete(tenant, name)
+async def delete_adapter(name: str, tenant: TenantDep, context: ContextDep) -> dict[str, object]:
+    """Delete an adapter with all of its versions."""
+    await context.pools.write.run(context.service.delete, tenant, name)
     return {"id": name, "object": "adapter", "deleted": True}
 
 
 @router.get("/v1/adapters/{name}/versions")
-def versions(name: str, tenant: TenantDep, service: ServiceDep) -> dict[str, Any]:
-    """An adapter's history, the newest version first."""
-    return page(
-        [_adapter(name, tenant, version) for version in service.store.versions(tenant, name)], False
-    )
+async def list_versions(name: str, tenant: TenantDep, context: ContextDep) -> dict[str, object]:
+    """An adapter's history, newest version first."""
+    versions = await context.pools.read.run(context.service.store.versions, tenant, name)
+    return page([_adapter(name, tenant, version) for version in versions], False)
 
 
 @router.post("/v1/adapters/{name}/rollback")
-def roll_back(
-    name: str, body: RollBackBody, tenant: TenantDep, service: ServiceDep
-) -> dict[str, Any]:
-    """An old version's bytes as the newest version."""
-    return _adapter(name, tenant, service.store.roll_back(tenant, name, body.version))
+async def roll_back(
+    name: str, body: RollBackBody, tenant: TenantDep, context: ContextDep
+) -> dict[str, object]:
+    """Publish an old version's bytes as the newest version."""
+    store = context.service.store
+    version = await context.pools.write.run(store.roll_back, tenant, name, body.version)
+    return _adapter(name, tenant, version)
 
 
 @router.post("/v1/load_lora_adapter")
-def load(body: LoadBody, caller: CallerDep, service: ServiceDep) -> PlainTextResponse:
-    """For tools that know this call: adapters are loaded when they are asked for, so only whether it is there is told. Paths are never read."""
+async def load_adapter(
+    body: LoadAdapterBody, caller: CallerDep, context: ContextDep
+) -> PlainTextResponse:
+    """vLLM's call: adapters load on demand, so this tells only whether one exists. Reads no path."""
     if body.lora_path and body.lora_path != body.lora_name:
         raise ApiError(
             400,
-            f"lora_path: files of the server are not read; send the bytes by PUT /v1/adapters/{body.lora_name}",
+            "lora_path: files of the server are not read; send the bytes by PUT "
+            f"/v1/adapters/{body.lora_name}",
+            param="lora_path",
         )
-    service.find(caller, body.lora_name)
+    await context.pools.read.run(context.service.find_adapter, caller, body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @router.post("/v1/unload_lora_adapter")
-def unload(body: LoadBody, caller: CallerDep, service: ServiceDep) -> PlainTextResponse:
-    """Take an adapter out of memory, if nobody uses it now; it stays in the store."""
-    adapter = service.find(caller, body.lora_name)
-    if adapter is not None:
-        service.forget(adapter.key)
+async def unload_adapter(
+    body: LoadAdapterBody, caller: CallerDep, context: ContextDep
+) -> PlainTextResponse:
+    """vLLM's call: take an adapter out of memory, unless it is in use; it stays in the store."""
+    service = context.service
+    ref = await context.pools.read.run(service.find_adapter, caller, body.lora_name)
+    if ref is not None:
+        service.unload(ref.key)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
-def _model(name: str, created: float) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": int(created), "owned_by": "veratune"}
+def _read(service: Service, tenant: str, name: str, version: int | None) -> tuple[int, bytes]:
+    number = service.store.newest(tenant, name).number if version is None else version
+    return number, service.store.get(tenant, name, number)
 
 
-def _adapter(name: str, tenant: str, version: Version) -> dict[str, Any]:
+def _model(name: str, created: float) -> dict[str, object]:
+    model = Model(id=name, object="model", created=int(created), owned_by="veratune")
+    return model.model_dump(exclude_unset=True)
+
+
+def _adapter(name: str, tenant: str, version: Version) -> dict[str, object]:
     return {
-        "id": name, "object": "adapter", "tenant": tenant, "version": version.number, "bytes": version.size, "created": int(version.created),
+        "id": name,
+        "object": "adapter",
+        "tenant": tenant,
+        "version": version.number,
+        "bytes": version.size,
+        "created": int(version.created),
         "deleted": version.size == 0,
-    }  # fmt: skip
+    }

@@ -1,131 +1,160 @@
-"""Embeddings in OpenAI's shape, and classes in that of other servers, from an encoder."""
+"""Embeddings in the OpenAI API's shape, and classes in vLLM's, from an encoder."""
 
 import asyncio
 import base64
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from fastapi import APIRouter
-from pydantic import Field
+from openai.types import CreateEmbeddingResponse, Embedding
+from openai.types.create_embedding_response import Usage
 
 from veratune.serving.engine.encoder import Encoder, EncodeRequest, Want
-from veratune.serving.http.routes.base import ApiError, Body, CallerDep, ServiceDep, submit_and_wait
+from veratune.serving.http.dependencies import CallerDep, Context, ContextDep
+from veratune.serving.http.errors import ApiError
+from veratune.serving.http.generation import submit_and_wait
+from veratune.serving.http.schemas import ClassifyBody, EmbeddingBody
 from veratune.serving.keys import Caller
-from veratune.serving.service import Service
 
 router = APIRouter()
-Texts = str | list[str]
-MOST = 2048  # inputs of one call, as OpenAI has it
-
-
-class EmbeddingBody(Body):
-    model: str
-    input: str | list[int] | list[str] | list[list[int]]
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, ge=1)
-    user: str | None = None
-
-
-class ClassifyBody(Body):
-    model: str
-    input: Texts
-    pair: Texts | None = None
+MAX_INPUTS = 2048  # of one call, as OpenAI has it
+Encoded = Mapping[str, Sequence[int]]
 
 
 @router.post("/v1/embeddings")
-async def embeddings(body: EmbeddingBody, caller: CallerDep, service: ServiceDep) -> dict[str, Any]:
-    """A vector of length 1 for each text, read with the model's own adapter."""
-    encoder = service.encoding()
-    given: list[Any] = body.input if isinstance(body.input, list) else [body.input]
-    if given and isinstance(given[0], int):
-        given = [given]
-    width = encoder.model.config.hidden_size
+async def embeddings(
+    body: EmbeddingBody, caller: CallerDep, context: ContextDep
+) -> dict[str, object]:
+    """A vector of length 1 for each input, computed with the model's own adapter."""
+    encoder = context.service.require_encoder()
+    context.note_ignored(body)
+    width, vocabulary = encoder.model.config.hidden_size, encoder.model.config.vocab_size
     if body.dimensions is not None and body.dimensions != width:
-        raise ApiError(400, f"dimensions: this model's embeddings have {width}, and are not cut")
-    size = encoder.model.config.vocab_size
-    encoded = []
-    for entry in given:
-        if not isinstance(entry, str) and any(not 0 <= token < size for token in entry):
-            raise ApiError(400, f"input: tokens are numbers from 0 to {size - 1}")
-        encoded.append(
-            encoder.encode(entry)
-            if isinstance(entry, str)
-            else {"input_ids": entry, "attention_mask": [1] * len(entry)}
+        raise ApiError(
+            400,
+            f"dimensions: this model's embeddings have {width}, and are not cut",
+            param="dimensions",
         )
-    vectors, read = await _read(service, encoder, caller, body.model, encoded, "embedding")
-    tokens = sum(request.size for request in read)
-    shown: list[Any] = vectors
-    if body.encoding_format == "base64":
-        shown = [
-            base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()
-            for vector in vectors
-        ]
+    encoded: list[Encoded] = []
+    _check_count(len(body.inputs))
+    for entry in body.inputs:
+        if isinstance(entry, str):
+            encoded += await _encode(context, encoder, [(entry,)])
+        elif any(not 0 <= token < vocabulary for token in entry):
+            raise ApiError(400, f"input: tokens are numbers from 0 to {vocabulary - 1}")
+        else:
+            encoded.append({"input_ids": entry, "attention_mask": [1] * len(entry)})
+    vectors, requests = await _run(context, encoder, caller, body.model, encoded, "embedding")
+    tokens = sum(request.size for request in requests)
     data = [
-        {"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(shown)
+        Embedding.model_construct(
+            index=i, object="embedding", embedding=_shown(vector, body.encoding_format)
+        )
+        for i, vector in enumerate(vectors)
     ]
-    return {
-        "object": "list",
-        "model": body.model,
-        "data": data,
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-    }
+    response = CreateEmbeddingResponse.model_construct(
+        object="list",
+        model=body.model,
+        data=data,
+        usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
+    )
+    return response.model_dump(exclude_unset=True, warnings=False)
 
 
 @router.post("/v1/classify")
-async def classify(body: ClassifyBody, caller: CallerDep, service: ServiceDep) -> dict[str, Any]:
-    """The likeliest class of each text (or pair of texts) and the probabilities of all; an adapter trained on numbers gives its number."""
-    encoder = service.encoding()
-    texts, pairs = (
-        [given] if isinstance(given, str) else given for given in (body.input, body.pair or [])
-    )
+async def classify(body: ClassifyBody, caller: CallerDep, context: ContextDep) -> dict[str, object]:
+    """The likeliest class of each text, or pair of texts, with all probabilities.
+
+    An adapter that was trained on numbers gives its number instead.
+    """
+    encoder = context.service.require_encoder()
+    context.note_ignored(body)
+    texts, pairs = body.texts, body.pairs
+    _check_count(len(texts))
     if body.pair is not None and len(pairs) != len(texts):
         raise ApiError(
-            400, f"pair: {len(pairs)} texts for {len(texts)} of input; as many are wanted"
+            400,
+            f"pair: {len(pairs)} texts for {len(texts)} of input; as many are wanted",
+            param="pair",
         )
-    encoded = [encoder.encode(text, *pairs[i : i + 1]) for i, text in enumerate(texts)]
-    logits, read = await _read(service, encoder, caller, body.model, encoded, "logits")
-    lease = read[0].lease
+    inputs = [(text, *pairs[i : i + 1]) for i, text in enumerate(texts)]
+    encoded = await _encode(context, encoder, inputs)
+    logits, requests = await _run(context, encoder, caller, body.model, encoded, "logits")
+    lease = requests[0].lease
     labels = [str(label) for label in lease.task.get("labels", [])] if lease is not None else []
-    tokens = sum(request.size for request in read)
-    data: list[dict[str, Any]] = []
-    for i, row in enumerate(logits):
-        if len(row) == 1:
-            data.append({"index": i, "value": row[0]})
-            continue
-        shares = torch.tensor(row).softmax(-1)
-        best = int(shares.argmax())
-        data.append({
-            "index": i, "label": labels[best] if best < len(labels) else str(best), "probs": shares.tolist(), "num_classes": len(row), "labels": labels,
-        })  # fmt: skip
+    tokens = sum(request.size for request in requests)
     return {
         "object": "list",
         "model": body.model,
-        "data": data,
+        "data": [_classification(i, row, labels) for i, row in enumerate(logits)],
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
 
 
-async def _read(
-    service: Service, encoder: Encoder, caller: Caller, model: str, encoded: list[Any], want: Want
+def _classification(index: int, logits: list[float], labels: list[str]) -> dict[str, object]:
+    if len(logits) == 1:
+        return {"index": index, "value": logits[0]}
+    probabilities = torch.tensor(logits).softmax(-1)
+    best = int(probabilities.argmax())
+    return {
+        "index": index,
+        "label": labels[best] if best < len(labels) else str(best),
+        "probs": probabilities.tolist(),
+        "num_classes": len(logits),
+        "labels": labels,
+    }
+
+
+def _shown(vector: list[float], encoding: str) -> list[float] | str:
+    if encoding == "float":
+        return vector
+    return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()
+
+
+def _check_count(inputs: int) -> None:
+    if not 1 <= inputs <= MAX_INPUTS:
+        raise ApiError(400, f"input: {inputs} texts; 1 to {MAX_INPUTS} are wanted", param="input")
+
+
+async def _encode(
+    context: Context, encoder: Encoder, inputs: Sequence[tuple[str, ...]]
+) -> list[Encoded]:
+    """Token ids of texts or pairs, by the tokenizer in a thread."""
+    longest = max(map(len, encoder.tokenizer.get_vocab()), default=1)
+    for texts in inputs:
+        if sum(map(len, texts)) > encoder.max_model_len * longest:
+            raise ApiError(
+                400,
+                f"input: {sum(map(len, texts))} characters cannot fit into the "
+                f"{encoder.max_model_len} tokens of this model; shorten it",
+                code="context_length_exceeded",
+                param="input",
+            )
+    return await context.pools.tokenize.run(lambda: [encoder.encode(*texts) for texts in inputs])
+
+
+async def _run(
+    context: Context,
+    encoder: Encoder,
+    caller: Caller,
+    model: str,
+    encoded: Sequence[Encoded],
+    want: Want,
 ) -> tuple[list[list[float]], list[EncodeRequest]]:
-    """Every text's numbers, and the requests that had them. All texts are asked for at once; the first that fails fails the call."""
-    if not 1 <= len(encoded) <= MOST:
-        raise ApiError(400, f"input: {len(encoded)} texts; 1 to {MOST} are wanted")
-    asked = await asyncio.to_thread(service.asked, caller, model, encoder)
-    requests = [EncodeRequest(**asked, encoded=entry, want=want) for entry in encoded]
+    """The numbers of every input, and the requests. The first request that fails fails the call."""
+    fields = await context.pools.read.run(context.service.request_fields, caller, model, encoder)
+    requests = [EncodeRequest(**fields, encoded=entry, want=want) for entry in encoded]
     for request in requests:
         encoder.check(request)
-    rows: list[list[float]] = []
-    for start in range(
-        0, len(requests), encoder.config.max_num_seqs
-    ):  # a long list is one tenant's: it takes its turns like others
-        waiting = [
-            submit_and_wait(encoder, request)
-            for request in requests[start : start + encoder.config.max_num_seqs]
-        ]
-        for answer in await asyncio.gather(*waiting, return_exceptions=True):
-            if isinstance(answer, BaseException):
-                raise answer
-            rows.append(answer)
-    return rows, requests
+    context.limiter.count_tokens(caller.tenant, sum(request.size for request in requests))
+    outputs: list[list[float]] = []
+    # A long list takes its turns with other tenants' requests, a batch at a time.
+    size = encoder.config.max_num_seqs
+    for start in range(0, len(requests), size):
+        batch = [submit_and_wait(encoder, request) for request in requests[start : start + size]]
+        for output in await asyncio.gather(*batch, return_exceptions=True):
+            if isinstance(output, BaseException):
+                raise output
+            outputs.append(output)
+    return outputs, requests
