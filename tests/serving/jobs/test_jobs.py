@@ -98,7 +98,9 @@ def test_a_run_that_a_killed_server_left_behind_is_ended(bench):
     job = bench.create()
     code = f"""
 import sys, time
-from tests.serving.jobs.fakes import CHAT, Jobs
+from veratune.serving.jobs.jobs import Jobs
+from veratune.serving.jobs.models import TrainableModel
+CHAT = TrainableModel("", "instruction", (("messages",), ("prompt", "completion")))
 jobs = Jobs({str(bench.path / "jobs")!r}, {{"base": CHAT}}, None, command=({sys.executable!r}, {str(bench.path / "trainer.py")!r}))
 jobs.start()
 time.sleep(60)
