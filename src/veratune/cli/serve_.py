@@ -1,4 +1,4 @@
-"""veratune serve"""
+"""The command veratune serve."""
 
 from collections.abc import Sequence
 

@@ -92,7 +92,7 @@ class HttpServer(uvicorn.Server):
 
 
 def _timed_protocol(timeout: float) -> type[asyncio.Protocol]:
-    """uvicorn's protocol, which closes a connection whose request headers take over `timeout`.
+    """Uvicorn's protocol, which closes a connection whose request headers take over `timeout`.
 
     uvicorn limits the time between two requests only, so clients that send nothing, or a byte now
     and then, would hold their descriptors for ever.

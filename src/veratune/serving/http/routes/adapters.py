@@ -104,7 +104,7 @@ async def roll_back(
 async def load_adapter(
     body: LoadAdapterBody, caller: CallerDep, context: ContextDep
 ) -> PlainTextResponse:
-    """vLLM's call: adapters load on demand, so this tells only whether one exists. Reads no path."""
+    """VLLM's call: adapters load on demand, so this tells only whether one exists. Reads no path."""
     if body.lora_path and body.lora_path != body.lora_name:
         raise ApiError(
             400,
@@ -120,7 +120,7 @@ async def load_adapter(
 async def unload_adapter(
     body: LoadAdapterBody, caller: CallerDep, context: ContextDep
 ) -> PlainTextResponse:
-    """vLLM's call: take an adapter out of memory, unless it is in use; it stays in the store."""
+    """VLLM's call: take an adapter out of memory, unless it is in use; it stays in the store."""
     service = context.service
     ref = await context.pools.read.run(service.find_adapter, caller, body.lora_name)
     if ref is not None:
