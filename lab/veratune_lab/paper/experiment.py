@@ -155,16 +155,24 @@ def fine_tune(
 
 
 def load_trained(
-    settings: Mapping[str, Any], vera: VeraConfig, task: Task, place: Place, folder: Path | None
+    settings: Mapping[str, Any],
+    vera: VeraConfig,
+    task: Task,
+    place: Place,
+    folder: Path | None,
+    method: Method | None = None,
 ) -> tuple[Any, Any]:
-    """The model of a run that `fine_tune` made in a folder, in evaluation mode, and its processor. folder None: the bare model."""
+    """The model of a run that `fine_tune` made in a folder, in evaluation mode, and its processor.
+
+    folder None: the bare model. method: another than the settings name.
+    """
     run = TrainSettings(
         **{"out": str(folder), "device": place.device, "task": task.name, **settings}
     )
     processor = task.load_processor(run.model)
     model: Any = task.load_model(run.model, processor, dtype=run.base_dtype, quantize=run.quantize)
     if folder is not None:
-        method = build_method(
+        method = method or build_method(
             run.method, dataclasses.replace(vera, seed=run.basis_seed), run.options
         )
         method.prepare(model, task.heads(model), task.to_metadata())

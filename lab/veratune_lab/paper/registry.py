@@ -14,10 +14,11 @@ from veratune_lab.paper.instruct import Table4, Table12, Table13
 from veratune_lab.paper.recipes import Recipes
 from veratune_lab.paper.table2 import Table2
 from veratune_lab.paper.table3 import Table3
+from veratune_lab.quality.experiment import Quality
 
 _KINDS: tuple[type[Experiment], ...] = (
     Table1, Counts, Table2, Table3, Table4, Table5, Table6, Table7, Table8, Table9, Table10, Table11, Table12, Table13, Figure2, Figure3, Figure4, Figure5, Figure6, Recipes,
-    ConvMnist, ConvIntel, CifarJpeg, EfficientNetFewShot, Detection, Ddpm, LoraStyles,
+    ConvMnist, ConvIntel, CifarJpeg, EfficientNetFewShot, Detection, Ddpm, LoraStyles, Quality,
 )  # fmt: skip
 EXPERIMENTS = {kind.name: kind for kind in _KINDS}
 

@@ -1,0 +1,1 @@
+"""Accuracy per byte: one protocol for VeRA and the methods beside it."""
