@@ -1,0 +1,200 @@
+"""PrincipalBasis: A and B from the leading singular directions of a layer's own frozen weight."""
+
+import base64
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from veratune.basis.basis import Basis
+from veratune.basis.distributions import values
+from veratune.basis.philox import random_words
+from veratune.errors import BasisError
+
+_STEPS = 6  # of subspace iteration; part of the definition of the basis
+_OVERSAMPLING = 16  # extra directions at least; half the rank where that is more
+_CLUSTER = 1e-7  # singular values closer than this share of the largest count as equal
+_DEFICIENT = 1e-6  # a singular value below this share of the largest has no direction
+_ROLE = int.from_bytes(hashlib.sha256(b"principal").digest()[:8], "little")
+
+_SAMPLED_LAYERS = 8  # of a fingerprint
+_SAMPLES = 8  # numbers for each of them
+_TOLERANCE = 1e-3  # of a fingerprint's numbers, relative to their root mean square
+_PREFIX = "principal:"
+
+Weight = Callable[[], Tensor]
+
+
+class PrincipalBasis(Basis):
+    """ΔW = 2 sqrt(m / r) U_r diag(d) V_rᵀ, where W = U diag(s) Vᵀ is the layer's frozen weight.
+
+    A = V_rᵀ (r, n) and B = 2 sqrt(m / r) U_r (m, r) are recomputed from the weights of the base
+    model, never stored. They do not depend on the number of threads, and agree to 1e-5 between
+    machines. The directions of each layer are computed on first use.
+
+    Args:
+        seed: Seed of the start of the subspace iteration.
+        ranks: r by layer.
+        weights: What returns W (m, n), by layer; called once, on first use.
+
+    Source: singular vectors with a trained diagonal, as in SVFT (arXiv 2405.19597).
+    """
+
+    def __init__(self, seed: int, ranks: Mapping[str, int], weights: Mapping[str, Weight]) -> None:
+        super().__init__()
+        self.seed, self.ranks, self._weights = seed, dict(ranks), dict(weights)
+
+    def roles(self, layer: str, out_features: int, in_features: int) -> tuple[str, str]:
+        return f"A/{layer}", f"B/{layer}"
+
+    def scale(self, rank: int, in_features: int) -> float:
+        return 1.0
+
+    def matrix(
+        self, role: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """A or B of a layer; both are made at once, and one copy serves every adapter."""
+        if device.type == "meta":
+            return super().matrix(role, rows, columns, device, dtype)
+        with self._lock, torch.no_grad():
+            if (role, device, dtype) not in self._held:
+                layer = role.partition("/")[2]
+                for other, made in zip("AB", self._made(layer), strict=True):
+                    self._held[f"{other}/{layer}", device, dtype] = made.to(device, dtype)
+            held = self._held[role, device, dtype]
+        if held.shape != (rows, columns):
+            raise BasisError(
+                f"layer '{role.partition('/')[2]}': the principal directions are {tuple(held.shape)}, "
+                f"({rows}, {columns}) is wanted; attach the adapter anew"
+            )
+        return held
+
+    def generate(self, role: str, out: Tensor) -> None:
+        out.copy_(self.matrix(role, *out.shape, torch.device("cpu"), out.dtype))
+
+    def fingerprint(self) -> str:
+        """Numbers that depend on every A and B of a sample of layers, as text; see `matches`."""
+        numbers = [self._sample(layer) for layer in self._sampled()]
+        data = np.concatenate(numbers).astype("<f4").tobytes()
+        return _PREFIX + base64.b64encode(data).decode()
+
+    def matches(self, fingerprint: str) -> bool:
+        """Whether a fingerprint is this basis', up to the rounding of another machine."""
+        try:
+            data = base64.b64decode(fingerprint.removeprefix(_PREFIX), validate=True)
+            found = np.frombuffer(data, "<f4").astype(np.float64)
+        except ValueError:
+            return False
+        own = np.concatenate([self._sample(layer) for layer in self._sampled()])
+        if not fingerprint.startswith(_PREFIX) or found.shape != own.shape:
+            return False
+        size = math.sqrt(float(np.mean(own**2)))
+        return bool(np.all(np.abs(found - own) <= _TOLERANCE * size))
+
+    def _made(self, layer: str) -> tuple[Tensor, Tensor]:
+        """(A, B) of a layer: another device's or dtype's copy, or computed from the weight."""
+        copies = [key for key in self._held if key[0] == f"A/{layer}" and key[1].type != "meta"]
+        if copies:
+            _, device, dtype = max(copies, key=lambda key: key[2].itemsize)
+            return self._held[f"A/{layer}", device, dtype], self._held[f"B/{layer}", device, dtype]
+        if layer not in self._weights:
+            raise BasisError(
+                f"layer '{layer}': a principal basis needs the base model's weights, and there are none "
+                "here; put the adapter into its base model first"
+            )
+        weight, rank = self._weights[layer](), self.ranks[layer]
+        try:
+            u, _, v = principal_directions(weight, rank, self.seed)
+        except ValueError as error:
+            raise BasisError(f"layer '{layer}': {error}") from None
+        return v.T.float().contiguous(), (2 * math.sqrt(len(u) / rank) * u).float()
+
+    def _sampled(self) -> list[str]:
+        """Layers spread evenly over all, by name."""
+        names = sorted(self.ranks)
+        places = np.linspace(0, len(names) - 1, min(len(names), _SAMPLED_LAYERS))
+        return [names[int(place)] for place in places]
+
+    def _sample(self, layer: str) -> np.ndarray:
+        """Entries of P B diag(g) A Q, with P, Q random and every g_i another: joint signs cancel."""
+        with self._lock, torch.no_grad():
+            A, B = (matrix.to("cpu", torch.float64) for matrix in self._made(layer))
+        rank = A.shape[0]
+        left = _start(self.seed + 1, B.shape[0], _SAMPLES) / math.sqrt(B.shape[0])
+        right = _start(self.seed + 2, A.shape[1], _SAMPLES) / math.sqrt(A.shape[1])
+        weights = torch.cos(torch.arange(1, rank + 1, dtype=torch.float64))
+        return ((left.T @ B) * weights * (A @ right).T).sum(1).numpy()
+
+
+def principal_directions(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triplets of W, by subspace iteration and Rayleigh-Ritz, in float64.
+
+    The start comes from the Philox generator and the number of steps is fixed. So the result is a
+    function of W and the seed alone, whether or not the iteration has converged. Vectors of equal
+    singular values are rotated to a fixed place in their subspace; the largest entry of each u_i
+    is positive.
+
+    Args:
+        weight: W, shape (m, n).
+        rank: r, at most min(m, n).
+        seed: Seed of the start.
+
+    Returns:
+        U (m, r), s (r,) in falling order, V (n, r).
+
+    Raises:
+        ValueError: W is not finite, or has fewer than r directions.
+
+    Source: Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 53 (2011).
+    """
+    W = weight.detach().to("cpu", torch.float64)
+    most = min(W.shape)
+    if rank > most:
+        raise ValueError(
+            f"rank is {rank}, but a weight of shape {tuple(W.shape)} has {most} principal directions; "
+            "set a rank of at most that many (rank_pattern sets it for some layers)"
+        )
+    if not bool(torch.isfinite(W).all()):
+        raise ValueError("its weight holds NaN or infinity; there are no principal directions")
+    width = min(most, rank + max(_OVERSAMPLING, rank // 2))
+    start = _start(seed, W.shape[1], width)
+    basis = torch.linalg.qr(start).Q
+    for _ in range(_STEPS):
+        basis = torch.linalg.qr(W @ basis).Q
+        basis = torch.linalg.qr(W.T @ basis).Q
+    u, s, rotation = torch.linalg.svd(W @ basis, full_matrices=False)
+    v = basis @ rotation.T
+    if float(s[rank - 1]) <= _DEFICIENT * float(s[0]):
+        found = int((s > _DEFICIENT * s[0]).sum())
+        raise ValueError(
+            f"its weight has {found} principal directions, but rank is {rank}; "
+            "lower the rank or exclude the layer"
+        )
+    for first, last in _clusters(s):
+        turn, upper = torch.linalg.qr(v[:, first:last].T @ start[:, : last - first])
+        turn = turn * torch.where(upper.diagonal() < 0, -1.0, 1.0)
+        u[:, first:last], v[:, first:last] = u[:, first:last] @ turn, v[:, first:last] @ turn
+    u, v = u[:, :rank], v[:, :rank]
+    signs = torch.sign(u.gather(0, u.abs().argmax(0, keepdim=True)))
+    return u * signs, s[:rank], v * signs
+
+
+def _clusters(s: Tensor) -> list[tuple[int, int]]:
+    """Ranges of two and more singular values that count as equal."""
+    near = ((s[:-1] - s[1:]) <= _CLUSTER * s[0]).tolist()
+    out, first = [], 0
+    for i, joined in enumerate([*near, False]):
+        if not joined:
+            if i > first:
+                out.append((first, i + 1))
+            first = i + 1
+    return out
+
+
+def _start(seed: int, rows: int, columns: int) -> Tensor:
+    """The Philox matrix, uniform in [-1, 1)."""
+    bits = random_words(seed % 2**64, _ROLE, range(rows), columns)
+    return torch.from_numpy(values(bits, "kaiming_uniform")).double()
