@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "veratune"
 
 # From the ground up: a file may import from its own room and from those before it.
 ROOMS = [
-    "errors", "lru", "config", "ops", "basis", "layers", "patterns", "families", "targets", "stacked",
+    "errors", "lru", "config", "ops", "basis", "layers", "patterns", "families", "targets", "base_weights", "stacked",
     "model_state", "fingerprint", "fast_path", "selection", "merging", "compatibility", "attach", "adapter",
     "formats", "files", "analysis", "loading", "tasks", "inference", "training", "integrations",
     "scoring", "serving", "cli", "__main__",

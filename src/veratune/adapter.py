@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from veratune.attach import attach_sites
+from veratune.base_weights import principal_basis
 from veratune.basis.basis import Basis, basis_of
+from veratune.basis.principal import PrincipalBasis
 from veratune.config import VeraConfig
 from veratune.errors import (
     AdapterFileError,
@@ -60,10 +62,12 @@ class Adapter:
             they could not be read.
         task: The task metadata, as JSON types; empty if it was not trained by veratune.
         kernels: The kernel of each layer that is a convolution.
-        lora_fingerprint: Of the LoRA that an adapter with basis="lora" was trained over; else "".
+        lora_fingerprint: Of the LoRA that an adapter with basis="lora" was trained over, or of the
+            principal directions of the base model for basis="principal"; else "".
         layer_ranks: The rank of each layer; None: read from d, or from the config.
         base_fingerprint: A sample of all the base model's weights (see `base_fingerprint` in
             veratune.fingerprint); None where it is not known.
+        bound: A and B as a base model gives them, for basis="principal"; see `bind`.
 
     Raises:
         AdapterFileError: The vectors contradict the config or the shapes, or are not finite.
@@ -81,6 +85,7 @@ class Adapter:
     lora_fingerprint: str = ""
     layer_ranks: Mapping[str, int] | None = None
     base_fingerprint: Tensor | None = None
+    bound: Basis | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.shapes:
@@ -142,8 +147,16 @@ class Adapter:
         """The frozen matrices A and B.
 
         Raises:
-            UnsupportedError: basis="lora": the adapter does not hold the LoRA's matrices.
+            UnsupportedError: basis="lora": the adapter does not hold the LoRA's matrices; or
+                basis="principal" without a base model.
         """
+        if self.bound is not None:
+            return self.bound
+        if self.config.basis == "principal":
+            raise UnsupportedError(
+                "an adapter with basis='principal' needs its base model's weights: load it into the "
+                "model, and take it from there"
+            )
         if self.config.basis == "lora":
             raise UnsupportedError(
                 "an adapter over a LoRA does not hold the LoRA's matrices; merge it into the model "
@@ -154,6 +167,8 @@ class Adapter:
     @property
     def fingerprint(self) -> str:
         """A hash of the frozen matrices."""
+        if self.bound is not None:
+            return self.bound.fingerprint()
         return self.lora_fingerprint or self.basis.fingerprint()
 
     @property
@@ -222,11 +237,38 @@ def extract(model: nn.Module, name: str | None = None) -> Adapter:
         task=task_metadata(root, name),
         kernels={layer: v.part.kernel for layer, v in vectors.items() if v.part.kernel},
         lora_fingerprint=next(iter(vectors.values())).basis.fingerprint()
-        if config.basis == "lora"
+        if config.basis in ("lora", "principal")
         else "",
         layer_ranks={layer: v.rank for layer, v in vectors.items()},
         base_fingerprint=base_fingerprint(root, list(heads)),
+        bound=next(iter(vectors.values())).basis if config.basis == "principal" else None,
     )
+
+
+def bind(model: nn.Module, adapter: Adapter) -> Adapter:
+    """Return an adapter with the A and B that this base model gives it, for basis="principal".
+
+    Adapters with another basis come back as they are.
+
+    Raises:
+        BaseModelError: The adapter was trained on another base model.
+        BasisError: The principal directions here are not those that it was trained with.
+    """
+    if adapter.config.basis != "principal" or adapter.bound is not None:
+        return adapter
+    sites = check_fits(model, adapter, head_shapes=False)
+    return dataclasses.replace(adapter, bound=_principal(model, adapter, sites))
+
+
+def _principal(model: nn.Module, adapter: Adapter, sites: list[Site]) -> PrincipalBasis:
+    basis = principal_basis(model, adapter.config, sites)
+    if not basis.matches(adapter.fingerprint):
+        raise BasisError(
+            "the principal directions of this base model are not those that the adapter was "
+            "trained with: their fingerprints differ. Load the base that it was trained on, in the "
+            "same quantization"
+        )
+    return basis
 
 
 def install(
@@ -266,6 +308,8 @@ def install(
                 "the adapter was trained over another LoRA than the one that was given: their "
                 "fingerprints differ"
             )
+    if adapter.config.basis == "principal":
+        basis = _principal(model, adapter, sites)
     attach_sites(model, adapter.config, name, sites, trainable=trainable, basis=basis)
     set_task_metadata(model, name, adapter.task)
     update(model, adapter, name)

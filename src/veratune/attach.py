@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from veratune.base_weights import principal_basis
 from veratune.basis.basis import Basis, basis_of
 from veratune.basis.lora import LoraBasis
 from veratune.compatibility import (
@@ -129,6 +130,8 @@ def attach_sites(
     bases = {site.module: base_module(model, site.module) for site in sites}
     check_plan(model, config, bases)
     _check_called(model, sites)
+    if config.basis == "principal":
+        basis = principal_basis(model, config, sites)
     basis = basis or basis_of(config, {site.name: site.shape for site in sites})
     vectors = []
     for site in sites:

@@ -9,7 +9,7 @@ from veratune.errors import ConfigError, near
 
 Init = Literal["kaiming_uniform", "kaiming_normal", "uniform"]
 Sharing = Literal["shared", "per_shape", "unique"]
-BasisKind = Literal["random", "peft", "monarch", "lora"]
+BasisKind = Literal["random", "peft", "monarch", "lora", "principal"]
 Vectors = Literal["both", "d", "b"]
 Fused = Literal["parts", "whole"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -40,7 +40,8 @@ class VeraConfig:
             at 1 too and ΔW is the LoRA's.
         dropout: probability with which an input of the adapter is dropped in training, in [0, 1).
         basis: "random" (full matrices of the counter-based generator), "monarch" (small blocks of it, which multiply
-            in a fraction of the work), "peft" (what Hugging Face PEFT draws) or "lora" (A and B of a trained LoRA, which
+            in a fraction of the work), "peft" (what Hugging Face PEFT draws), "principal" (the leading singular vectors
+            of each layer's frozen weight, recomputed from the base model) or "lora" (A and B of a trained LoRA, which
             `attach` is given; targets None are then all its layers, and the rank is its own).
         init: distribution of A and B.
         sharing: one pair for all layers ("shared"), one for each layer shape ("per_shape"), or one for
@@ -123,7 +124,8 @@ class VeraConfig:
             )
         if self.basis == "peft":
             self._check_peft()
-        if self.basis == "lora":
+        if self.basis in ("lora", "principal"):
+            source = "a LoRA" if self.basis == "lora" else "the base model's weights"
             for field, only in (
                 ("init", "kaiming_uniform"),
                 ("sharing", "shared"),
@@ -131,7 +133,7 @@ class VeraConfig:
             ):
                 if getattr(self, field) != only:
                     raise ConfigError(
-                        f"basis='lora' takes its matrices from a LoRA, so {field}={getattr(self, field)!r} has no meaning; leave it out"
+                        f"basis={self.basis!r} takes its matrices from {source}, so {field}={getattr(self, field)!r} has no meaning; leave it out"
                     )
 
     def _check_peft(self) -> None:

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from veratune.adapter import Adapter
-from veratune.basis.basis import new_basis
+from veratune.basis.basis import Basis, new_basis
+from veratune.basis.principal import PrincipalBasis, blank_fingerprint
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError, DataError
 from veratune.fingerprint import FINGERPRINT_VALUES
@@ -79,9 +80,16 @@ def count(
             trainable = extra
         else:
             adapter = _blank(vera, sites, model)
+            basis: Basis
+            if vera.basis == "principal":
+                ranks = {site.name: site.rank for site in sites}
+                basis = PrincipalBasis(vera.seed, ranks, {})
+                blank = blank_fingerprint(len(ranks))
+                adapter = dataclasses.replace(adapter, lora_fingerprint=blank)
+            else:
+                basis = new_basis(vera, dict(adapter.shapes))
             trainable = adapter.trained_values
             file_bytes = len(native.encode(adapter))
-            basis = new_basis(vera, dict(adapter.shapes))
             basis.reserve([(s.name, *s.shape, s.rank) for s in sites], _META, torch.float32)
             basis_bytes = basis.allocated_bytes()
     elif method == "bitfit":

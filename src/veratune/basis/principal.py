@@ -1,6 +1,7 @@
 """PrincipalBasis: A and B from the leading singular directions of a layer's own frozen weight."""
 
 import base64
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping
@@ -38,7 +39,7 @@ class PrincipalBasis(Basis):
     Args:
         seed: Seed of the start of the subspace iteration.
         ranks: r by layer.
-        weights: What returns W (m, n), by layer; called once, on first use.
+        weights: What returns W (m, n), by layer; called on first use.
 
     Source: singular vectors with a trained diagonal, as in SVFT (arXiv 2405.19597).
     """
@@ -46,6 +47,7 @@ class PrincipalBasis(Basis):
     def __init__(self, seed: int, ranks: Mapping[str, int], weights: Mapping[str, Weight]) -> None:
         super().__init__()
         self.seed, self.ranks, self._weights = seed, dict(ranks), dict(weights)
+        self._samples: dict[str, np.ndarray] = {}
 
     def roles(self, layer: str, out_features: int, in_features: int) -> tuple[str, str]:
         return f"A/{layer}", f"B/{layer}"
@@ -61,9 +63,7 @@ class PrincipalBasis(Basis):
             return super().matrix(role, rows, columns, device, dtype)
         with self._lock, torch.no_grad():
             if (role, device, dtype) not in self._held:
-                layer = role.partition("/")[2]
-                for other, made in zip("AB", self._made(layer), strict=True):
-                    self._held[f"{other}/{layer}", device, dtype] = made.to(device, dtype)
+                self._compute(role.partition("/")[2], device, dtype)
             held = self._held[role, device, dtype]
         if held.shape != (rows, columns):
             raise BasisError(
@@ -72,13 +72,16 @@ class PrincipalBasis(Basis):
             )
         return held
 
+    def _compute(self, layer: str, device: torch.device, dtype: torch.dtype) -> None:
+        for kind, made in zip("AB", self._made(layer), strict=True):
+            self._held[f"{kind}/{layer}", device, dtype] = made.to(device, dtype)
+
     def generate(self, role: str, out: Tensor) -> None:
         out.copy_(self.matrix(role, *out.shape, torch.device("cpu"), out.dtype))
 
     def fingerprint(self) -> str:
         """Numbers that depend on every A and B of a sample of layers, as text; see `matches`."""
-        numbers = [self._sample(layer) for layer in self._sampled()]
-        data = np.concatenate(numbers).astype("<f4").tobytes()
+        data = self._numbers.astype("<f4").tobytes()
         return _PREFIX + base64.b64encode(data).decode()
 
     def matches(self, fingerprint: str) -> bool:
@@ -88,18 +91,32 @@ class PrincipalBasis(Basis):
             found = np.frombuffer(data, "<f4").astype(np.float64)
         except ValueError:
             return False
-        own = np.concatenate([self._sample(layer) for layer in self._sampled()])
+        own = self._numbers
         if not fingerprint.startswith(_PREFIX) or found.shape != own.shape:
             return False
         size = math.sqrt(float(np.mean(own**2)))
         return bool(np.all(np.abs(found - own) <= _TOLERANCE * size))
 
+    @functools.cached_property
+    def _numbers(self) -> np.ndarray:
+        """What a fingerprint holds: samples of layers spread evenly over all, by name."""
+        with self._lock, torch.no_grad():
+            for layer in self._sampled:
+                if layer not in self._samples:
+                    self._compute(layer, torch.device("cpu"), torch.float32)
+        return np.concatenate([self._samples[layer] for layer in self._sampled])
+
+    @functools.cached_property
+    def _sampled(self) -> tuple[str, ...]:
+        names = sorted(self.ranks)
+        places = np.linspace(0, len(names) - 1, min(len(names), _SAMPLED_LAYERS))
+        return tuple(dict.fromkeys(names[int(place)] for place in places))
+
     def _made(self, layer: str) -> tuple[Tensor, Tensor]:
-        """(A, B) of a layer: another device's or dtype's copy, or computed from the weight."""
-        copies = [key for key in self._held if key[0] == f"A/{layer}" and key[1].type != "meta"]
-        if copies:
-            _, device, dtype = max(copies, key=lambda key: key[2].itemsize)
-            return self._held[f"A/{layer}", device, dtype], self._held[f"B/{layer}", device, dtype]
+        """(A, B) of a layer: another device's copy in full precision, or computed from the weight."""
+        for role, device, dtype in list(self._held):
+            if role == f"A/{layer}" and device.type != "meta" and dtype.itemsize >= 4:
+                return self._held[role, device, dtype], self._held[f"B/{layer}", device, dtype]
         if layer not in self._weights:
             raise BasisError(
                 f"layer '{layer}': a principal basis needs the base model's weights, and there are none "
@@ -110,23 +127,24 @@ class PrincipalBasis(Basis):
             u, _, v = principal_directions(weight, rank, self.seed)
         except ValueError as error:
             raise BasisError(f"layer '{layer}': {error}") from None
-        return v.T.float().contiguous(), (2 * math.sqrt(len(u) / rank) * u).float()
+        A, B = v.T.float().contiguous(), (2 * math.sqrt(len(u) / rank) * u).float()
+        if layer in self._sampled:
+            self._samples[layer] = _sample(A.double(), B.double(), self.seed)
+        return A, B
 
-    def _sampled(self) -> list[str]:
-        """Layers spread evenly over all, by name."""
-        names = sorted(self.ranks)
-        places = np.linspace(0, len(names) - 1, min(len(names), _SAMPLED_LAYERS))
-        return [names[int(place)] for place in places]
 
-    def _sample(self, layer: str) -> np.ndarray:
-        """Entries of P B diag(g) A Q, with P, Q random and every g_i another: joint signs cancel."""
-        with self._lock, torch.no_grad():
-            A, B = (matrix.to("cpu", torch.float64) for matrix in self._made(layer))
-        rank = A.shape[0]
-        left = _start(self.seed + 1, B.shape[0], _SAMPLES) / math.sqrt(B.shape[0])
-        right = _start(self.seed + 2, A.shape[1], _SAMPLES) / math.sqrt(A.shape[1])
-        weights = torch.cos(torch.arange(1, rank + 1, dtype=torch.float64))
-        return ((left.T @ B) * weights * (A @ right).T).sum(1).numpy()
+def _sample(A: Tensor, B: Tensor, seed: int) -> np.ndarray:
+    """Entries of P B diag(g) A Q, with P, Q random and every g_i another: joint signs cancel."""
+    left = _start(seed + 1, B.shape[0], _SAMPLES) / math.sqrt(B.shape[0])
+    right = _start(seed + 2, A.shape[1], _SAMPLES) / math.sqrt(A.shape[1])
+    weights = torch.cos(torch.arange(1, len(A) + 1, dtype=torch.float64))
+    return ((left.T @ B) * weights * (A @ right).T).sum(1).numpy()
+
+
+def blank_fingerprint(layers: int) -> str:
+    """A fingerprint of the right length for so many layers, which matches no basis."""
+    numbers = min(layers, _SAMPLED_LAYERS) * _SAMPLES
+    return _PREFIX + base64.b64encode(np.zeros(numbers, "<f4").tobytes()).decode()
 
 
 def principal_directions(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -82,7 +82,7 @@ class Contents(abc.ABC):
 
     def check_basis(self, fingerprint: str) -> None:
         """Raise BasisError if A and B as drawn here are not those of the file."""
-        if self.config.basis == "lora":  # compared with the LoRA when the adapter enters a model
+        if self.config.basis in ("lora", "principal"):  # compared when the adapter enters a model
             self.lora_fingerprint = fingerprint
             return
         if basis_of(self.config, self.shapes).fingerprint() != fingerprint:

@@ -119,6 +119,11 @@ def _common_rank(adapter: Adapter) -> int:
             "PEFT's VeRA has full matrices A and B; this adapter has basis='monarch', whose blocks "
             "differ with a layer's size. Export with --to peft-lora"
         )
+    if config.basis == "principal":
+        raise UnsupportedError(
+            "PEFT's VeRA has one pair (A, B) for all layers; this adapter has basis='principal', a "
+            "pair for each layer. Export with --to peft-lora"
+        )
     if config.sharing != "shared":
         raise UnsupportedError(
             "PEFT's VeRA has one pair (A, B) for all layers; this adapter has "

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from veratune.adapter import (
     Adapter,
     base_id,
+    bind,
     check_fits,
     check_weight_fingerprint,
 )
@@ -476,6 +477,7 @@ class AdapterPool:
         return size
 
     def _group_for(self, adapter: Adapter) -> SlotGroup:
+        adapter = bind(self.base_model, adapter)
         config = adapter.config
         head = tuple((name, tuple(t.shape), t.dtype) for name, t in sorted(adapter.head.items()))
         kind = (
