@@ -45,6 +45,17 @@ def test_the_adapter_is_exact_over_the_quantized_base(bits):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+def test_principal_directions_are_those_of_the_dequantized_weight(bits):
+    dense, model = build(bits)
+    vt.attach(model, vt.VeraConfig(rank=4, targets=["0"], vectors="d", basis="principal"), "a")
+    x = torch.randn(4, 64)
+    A, B = model[0].vectors("a")[0].pair(x.device, torch.float32)
+    # A leading direction keeps most of its singular value under quantization.
+    kept = torch.einsum("mr,mn,rn->r", B, dense[0].weight.detach(), A) / B.norm(dim=0)
+    assert (kept > 0.5 * torch.linalg.svdvals(dense[0].weight.detach())[0]).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 def test_training_goes_through(bits):
     _, model = build(bits)
     vt.attach(model, vt.VeraConfig(rank=32, targets="all-linear"), "a")
