@@ -14,11 +14,11 @@ import veratune as vt
 from tests import fakes
 from tests.fakes import scramble
 from veratune.adapter import bind, extract
-from veratune.attach import vectors_of
 from veratune.basis.principal import PrincipalBasis
 from veratune.errors import BaseModelError, BasisError, ConfigError, UnsupportedError
 from veratune.formats import native
 from veratune.formats.lora_matrices import lora_pairs
+from veratune.model_state import vectors_of
 from veratune.serving.pool.pool import AdapterPool
 
 RANK = 3
