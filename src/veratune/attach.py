@@ -7,6 +7,7 @@ layer is wrapped in a VeraLayer, every other parameter is frozen. The model stay
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -25,7 +26,7 @@ from veratune.compatibility import (
     check_overlap,
     check_plan,
 )
-from veratune.config import VeraConfig
+from veratune.config import ALL_LINEAR, VeraConfig
 from veratune.errors import AdapterStateError, UnsupportedError
 from veratune.fast_path import leave_fast_path, restore_fast_path
 from veratune.layers.attention import VeraMultiheadAttention
@@ -103,7 +104,7 @@ def attach(
     check_basis(config, basis)
     if isinstance(basis, LoraBasis):
         config = config_for_lora(model, config, basis.ranks())
-    sites = find_sites(model, config)
+    sites = _drop_bypassed(model, config, find_sites(model, config))
     return attach_sites(model, config, name, sites, trainable=trainable, basis=basis)
 
 
@@ -228,6 +229,21 @@ def _state_for(model: nn.Module) -> AdapterState:
             "adapters to that module, or detach them first"
         )
     return state_of(model)
+
+
+def _drop_bypassed(model: nn.Module, config: VeraConfig, sites: list[Site]) -> list[Site]:
+    """Leave out what the default or `all-linear` found but the model does not call; say so."""
+    bypassed = bypassed_layers(model, sites)
+    by_name = config.targets is not None and ALL_LINEAR not in config.targets
+    if not bypassed or by_name or len(bypassed) == len(sites):
+        return sites
+    name, reader = next(iter(bypassed.items()))
+    warnings.warn(
+        f"attach leaves out {len(bypassed)} layers such as '{name}': {reader} reads their "
+        "weight without calling them, so an adapter would be ignored",
+        stacklevel=3,
+    )
+    return [site for site in sites if site.name not in bypassed]
 
 
 def _check_called(model: nn.Module, sites: list[Site]) -> None:

@@ -1,7 +1,10 @@
 """What attach checks before it touches a model: each check raises with the layer and the way out."""
 
+import ast
+import importlib.util
 import inspect
 import re
+import textwrap
 from collections.abc import Mapping
 
 from torch import nn
@@ -23,7 +26,13 @@ from veratune.targets import Site, is_attention
 
 # Methods that read a weight without computing with it.
 _NOT_FORWARD = re.compile(r"init|reset|load|save|prune|tie|resize")
-_FAST_KERNELS = "is_fast_path_available"
+_METADATA = frozenset({"device", "dtype", "is_meta", "ndim", "requires_grad", "shape", "size"})
+_QUESTIONS = frozenset({"isinstance", "hasattr", "getattr", "id", "type"})
+
+# Kernels of state space models that take the weights of layers; without their packages,
+# transformers calls the layers instead.
+_FUSED_KERNELS = frozenset({"mamba_inner_fn", "mamba_split_conv1d_scan_combined"})
+_KERNEL_PACKAGES = ("mamba_ssm", "kernels")
 
 
 def check_config(config: object) -> VeraConfig:
@@ -133,37 +142,62 @@ def bypassed_layers(model: nn.Module, sites: list[Site]) -> dict[str, str]:
         "Class.method" that reads the weight, by site name.
     """
     out: dict[str, str] = {}
-    sources: dict[type, dict[str, str]] = {}
+    reads: dict[type, dict[str, str]] = {}
     for site in sites:
         path, _, attribute = site.module.rpartition(".")
-        parent = model.get_submodule(path)
-        if isinstance(parent, nn.ModuleList | nn.Sequential | nn.ModuleDict):
-            continue
-        kind = type(parent)
-        if kind not in sources:
-            sources[kind] = _forward_sources(kind)
-        read = re.compile(
-            rf"self\.{re.escape(attribute)}\.weight\b(?!\.(dtype|device|shape|requires_grad|size))"
-        )
-        for method, source in sources[kind].items():
-            if attribute in source and read.search(source):
-                out[site.name] = f"{kind.__name__}.{method}"
+        kind = type(model.get_submodule(path))
+        if kind not in reads:
+            reads[kind] = _weights_read(kind)
+        if attribute in reads[kind]:
+            out[site.name] = f"{kind.__name__}.{reads[kind][attribute]}"
     return out
 
 
-def _forward_sources(kind: type) -> dict[str, str]:
-    """The source of a class's methods that compute, by name; fused kernels only where installed."""
+def _weights_read(kind: type) -> dict[str, str]:
+    """The attributes whose weight a class's methods compute with, and the first such method."""
     module = inspect.getmodule(kind)
-    if kind.__module__.startswith("torch.") or module is None:
+    if module is None or kind.__module__.startswith("torch."):
         return {}
-    out = {}
+    out: dict[str, str] = {}
     for name, method in inspect.getmembers(kind, inspect.isfunction):
         if method.__module__ != kind.__module__ or _NOT_FORWARD.search(name):
             continue
-        if name.startswith("cuda_kernels") and not getattr(module, _FAST_KERNELS, False):
+        if name.startswith("cuda_kernels") and not _has_kernels():
             continue
         try:
-            out[name] = inspect.getsource(method)
-        except (OSError, TypeError):
+            source = textwrap.dedent(inspect.getsource(method))
+            tree = ast.parse(source)
+        except (OSError, TypeError, SyntaxError):
             continue
+        if ".weight" in source:
+            for attribute in _reads(tree, "weight"):
+                out.setdefault(attribute, name)
     return out
+
+
+def _reads(tree: ast.AST, parameter: str) -> set[str]:
+    """X of each `self.X.weight` that is a value, not a question about a dtype, shape or type."""
+    questions = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in _METADATA:
+            questions.add(id(node.value))
+        elif isinstance(node, ast.Compare):
+            questions.update(map(id, (node.left, *node.comparators)))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            name = node.func.id
+            if name in _QUESTIONS or (name in _FUSED_KERNELS and not _has_kernels()):
+                questions.update(map(id, [*node.args, *(word.value for word in node.keywords)]))
+    return {
+        node.value.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr == parameter
+        and id(node) not in questions
+        and isinstance(node.value, ast.Attribute)
+        and isinstance(node.value.value, ast.Name)
+        and node.value.value.id == "self"
+    }
+
+
+def _has_kernels() -> bool:
+    return any(importlib.util.find_spec(package) for package in _KERNEL_PACKAGES)

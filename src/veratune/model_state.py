@@ -7,7 +7,7 @@ SentenceTransformer.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -28,6 +28,7 @@ class AdapterState:
         active: The active adapter; None is the base model.
         trained: The parameters that required gradients before the first attach.
         slowed: torch's encoder layers that were taken off their fused kernel.
+        layouts: Where each layer's batch dimension is, as `rows` has proven it.
     """
 
     configs: dict[str, VeraConfig] = dataclasses.field(default_factory=dict)
@@ -35,6 +36,9 @@ class AdapterState:
     active: str | None = None
     trained: list[nn.Parameter] = dataclasses.field(default_factory=list)
     slowed: list[nn.Module] = dataclasses.field(default_factory=list)
+    layouts: dict[str, Literal["first", "second", "unknown"]] = dataclasses.field(
+        default_factory=dict
+    )
 
 
 def adapters(model: nn.Module) -> dict[str, VeraConfig]:

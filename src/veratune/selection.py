@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from veratune.errors import AdapterStateError, InvalidNameError
+from veratune.batch_rows import prove_rows
+from veratune.errors import AdapterStateError, InvalidNameError, UnsupportedError
 from veratune.layers.base import Rows, VeraLayer
 from veratune.model_state import (
     adapted,
@@ -95,16 +96,25 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     for name in names:
         check_known(state_of(root), name)
     check_unmerged(root, "mixing rows")
+    for path, module in root.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+            raise UnsupportedError(
+                f"rows need the batch first, but '{path}' was built with batch_first=False"
+            )
     layers = vera_layers(root)
-    before = [layer.rows for layer in layers]
+    before = [(layer.rows, layer.active) for layer in layers]
     mixed = Rows(names)
     try:
         for layer in layers:
-            layer.rows = mixed
-        yield
+            if len(set(names)) > 1:
+                layer.rows = mixed
+            else:  # one adapter for the whole batch
+                layer.rows, layer.active = None, names[0]
+        with prove_rows(root, mixed, state_of(root).layouts):
+            yield
     finally:
-        for layer, previous in zip(layers, before, strict=True):
-            layer.rows = previous
+        for layer, (previous, name) in zip(layers, before, strict=True):
+            layer.rows, layer.active = previous, name
 
 
 def reference(model: nn.Module) -> nn.Module:
