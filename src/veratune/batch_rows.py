@@ -347,7 +347,7 @@ def _reorder(value: Any, order: Tensor | None, batch: int, name: str) -> Any:
 
 
 def _sketch(x: Tensor, keep_dimensions: bool) -> Tensor:
-    """x with its features projected to two numbers; all dimensions but 0 are features otherwise.
+    """X with its features projected to two numbers; all dimensions but 0 are features otherwise.
 
     The mean over all positions is taken off first: what they have in common tells nothing.
     """
