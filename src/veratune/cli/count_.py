@@ -8,13 +8,14 @@ from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
-from veratune.cli.parsing import Parser, new_parser, parse, print_json, split
+from veratune.cli.parsing import Parser, add_json, new_parser, parse, print_json, split
 from veratune.config import VeraConfig
 
 
 def parser() -> Parser:
     out = new_parser(
-        "count", "Count what a method trains, stores and needs, from a model's configuration alone."
+        "count",
+        "Count parameters and bytes, and estimate memory, from a model configuration alone.",
     )
     out.add_argument("--config", type=str, help="YAML file of these settings; flags overrule it")
     out.add_argument(
@@ -24,7 +25,7 @@ def parser() -> Parser:
         "--method",
         type=Literal["vera", "lora", "bitfit", "head", "full"],
         default="vera",
-        help="what to count for",
+        help="fine-tuning method",
     )
     out.add_argument("--batch", type=PositiveInt, default=1, help="sequences in a training step")
     out.add_argument("--length", type=PositiveInt, default=512, help="tokens in a sequence")
@@ -32,11 +33,9 @@ def parser() -> Parser:
         "--base-dtype",
         type=Literal["float32", "bfloat16", "float16"],
         default="bfloat16",
-        help="of the base weights",
+        help="dtype of the base weights",
     )
-    out.add_argument(
-        "--json", type=bool, default=False, help="print the figures as one JSON object"
-    )
+    add_json(out, "the figures")
     out.add_class_arguments(VeraConfig, skip={"seed", "dtype", "head", "dropout", "d_init"})
     return out
 

@@ -5,21 +5,19 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from veratune.cli.parsing import Parser, new_parser, parse, print_json
+from veratune.cli.parsing import Parser, add_json, new_parser, parse, print_json
 
 
 def parser() -> Parser:
-    out = new_parser("inspect", "Check an adapter's file and show what is in it.")
+    out = new_parser("inspect", "Verify an adapter file and show its layers, norms and settings.")
     out.add_argument("file", type=str, help="adapter file")
     out.add_argument(
         "--plot",
         type=str | None,
         default=None,
-        help="draw |d| and |b| by block into this image file (png, svg, pdf)",
+        help="write a plot of |d| and |b| by block to this file (png, svg, pdf)",
     )
-    out.add_argument(
-        "--json", type=bool, default=False, help="print the figures as one JSON object"
-    )
+    add_json(out, "the figures")
     return out
 
 
@@ -31,21 +29,16 @@ def run(argv: Sequence[str]) -> int:
     adapter = native.read(flags.file)
     if flags.plot is not None:
         plot(adapter, flags.plot)
-    found = summary(adapter)
+    figures = summary(adapter)
     if flags.json:
-        print_json(found)
+        print_json(figures)
         return 0
     console = Console(highlight=False)
     table = Table(title=flags.file, title_justify="left")
-    for name, side in (
-        ("layer", "left"),
-        ("size", "right"),
-        ("rank", "right"),
-        ("|d|", "right"),
-        ("|b|", "right"),
-    ):
-        table.add_column(name, justify=side)  # type: ignore[arg-type]
-    for entry in found["layers"]:
+    table.add_column("layer")
+    for name in ("size", "rank", "|d|", "|b|"):
+        table.add_column(name, justify="right")
+    for entry in figures["layers"]:
         norms = (f"{v:.4f}" if v is not None else "-" for v in (entry["d_norm"], entry["b_norm"]))
         table.add_row(
             entry["layer"],
@@ -54,13 +47,12 @@ def run(argv: Sequence[str]) -> int:
             *norms,
         )
     console.print(table)
-    console.print(
-        f"{found['trainable']:,} values in d and b, {found['head']:,} in the head; base model {found['base']!r}"
-    )
-    shown = {k: v for k, v in found["config"].items() if v not in (None, [], {})}
+    counts = f"{figures['trainable']:,} values in d and b, {figures['head']:,} in the head"
+    console.print(f"{counts}; base model {figures['base']!r}")
+    shown = {k: v for k, v in figures["config"].items() if v not in (None, [], {})}
     console.print(", ".join(f"{k} {v}" for k, v in shown.items()))
-    if found["task"]:
-        console.print(f"task: {found['task']}")
+    if figures["task"]:
+        console.print(f"task: {figures['task']}")
     if flags.plot is not None:
-        console.print(f"drawn: {flags.plot}")
+        console.print(f"plot: {flags.plot}")
     return 0

@@ -6,40 +6,40 @@ from typing import Literal
 
 from rich.console import Console
 
-from veratune.cli.parsing import Parser, add_judge, new_parser, parse, print_json
+from veratune.cli.parsing import Parser, add_json, add_judge, new_parser, parse, print_json
 
 
 def parser() -> Parser:
     out = new_parser(
         "judge",
-        "The mean rating, 1 to 10, that a judge gives to answers to MT-Bench or Vicuna questions.",
+        "Rate answers to MT-Bench or Vicuna questions with an LLM judge: the mean, from 1 to 10.",
     )
     out.add_argument(
         "--answers",
         type=str,
         required=True,
-        help="jsonl of {question_id, turns}: an answer for each turn",
+        help="JSON lines of question_id and turns, one answer a turn",
     )
     out.add_argument(
         "--questions",
         type=str,
         required=True,
-        help="folder of FastChat's questions, references and judge_prompts.jsonl",
+        help="folder of FastChat's questions, reference answers and judge prompts",
     )
     out.add_argument(
         "--set",
         type=Literal["mt_bench", "vicuna"],
         default="mt_bench",
-        help="which questions of the folder",
+        help="question set of the folder",
     )
     add_judge(out)
     out.add_argument(
         "--cache",
         type=str,
         default="out/judge.jsonl",
-        help="file of replies, which are not asked for again",
+        help="file of the judge's replies, which later runs reuse",
     )
-    out.add_argument("--json", type=bool, default=False, help="print one JSON object")
+    add_json(out)
     return out
 
 
@@ -52,12 +52,12 @@ def run(argv: Sequence[str]) -> int:
         url=flags.judge_url, model=flags.judge_model, key=flags.judge_key, cache=Path(flags.cache)
     )
     notes = Console(stderr=True, highlight=False)
-    with notes.status("asking") as line:
+    with notes.status("rating") as status:
         score = mean_rating(
             judge,
             questions,
             read_answers(Path(flags.answers)),
-            lambda done, of: line.update(f"rated {done} of {of}"),
+            lambda done, total: status.update(f"rated {done} of {total}"),
         )
     if flags.json:
         print_json({"score": score, "judge": flags.judge_model, "questions": len(questions.turns)})

@@ -1,4 +1,4 @@
-"""Parse command lines with jsonargparse: YAML settings first, then flags, and near names for mistakes.
+"""Parse command lines with jsonargparse: YAML settings first, then flags.
 
 A flag is written with hyphens (underscores work too); a true-or-false flag may stand alone; a list
 may be written a,b,c. YAML keys keep underscores, as the Python fields that they set.
@@ -42,7 +42,7 @@ class UsageError(Exception):
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser with hyphenated flags; an error is one line with the nearest known flag."""
+    """jsonargparse's parser with hyphenated flags and one-line errors."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         """Raise UsageError instead of printing the usage and exiting."""

@@ -7,22 +7,24 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from veratune.cli.parsing import Parser, new_parser, parse, print_json
+from veratune.cli.parsing import Parser, add_json, new_parser, parse, print_json
 
 
 def parser() -> Parser:
     out = new_parser(
         "score",
-        "BLEU, NIST, METEOR, ROUGE-L and CIDEr of texts against references, as the E2E challenge scores them.",
+        "Compute BLEU, NIST, METEOR, ROUGE-L and CIDEr of texts, as the E2E challenge does.",
     )
-    out.add_argument("--outputs", type=str, required=True, help="a text a line")
+    out.add_argument(
+        "--outputs", type=str, required=True, help="file of generated texts, one a line"
+    )
     out.add_argument(
         "--references",
         type=str,
         required=True,
-        help="a text a line, an empty line between the groups of two outputs",
+        help="file of reference texts, one a line; an empty line ends the group of an output",
     )
-    out.add_argument("--json", type=bool, default=False, help="print one JSON object")
+    add_json(out, "the scores")
     return out
 
 
@@ -30,16 +32,17 @@ def run(argv: Sequence[str]) -> int:
     flags = parse(parser(), argv)
     from veratune.scoring.nlg import nlg_scores, read_texts
 
-    found = nlg_scores(*read_texts(Path(flags.outputs), Path(flags.references)))
-    if found.meteor is None:
+    scores = nlg_scores(*read_texts(Path(flags.outputs), Path(flags.references)))
+    if scores.meteor is None:
         Console(stderr=True).print(
-            "no Java here: METEOR, and the tokenizer of ROUGE-L and CIDEr, need it (apt install default-jre-headless)"
+            "Java is not installed; METEOR, ROUGE-L and CIDEr need it "
+            "(apt install default-jre-headless)"
         )
     if flags.json:
-        print_json(dataclasses.asdict(found))
+        print_json(dataclasses.asdict(scores))
         return 0
-    shown = Table("score", "value")
-    for name, value in dataclasses.asdict(found).items():
-        shown.add_row(name, "needs Java" if value is None else f"{value:.2f}")
-    Console().print(shown)
+    table = Table("score", "value")
+    for name, value in dataclasses.asdict(scores).items():
+        table.add_row(name, "needs Java" if value is None else f"{value:.2f}")
+    Console().print(table)
     return 0

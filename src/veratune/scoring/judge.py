@@ -1,6 +1,6 @@
-"""Judge: a language model that rates answers, behind any OpenAI-compatible URL, with every reply kept in a file.
+"""LLM-as-a-judge: rate answers through an OpenAI-compatible API, with a cache of all replies.
 
-A run that was cut off goes on where it was, and a finished one is replayed without the judge.
+An interrupted run continues from the cache, and a finished one needs no judge.
 """
 
 import dataclasses
@@ -16,15 +16,20 @@ from typing import Any
 from veratune.errors import ConfigError, DataError, JudgeError
 
 RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
-# Categories whose answers are compared with a reference, as MT-Bench does.
-WITH_REFERENCE = ("math", "reasoning", "coding", "arena-hard-200")
-TRIES = 3
+# Categories that MT-Bench rates beside a reference answer.
+REFERENCE_CATEGORIES = ("math", "reasoning", "coding", "arena-hard-200")
+MAX_ATTEMPTS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judge:
-    """Where to ask. url: such as https://api.openai.com/v1, or None to replay the cache alone; model: the judge's name; key: the name of the
-    environment variable that holds the key; cache: the file of replies, as JSON lines.
+    """A judge model behind an OpenAI-compatible API.
+
+    Args:
+        url: Base URL, such as https://api.openai.com/v1. None: only cached replies are used.
+        model: The judge's model name.
+        cache: File of replies, as JSON lines.
+        key: Environment variable that holds the API key.
     """
 
     url: str | None
@@ -33,60 +38,73 @@ class Judge:
     key: str = "OPENAI_API_KEY"
 
     def rate(self, messages: Sequence[Mapping[str, str]]) -> float:
-        """The number in the judge's [[...]], from 1 to 10.
+        """Return the judge's rating, the last [[number]] of its reply.
 
-        A reply without one is asked for again. Raises JudgeError when none of three has one, when the judge cannot be
-        reached, or when there is no URL and the reply is not in the cache.
+        Args:
+            messages: The prompt, as chat messages.
+
+        Returns:
+            A number from 1 to 10. A reply without one is requested again, three times in all.
+
+        Raises:
+            JudgeError: No reply has a rating, the judge cannot be reached, or there is no URL and
+                the reply is not in the cache.
+            ConfigError: The environment variable of the key is not set.
         """
-        body = {
+        request = {
             "model": self.model,
             "messages": list(messages),
             "temperature": 0.0,
             "max_tokens": 2048,
         }
-        name = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-        known = self._known().get(name)
-        if known is not None:
-            return float(RATING.findall(known)[-1])
+        digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        cached = self._read_cache().get(digest)
+        if cached is not None:
+            return float(RATING.findall(cached)[-1])
         reply = ""
-        for _ in range(TRIES):
-            reply = self._ask(body)
-            found = RATING.findall(reply)
-            if found and 1 <= float(found[-1]) <= 10:
-                self.cache.parent.mkdir(parents=True, exist_ok=True)
-                with self.cache.open("a") as file:
-                    file.write(
-                        json.dumps({"request": name, "model": self.model, "reply": reply}) + "\n"
-                    )
-                return float(found[-1])
+        for _ in range(MAX_ATTEMPTS):
+            reply = self._request(request)
+            ratings = RATING.findall(reply)
+            if ratings and 1 <= float(ratings[-1]) <= 10:
+                self._append_cache({"request": digest, "model": self.model, "reply": reply})
+                return float(ratings[-1])
         shown = " ".join(reply.split())[:120]
         raise JudgeError(
-            f"{self.model} gave no rating from 1 to 10 as [[5]] in {TRIES} replies, the last one {shown!r}; ratings so far are kept in {self.cache}, "
-            "so ask again, or ask another judge"
+            f"{self.model} gave no rating from 1 to 10 as [[5]] in {MAX_ATTEMPTS} replies, the "
+            f"last one {shown!r}; earlier ratings are kept in {self.cache}, so run again, or use "
+            "another judge"
         )
 
-    def _known(self) -> dict[str, str]:
+    def _read_cache(self) -> dict[str, str]:
+        """Replies by the digest of their request."""
         if not self.cache.is_file():
             return {}
-        known = {}
+        replies = {}
         for number, text in enumerate(self.cache.read_text("utf-8").splitlines()):
             try:
                 line = json.loads(text)
-                known[line["request"]] = line["reply"]
+                replies[line["request"]] = line["reply"]
             except (ValueError, KeyError, TypeError):
                 raise DataError(
                     f"{self.cache}: line {number + 1} is no reply of a judge; remove it"
                 ) from None
-        return known
+        return replies
 
-    def _ask(self, body: Mapping[str, Any]) -> str:
+    def _append_cache(self, line: Mapping[str, str]) -> None:
+        self.cache.parent.mkdir(parents=True, exist_ok=True)
+        with self.cache.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _request(self, request: Mapping[str, Any]) -> str:
+        """Send a chat completion request and return the text of the reply."""
         if self.url is None:
             raise JudgeError(
                 f"a rating is not in {self.cache}, and no judge to ask was given; give --judge-url"
             )
         if self.key not in os.environ:
             raise ConfigError(
-                f"no key for the judge: set the environment variable {self.key}, or name another with --judge-key"
+                f"no key for the judge: set the environment variable {self.key}, or name another "
+                "with --judge-key"
             )
         import openai
 
@@ -94,19 +112,25 @@ class Judge:
             with openai.OpenAI(
                 base_url=self.url, api_key=os.environ[self.key], timeout=120, max_retries=4
             ) as client:
-                reply = client.chat.completions.create(**body)
+                reply = client.chat.completions.create(**request)
             return reply.choices[0].message.content or ""
         except openai.OpenAIError as error:
-            raise JudgeError(
-                f"{self.url}: the judge could not be asked: {' '.join(str(error).split())[:200]}"
-            ) from error
+            reason = " ".join(str(error).split())[:200]
+            raise JudgeError(f"{self.url}: the judge could not be asked: {reason}") from error
         except (AttributeError, IndexError, TypeError) as error:
             raise JudgeError(f"{self.url}: the reply is no chat completion: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """A set of questions as FastChat has them: turns by question, categories, reference answers, and the judge's prompts."""
+    """A question set in FastChat's format, by question id.
+
+    Args:
+        turns: The user's messages.
+        categories: The category, such as math.
+        references: Reference answers, one a turn, where there are any.
+        prompts: FastChat's judge prompts, by name.
+    """
 
     turns: dict[int, list[str]]
     categories: dict[int, str]
@@ -115,9 +139,14 @@ class Questions:
 
 
 def read_questions(folder: Path, name: str) -> Questions:
-    """Questions `NAME_questions.jsonl`, `NAME_reference_gpt4.jsonl` and `judge_prompts.jsonl` of a folder.
+    """Read a FastChat question set.
 
-    name: mt_bench or vicuna. Raises DataError for a file that is not there.
+    Args:
+        folder: Holds NAME_questions.jsonl, NAME_reference_gpt4.jsonl and judge_prompts.jsonl.
+        name: mt_bench or vicuna.
+
+    Raises:
+        DataError: A file is missing.
     """
 
     def lines(file: str) -> list[dict[str, Any]]:
@@ -128,75 +157,85 @@ def read_questions(folder: Path, name: str) -> Questions:
             )
         return [json.loads(text) for text in path.read_text("utf-8").splitlines() if text]
 
-    rows = lines(f"{name}_questions.jsonl")
+    questions = lines(f"{name}_questions.jsonl")
+    references = lines(f"{name}_reference_gpt4.jsonl")
     return Questions(
-        {row["question_id"]: row["turns"] for row in rows},
-        {row["question_id"]: row["category"] for row in rows},
-        {
-            row["question_id"]: row["choices"][0]["turns"]
-            for row in lines(f"{name}_reference_gpt4.jsonl")
-        },
-        {row["name"]: row for row in lines("judge_prompts.jsonl")},
+        {line["question_id"]: line["turns"] for line in questions},
+        {line["question_id"]: line["category"] for line in questions},
+        {line["question_id"]: line["choices"][0]["turns"] for line in references},
+        {line["name"]: line for line in lines("judge_prompts.jsonl")},
     )
 
 
 def read_answers(path: Path) -> dict[int, list[str]]:
-    """Answers by question, from lines of {"question_id", "turns"}. Raises DataError naming the line."""
+    """Read answers by question id, from lines of {"question_id", "turns"}.
+
+    Raises:
+        DataError: The file is missing or a line has another form; names the line.
+    """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    found = {}
+    answers = {}
     for number, text in enumerate(path.read_text("utf-8").splitlines()):
         try:
             line = json.loads(text)
-            found[int(line["question_id"])] = [str(turn) for turn in line["turns"]]
+            answers[int(line["question_id"])] = [str(turn) for turn in line["turns"]]
         except (ValueError, KeyError, TypeError):
             raise DataError(
                 f'{path}: line {number + 1} is not {{"question_id": 81, "turns": ["...", "..."]}}'
             ) from None
-    return found
+    return answers
 
 
 def mean_rating(
     judge: Judge,
     questions: Questions,
     answers: Mapping[int, Sequence[str]],
-    show: Callable[[int, int], None] = lambda done, of: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
-    """The mean over all questions and turns of the judge's ratings of single answers.
+    """Average the judge's ratings over all questions and turns (single-answer grading).
 
-    answers: a text for each turn, by question. show: called with the number of rated answers, and of all. Raises JudgeError,
-    or DataError for a question without an answer.
+    Args:
+        judge: Rates the answers.
+        questions: The question set.
+        answers: One text a turn, by question id.
+        on_progress: Called with the number of rated answers and the number of all.
 
-    Source: Zheng et al., "Judging LLM-as-a-judge with MT-bench and chatbot arena", 2023, single answer grading.
+    Raises:
+        DataError: A question has no answer.
+        JudgeError: A rating could not be had.
+
+    Source: Zheng et al., "Judging LLM-as-a-judge with MT-bench and chatbot arena", 2023.
     """
     missing = [
-        str(number)
-        for number, turns in questions.turns.items()
-        if len(answers.get(number, ())) < len(turns)
+        str(question)
+        for question, turns in questions.turns.items()
+        if len(answers.get(question, ())) < len(turns)
     ]
     if missing:
-        raise DataError(
-            f"no answer to question {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; every turn wants one"
-        )
-    asked = [
-        (number, turn) for number, turns in questions.turns.items() for turn in range(len(turns))
-    ]
+        shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+        raise DataError(f"no answer to question {shown}; every turn wants one")
+    pairs = [(q, turn) for q, turns in questions.turns.items() for turn in range(len(turns))]
     ratings = []
-    for done, (number, turn) in enumerate(asked):
-        ratings.append(judge.rate(prompt(questions, number, answers[number], turn)))
-        show(done + 1, len(asked))
+    for done, (question, turn) in enumerate(pairs, start=1):
+        ratings.append(judge.rate(prompt(questions, question, answers[question], turn)))
+        on_progress(done, len(pairs))
     return statistics.mean(ratings)
 
 
 def prompt(
-    questions: Questions, number: int, answers: Sequence[str], turn: int
+    questions: Questions, question: int, answers: Sequence[str], turn: int
 ) -> list[dict[str, str]]:
-    """What the judge is asked about one turn of one question: of the second turn, the whole conversation is shown."""
-    compared = questions.categories[number] in WITH_REFERENCE and number in questions.references
-    form = questions.prompts[
-        f"single-{'math-' if compared else ''}v1{'-multi-turn' if turn else ''}"
-    ]
-    asked = questions.turns[number]
+    """Build the judge's prompt for one turn of one question, as chat messages.
+
+    The prompt of the second turn shows the whole conversation.
+    """
+    references = questions.references.get(question)
+    if questions.categories[question] not in REFERENCE_CATEGORIES:
+        references = None
+    name = f"single-{'' if references is None else 'math-'}v1{'-multi-turn' if turn else ''}"
+    template = questions.prompts[name]
+    asked = questions.turns[question]
     values = {"question": asked[0], "answer": answers[0]}
     if turn:
         values = {
@@ -205,11 +244,8 @@ def prompt(
             "answer_1": answers[0],
             "answer_2": answers[1],
         }
-    if compared:
-        values |= {
-            f"ref_answer_{i + 1}": text for i, text in enumerate(questions.references[number])
-        }
+    values |= {f"ref_answer_{i}": text for i, text in enumerate(references or (), start=1)}
     return [
-        {"role": "system", "content": form["system_prompt"]},
-        {"role": "user", "content": form["prompt_template"].format(**values)},
+        {"role": "system", "content": template["system_prompt"]},
+        {"role": "user", "content": template["prompt_template"].format(**values)},
     ]
