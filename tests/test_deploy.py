@@ -54,3 +54,24 @@ def test_their_flags_are_known():
     assert {flag.removeprefix("--").replace("-", "_") for flag in flags} <= {
         flag.replace("-", "_") for flag in known
     }
+
+
+def test_volumes_belong_to_the_servers_user_and_keys_are_a_folder():
+    """A mounted key file would stay the old one after a key is revoked."""
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    targets = [v.split(":")[-2] if v.endswith(":ro") else v.split(":")[-1]
+               for v in compose["services"]["veratune"]["volumes"]]  # fmt: skip
+    docker = (DEPLOY / "Dockerfile").read_text()
+    assert "/keys" in targets
+    assert "--owner=veratune --group=veratune /data /keys" in docker
+    assert docker.index("--owner=veratune") < docker.index("USER veratune")
+
+
+def test_a_pod_has_time_to_drain():
+    pod = RESOURCES[0]["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    sleep = int(container["lifecycle"]["preStop"]["exec"]["command"][-1])
+    drain = next(int(arg.partition("=")[2]) for arg in container["args"]
+                 if arg.startswith("--shutdown-timeout"))  # fmt: skip
+    assert sleep + drain < pod["terminationGracePeriodSeconds"]
+    assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container)
