@@ -174,7 +174,7 @@ def main() -> None:
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     unpack_model()
-    from veratune.training.run import peak_memory
+    from veratune.training.result import peak_memory
 
     base, vera = train_vera()
     lora = train_lora()

@@ -20,7 +20,8 @@
     ├── JobNotFoundError     the tenant has no such fine-tuning job or file
     ├── InUseError           a file is needed by a fine-tuning job
     ├── ShutdownError        the server is shutting down
-    └── OutputError          the result could not be written
+    ├── OutputError          the result could not be written
+    └── InterruptedRunError  a training run was ended by SIGTERM after writing a checkpoint
 
 Each message is one line: what was found, what was wanted, what to do.
 """
@@ -111,6 +112,10 @@ class ShutdownError(VeratuneError):
 
 class OutputError(VeratuneError, OSError):
     """The result could not be written; an existing file is untouched."""
+
+
+class InterruptedRunError(VeratuneError):
+    """A training run was ended by SIGTERM after writing a checkpoint."""
 
 
 def near(word: str, known: Iterable[str], count: int = 3) -> str:

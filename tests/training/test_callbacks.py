@@ -31,6 +31,6 @@ def test_it_is_no_companion_of_the_best_step():
     with pytest.raises(
         ConfigError, match="ema keeps an average of all steps, keep='best' one of them"
     ):
-        TrainSettings(**run, ema=0.9)
+        TrainSettings(**run, ema=0.9, keep="best")
     with pytest.raises(ConfigError, match="ema is 1.0; it is a decay"):
         TrainSettings(**run, ema=1.0, keep="last")

@@ -9,7 +9,7 @@ from tests import fakes
 from veratune.errors import AdapterFileError, ConfigError
 from veratune.training.baselines.registry import BASELINES
 from veratune.training.methods import BaselineMethod, VeraMethod, build_method, has_whole_file
-from veratune.training.run import _norms
+from veratune.training.prepare import split_batch_norms
 from veratune.training.settings import TrainSettings
 
 EVERY = ("head", "full", "bitfit", "vera", "peft:lora", "peft:vera", *BASELINES)
@@ -138,9 +138,9 @@ def test_batch_normalisation_learns_with_the_head_but_in_full_fine_tuning(method
     settings = TrainSettings(
         model="m", task="t", data="d", out="o", method=method, batch_norm="train"
     )
-    heads, frozen_norms = _norms(settings, model, ("c",))
+    heads, frozen_norms = split_batch_norms(settings, model, ("c",))
     assert (heads, frozen_norms) == (("c", *at_head), [])
     frozen = TrainSettings(
         model="m", task="t", data="d", out="o", method=method, batch_norm="frozen"
     )
-    assert _norms(frozen, model, ("c",)) == (("c",), [model["bn"]])
+    assert split_batch_norms(frozen, model, ("c",)) == (("c",), [model["bn"]])

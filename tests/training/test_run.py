@@ -12,15 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import TrainerCallback
 
 import veratune as vt
 from tests import fakes
-from veratune.errors import ConfigError, DataError, OutputError
+from veratune.errors import ConfigError, DataError, InterruptedRunError, OutputError
 from veratune.formats import native
 from veratune.inference.adapted import load_with_adapter
 from veratune.inference.evaluate import evaluate, evaluate_with_base
-from veratune.training.run import sweep, train
+from veratune.training.methods import VeraMethod
+from veratune.training.run import train
 from veratune.training.settings import TrainSettings
+from veratune.training.sweep import sweep
+from veratune.training.trainer import VeraTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 VERA = vt.VeraConfig(rank=16, targets="all-linear")
@@ -497,3 +501,44 @@ def test_warmup_in_steps(place, tmp_path):
     )
     rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
     assert rates[0] == pytest.approx(3e-2 * 9 / 12, rel=0.15)
+
+
+class SigtermAt(TrainerCallback):
+    """Sends SIGTERM to this process after one step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_writes_a_checkpoint_to_resume_from(place, tmp_path):
+    changes = {"max_steps": 8, "eval_data": None, "data": str(place / "sentiment" / "train.jsonl")}
+    changes |= {"ignore_columns": ["score"]}
+    whole = train(settings(place, tmp_path / "whole", **changes), VERA)
+    broken = settings(place, tmp_path / "broken", **changes)
+    method = VeraMethod(dataclasses.replace(VERA, seed=broken.basis_seed))
+    method.callbacks = [SigtermAt(2)]
+    former = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(InterruptedRunError, match="a checkpoint of step 3 is written"):
+        train(broken, VERA, method=method)
+    assert signal.getsignal(signal.SIGTERM) is former
+    assert (tmp_path / "broken" / "checkpoints" / "checkpoint-3").is_dir()
+    resumed = train(dataclasses.replace(broken, resume=True), VERA)
+    assert resumed.steps == whole.steps == 8
+    assert same_bits(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing")],
+)
+def test_a_full_disk_ends_a_checkpoint_in_one_line(place, tmp_path, monkeypatch, error):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(VeraTrainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(OutputError, match="the checkpoint of step 2 could not be written: "):
+        train(settings(place, tmp_path / "run", max_steps=2, save_steps=2), VERA)

@@ -19,7 +19,9 @@ from veratune.errors import ConfigError, DataError
 from veratune.scoring.judge import Judge
 from veratune.tasks.base import Task
 from veratune.training.methods import Method, build_method
-from veratune.training.run import RESULTS, RUN, train
+from veratune.training.prepare import fields_used
+from veratune.training.run import train
+from veratune.training.run_folder import RESULTS, RUN
 from veratune.training.settings import TrainSettings
 
 Scale = Literal["quick", "scaled", "full"]
@@ -145,6 +147,9 @@ def fine_tune(
         **settings,
     }
     run = TrainSettings(**own, resume=(folder / RUN).is_file())
+    if method is None:  # a table gives every method the same configuration
+        used = {name: getattr(vera, name) for name in fields_used(run.method)}
+        vera = VeraConfig(**used)
     if not (folder / RESULTS).is_file():
         train(run, vera, task=task, method=method)
     result = json.loads((folder / RESULTS).read_text())

@@ -27,6 +27,7 @@ LISTS = (
     "head",
     "report_to",
     "prompts",
+    "ignore_columns",
     "tenants",
     "adapters",
     "cors_origins",

@@ -45,7 +45,8 @@ def parser() -> Parser:
 def run(argv: Sequence[str]) -> int:
     flags = parse(parser(), argv)
     settings, vera = split(flags, TrainSettings), split(flags, VeraConfig)
-    from veratune.training.run import sweep, train
+    from veratune.training.run import train
+    from veratune.training.sweep import sweep
 
     console = Console(quiet=flags.json or os.environ.get("RANK", "0") != "0", highlight=False)
     if flags.sweep:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from datasets import Dataset
 from torch import nn
 
-from veratune.tasks.data import has_split, load_examples
+from veratune.tasks.data import has_split, load_examples, pick_columns
 
 Metrics = Callable[[Any], dict[str, float]]
 
@@ -65,6 +65,14 @@ class Task(abc.ABC):
             DataError: The data cannot be found or read.
         """
         return load_examples(source, split, config)
+
+    def used_columns(self, examples: Dataset) -> set[str]:
+        """The columns of the data that `encode` reads.
+
+        Raises:
+            DataError: A column is missing.
+        """
+        return set(pick_columns(examples, self.roles, self.columns, self.optional).values())
 
     def has_split(self, source: str, split: str) -> bool:
         """Whether a folder holds a split. Ask before loading an optional one."""

@@ -76,7 +76,8 @@ def pick_columns(
                 f"columns names the role {role!r}; this task has {', '.join(roles)}{near(role, roles)}"
             )
     found = {}
-    for role, usual in roles.items():
+    for role, names in roles.items():
+        usual = tuple(dict.fromkeys((role, *names)))  # a role's own name is always a spelling
         if role in wanted:
             if wanted[role] not in there:
                 raise DataError(

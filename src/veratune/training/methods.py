@@ -7,6 +7,7 @@ Method (abstract)
 
 import abc
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -89,7 +90,10 @@ class VeraMethod(Method):
         self.config, self.basis = config, basis
 
     def prepare(self, model: nn.Module, heads: tuple[str, ...], task: Mapping[str, Any]) -> None:
-        attach(model, dataclasses.replace(self.config, head=heads), ADAPTER_NAME, basis=self.basis)
+        config = dataclasses.replace(self.config, head=heads)
+        if self.basis is None:
+            check_basis_memory(model, config)
+        attach(model, config, ADAPTER_NAME, basis=self.basis)
         set_task_metadata(model, ADAPTER_NAME, task)
 
     def head(self, model: nn.Module) -> list[nn.Parameter]:
@@ -144,6 +148,11 @@ class BaselineMethod(Method):
         if self.method == "bitfit":
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.rpartition(".")[2] in ("bias", "in_proj_bias"))
+            if not any(parameter.requires_grad for parameter in model.parameters()):
+                raise ConfigError(
+                    f"{type(model).__name__} has no biases, so method 'bitfit' would train nothing "
+                    "beside the head; use method vera or head"
+                )
         elif self.method in BASELINES:
             add_baseline(self.method, model, self.config, self.options)
         elif self.method.startswith("peft:"):
@@ -225,6 +234,39 @@ class BaselineMethod(Method):
             raise ConfigError(
                 f"PEFT refuses {self.method} with {self.options}: {' '.join(str(error).split())}"
             ) from error
+
+
+def check_basis_memory(model: nn.Module, config: VeraConfig) -> None:
+    """Refuse a rank whose frozen matrices A and B need more than the machine's memory.
+
+    Args:
+        model: The base model.
+        config: The adapter's configuration.
+
+    Raises:
+        ConfigError: A and B do not fit; the message names the rank and both sizes.
+    """
+    if config.basis == "lora":
+        return
+    sites = find_sites(model, config)
+    rank = max(site.rank for site in sites)
+    wide = max(site.shape[1] for site in sites), max(site.shape[0] for site in sites)
+    # The largest A and B alone: a lower bound for every basis that stores dense matrices.
+    needed = 4 * rank * sum(wide) if config.basis != "monarch" else 4 * rank
+    there = total_memory()
+    if there is not None and needed > there:
+        raise ConfigError(
+            f"rank {rank:,} needs {needed / 2**30:,.1f} GiB for A and B; this machine has "
+            f"{there / 2**30:,.1f} GiB. Lower --rank"
+        )
+
+
+def total_memory() -> int | None:
+    """Bytes of memory of this machine; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def build_method(name: str, config: VeraConfig, options: Mapping[str, Any]) -> Method:

@@ -24,7 +24,10 @@ class TrainSettings:
             `eval_split` of `data`, where `data` is a folder that has it; else no evaluation.
         eval_split: split to evaluate on.
         columns: the data's column for each role of the task, such as {"text": "sentence1"}.
-        max_length: tokens an example keeps (tasks on text; default 512).
+        ignore_columns: columns of the data that are left out without a warning.
+        max_length: longest example, in tokens (tasks on text; default 512).
+        on_overflow: what is done with an example longer than max_length: "drop" it (default of task instruction), "truncate" it
+            (default of text-classification and text-regression), or "fail". The number of such examples is reported.
         system: system message before every conversation (task instruction).
         image_size: side of the images, in pixels (tasks on images). Default: the processor's own.
         augment: what is done to training images: nothing, "flip" (left and right, at random), or "crop" (a random part of at
@@ -56,7 +59,7 @@ class TrainSettings:
         lr_scheduler: how the learning rate falls after that.
         ema: decay of an exponential moving average of the trained values, which is what is kept in the end; 0 for none.
         max_grad_norm: largest norm of the gradient; 0 for none.
-        keep: the adapter of the best evaluation, or the last one.
+        keep: the adapter of the "best" evaluation, or the "last" one. Default: best with evaluation data and without ema.
         patience: evaluations without a better score before the run stops; 0: never stops early.
         seed: of data order, dropout and the head's start.
         basis_seed: of the frozen matrices A and B.
@@ -82,7 +85,9 @@ class TrainSettings:
     eval_data: str | None = None
     eval_split: str = "validation"
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    ignore_columns: list[str] = dataclasses.field(default_factory=list)
     max_length: int | None = None
+    on_overflow: Literal["drop", "truncate", "fail"] | None = None
     system: str | None = None
     image_size: int | None = None
     augment: Literal["none", "flip", "crop"] | None = None
@@ -110,7 +115,7 @@ class TrainSettings:
     lr_scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     ema: float = 0.0
     max_grad_norm: float = 1.0
-    keep: Literal["best", "last"] = "best"
+    keep: Literal["best", "last"] | None = None
     patience: int = 0
     seed: int = 0
     basis_seed: int = 0
@@ -187,6 +192,7 @@ class TrainSettings:
 
 
 TASK_SETTINGS = (
-    "max_length", "system", "image_size", "augment", "bad_images", "bad_boxes", "caption", "prompts", "sample_steps", "min_snr",
+    "max_length",
+    "on_overflow", "system", "image_size", "augment", "bad_images", "bad_boxes", "caption", "prompts", "sample_steps", "min_snr",
     "train_text_encoder",
 )  # fmt: skip

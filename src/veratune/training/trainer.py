@@ -1,7 +1,5 @@
-"""VeraTrainer: Hugging Face's Trainer, with learning rates for vectors and head, and adapters as checkpoints."""
+"""VeraTrainer: transformers' Trainer with adapter-only checkpoints and a rate per group."""
 
-import json
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,23 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
-from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
 
+from veratune.errors import OutputError
 from veratune.inference.evaluate import TaskTrainer
-from veratune.tasks.base import Task
-from veratune.training.methods import LearningRates, Method, has_whole_file
-
-_STATE = "trainer_state.json"
+from veratune.training.methods import LearningRates, Method
 
 
 class VeraTrainer(TaskTrainer):
-    """Trainer for what a method trains of a model.
+    """Trainer for the parameters that a method trains.
 
-    rates: peak learning rates; loss_per_token: see Task; frozen_norms: modules that stay in
-    evaluation mode while the model is trained, such as frozen batch normalisation; loss_scale: factor of the
-    training loss.
     Checkpoints hold the method's file, the optimizer and the random states, never the base model.
     """
 
@@ -40,6 +30,18 @@ class VeraTrainer(TaskTrainer):
         loss_scale: float = 1.0,
         **kwargs: Any,
     ) -> None:
+        """Build a Trainer.
+
+        Args:
+            args: As for Trainer.
+            model: The model, prepared by `method`.
+            method: What is trained, and the file that holds it.
+            rates: Peak learning rates.
+            loss_per_token: `Task.loss_per_token`.
+            frozen_norms: Batch normalisations that stay in evaluation mode.
+            loss_scale: Factor of the training loss.
+            kwargs: As for Trainer.
+        """
         self.method, self.rates, self.frozen_norms = method, rates, frozen_norms
         self.loss_scale = loss_scale
         # Trainer refuses a quantized model unless this mark says that there is an adapter on it.
@@ -48,8 +50,8 @@ class VeraTrainer(TaskTrainer):
             super().__init__(model, *args, **kwargs)
         finally:
             del model._hf_peft_config_loaded
-        # Trainer takes every model with **kwargs for one whose loss is a sum over tokens, divided by their number
-        # in the whole batch. A classifier's loss is a mean: so taken, it is multiplied by processes and accumulation.
+        # Trainer takes every model with **kwargs for one whose loss is a sum over the whole batch's
+        # tokens. A classifier's loss is a mean: it would be multiplied by processes and passes.
         self.model_accepts_loss_kwargs = loss_per_token
 
     @property
@@ -69,8 +71,9 @@ class VeraTrainer(TaskTrainer):
             layers = list(dict.fromkeys(name.partition(".vera.")[0] for name in idle))
             if layers:
                 warnings.warn(
-                    f"{len(layers)} adapted layers, the first '{layers[0]}', took no part in the first step: the model does "
-                    "not call them, or reads their weights past the adapter. Exclude them, or they train nothing",
+                    f"{len(layers)} adapted layers, the first '{layers[0]}', took no part in the "
+                    "first step: the model does not call them, or reads their weights past the "
+                    "adapter. Exclude them, or they train nothing",
                     stacklevel=2,
                 )
         return loss
@@ -93,6 +96,19 @@ class VeraTrainer(TaskTrainer):
             self.optimizer = torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
         return self.optimizer
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:
+            # torch.save reports a full disk as a RuntimeError of its C++ writer.
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+            raise OutputError(
+                f"{self.args.output_dir}: the checkpoint of step {self.state.global_step} could "
+                f"not be written: {reason}; make room and go on with --resume"
+            ) from error
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the method's file into a folder; on several processes the first one writes."""
         self.method.write(
@@ -107,61 +123,3 @@ class VeraTrainer(TaskTrainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self.method.read(self.adapted, Path(self.state.best_model_checkpoint))
-
-
-class ProgressLogger(ProgressCallback):
-    """Trainer's progress bar, with its lines on standard error too: standard output is for results."""
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero and self.training_bar is not None:
-            shown = {
-                k: v
-                for k, v in (logs or {}).items()
-                if k in ("epoch", "loss") or k.startswith("eval_")
-            }
-            shown = {
-                k: v for k, v in shown.items() if not k.endswith(("_second", "_time", "_runtime"))
-            }
-            line = "  ".join(
-                f"{k.removeprefix('eval_') if k != 'eval_loss' else k} {v:.4g}"
-                for k, v in shown.items()
-            )
-            if "loss" in shown or "eval_loss" in shown:
-                tqdm.write(line, file=sys.stderr)
-
-
-class SampleCallback(TrainerCallback):
-    """A picture of what the model makes, beside every checkpoint: samples/STEP.png in the run's folder."""
-
-    def __init__(self, task: Task, model: nn.Module, processor: Any, folder: Path) -> None:
-        self.task, self.model, self.processor, self.folder = task, model, processor, folder
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:
-            self.on_save(args, state, control)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            with torch.random.fork_rng():
-                self.task.sample(
-                    self.model,
-                    self.processor,
-                    self.folder / "samples" / f"{state.global_step:06d}.png",
-                )
-
-
-def last_checkpoint(folder: Path, method: Method) -> Path | None:
-    """The latest whole checkpoint: Trainer writes its state last, so one that was cut off has none."""
-    found = sorted(
-        folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[-1]), reverse=True
-    )
-    for checkpoint in found:
-        try:
-            json.loads((checkpoint / _STATE).read_text())
-        except (OSError, ValueError):
-            continue
-        if has_whole_file(method, checkpoint):
-            return checkpoint
-    return None

@@ -62,8 +62,34 @@ def test_labels_outside_the_range_name_the_row():
 def test_pairs_and_length():
     task, tokenizer = TextClassification(max_length=7, labels=["a", "b"]), fakes.tokenizer()
     one = task.encode(rows([0]), tokenizer)[0]["input_ids"]
-    two = task.encode(rows([0], sentence2=["awful movie"]), tokenizer)[0]["input_ids"]
+    with pytest.warns(UserWarning, match="1 of 1 examples have more than max_length = 7 tokens"):
+        two = task.encode(rows([0], sentence2=["awful movie"]), tokenizer)[0]["input_ids"]
     assert len(one) < len(two) == 7
+
+
+def test_a_column_named_pair_is_the_pair():
+    task, tokenizer = TextClassification(labels=["a", "b"]), fakes.tokenizer()
+    named, usual = rows([0], pair=["awful movie"]), rows([0], sentence2=["awful movie"])
+    assert task.encode(named, tokenizer)[0] == task.encode(usual, tokenizer)[0]
+    assert task.used_columns(named) == {"text", "pair", "label"}
+
+
+def test_a_text_that_is_too_long_is_reported():
+    tokenizer = fakes.tokenizer()
+    data = Dataset.from_dict({"text": ["film", "turn the light on please"], "label": [0, 1]})
+
+    def encode(on_overflow, training):
+        task = TextClassification(max_length=4, labels=["a", "b"], on_overflow=on_overflow)
+        return task.encode(data, tokenizer, training)
+
+    with pytest.warns(UserWarning, match="1 of 2 examples .* were truncated"):
+        assert encode("truncate", True)["labels"] == [0, 1]
+    with pytest.warns(UserWarning, match="1 of 2 examples .* were dropped"):
+        assert encode("drop", True)["labels"] == [0]
+    with pytest.warns(UserWarning, match="1 of 2 examples .* were truncated"):
+        assert encode("drop", False)["labels"] == [0, 1]  # scores cover all examples
+    with pytest.raises(DataError, match="row 1: [0-9]+ tokens, more than max_length = 4"):
+        encode("fail", True)
 
 
 def test_text_must_be_text():

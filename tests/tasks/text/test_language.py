@@ -109,7 +109,40 @@ def test_a_template_that_rewrites_history_is_refused():
 )
 def test_bad_rows(rows, message):
     with pytest.raises(DataError, match=message):
-        encode(rows, max_length=40)
+        encode(rows, max_length=40, on_overflow="truncate")
+
+
+LONG = {"prompt": "turn the light on", "completion": "please " * 20}
+
+
+def test_an_answer_that_is_too_long_is_dropped_and_counted():
+    tokenizer = fakes.tokenizer()
+    with pytest.warns(UserWarning, match="1 of 2 examples .* max_length = 20 .* were dropped"):
+        found = encode([LONG, PAIR], tokenizer, max_length=20)
+    assert [trained_text(example, tokenizer) for example in found] == ["done</s>"]
+    with pytest.raises(DataError, match="all 1 examples have more than max_length = 20 tokens"):
+        encode([LONG], tokenizer, max_length=20)
+
+
+def test_a_truncated_answer_has_no_end():
+    tokenizer = fakes.tokenizer()
+    with pytest.warns(UserWarning, match="1 of 2 examples .* were truncated"):
+        found = encode([LONG, PAIR], tokenizer, max_length=20, on_overflow="truncate")
+    assert len(found[0]["input_ids"]) == 20
+    assert not trained_text(found[0], tokenizer).endswith("</s>")
+    assert trained_text(found[1], tokenizer).endswith("</s>")
+
+
+def test_overflow_can_be_an_error():
+    with pytest.raises(DataError, match=r"row 1: \d+ tokens, more than max_length = 20; raise"):
+        encode([PAIR, LONG], max_length=20, on_overflow="fail")
+    with pytest.raises(ConfigError, match="on_overflow is 'cut'; it must be one of drop"):
+        Instruction(on_overflow="cut")
+
+
+def test_an_input_column_beside_messages_is_not_read():
+    rows = Dataset.from_list([{"messages": TALK, "input": "x"}])
+    assert Instruction().used_columns(rows) == {"messages"}
 
 
 def test_plain_text_is_cut_into_blocks():

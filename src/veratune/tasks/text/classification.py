@@ -28,7 +28,7 @@ from veratune.tasks.classes import (
     set_class_bias,
 )
 from veratune.tasks.data import pick_columns
-from veratune.tasks.text.base import TextTask
+from veratune.tasks.text.base import OnOverflow, TextTask
 
 
 class TextClassification(TextTask):
@@ -41,6 +41,7 @@ class TextClassification(TextTask):
         "label": ("label", "labels", "target"),
     }
     optional = frozenset({"pair"})
+    accepted_settings = TextTask.accepted_settings | {"on_overflow"}
     metric = "accuracy"
     greater_is_better = True
     cross_entropy = True
@@ -52,8 +53,21 @@ class TextClassification(TextTask):
         columns: Mapping[str, str] | None = None,
         max_length: int = 512,
         labels: list[str] | None = None,
+        on_overflow: OnOverflow = "truncate",
     ) -> None:
-        super().__init__(columns, max_length)
+        """Bind the task to columns and classes.
+
+        Args:
+            columns: The data's column for each role with an unusual name.
+            max_length: Longest example, in tokens.
+            labels: Names of the classes.
+            on_overflow: What `encode` does with longer training examples. Evaluation never drops
+                one: its scores cover all examples.
+
+        Raises:
+            ConfigError: `max_length` or `on_overflow` has an invalid value.
+        """
+        super().__init__(columns, max_length, on_overflow)
         self.labels = labels or []
         self._new: frozenset[str] = frozenset()  # parameters that the checkpoint does not have
 
@@ -97,7 +111,29 @@ class TextClassification(TextTask):
         targets = self._targets(examples, columns["label"])
         texts = [_texts(examples, columns[role]) for role in ("text", "pair") if role in columns]
         encoded = processor(*texts, truncation=True, max_length=self.max_length)
-        return Dataset.from_dict({**encoded, "labels": targets})
+        out = Dataset.from_dict({**encoded, "labels": targets})
+        lengths = self._overflows(texts, encoded["input_ids"], processor)
+        if lengths and self.on_overflow == "fail":
+            raise self.overflow_error(*next(iter(lengths.items())))
+        action: OnOverflow = "drop" if training and self.on_overflow == "drop" else "truncate"
+        self.report_overflows(len(lengths), len(examples), action)
+        if action == "drop" and lengths:
+            out = out.select([row for row in range(len(out)) if row not in lengths])
+        return out
+
+    def _overflows(
+        self,
+        texts: list[list[str]],
+        truncated: list[list[int]],
+        processor: PreTrainedTokenizerBase,
+    ) -> dict[int, int]:
+        """Length in tokens of each example that truncation shortened, by row."""
+        rows = [row for row, tokens in enumerate(truncated) if len(tokens) >= self.max_length]
+        if not rows:
+            return {}
+        whole = processor(*[[text[row] for row in rows] for text in texts])["input_ids"]
+        lengths = {row: len(tokens) for row, tokens in zip(rows, whole, strict=True)}
+        return {row: length for row, length in lengths.items() if length > self.max_length}
 
     def _targets(self, examples: Dataset, column: str) -> list[Any]:
         return class_ids(examples, column, self.labels)

@@ -15,7 +15,7 @@ from transformers import (
 from veratune.errors import ConfigError, DataError
 from veratune.loading import load_pretrained
 from veratune.tasks.data import pick_columns
-from veratune.tasks.text.base import TextTask
+from veratune.tasks.text.base import OnOverflow, TextTask
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
@@ -67,26 +67,44 @@ class Instruction(LanguageTask):
         "completion": ("completion", "output", "response", "answer"),
     }
     optional = frozenset(roles)
-    accepted_settings = LanguageTask.accepted_settings | {"system"}
+    accepted_settings = LanguageTask.accepted_settings | {"system", "on_overflow"}
 
     def __init__(
-        self, columns: Mapping[str, str] | None = None, max_length: int = 512, system: str = ""
+        self,
+        columns: Mapping[str, str] | None = None,
+        max_length: int = 512,
+        system: str = "",
+        on_overflow: OnOverflow = "drop",
     ) -> None:
-        """system: a system message to put before every conversation that has none; "" for none."""
-        super().__init__(columns, max_length)
+        """Bind the task to columns.
+
+        Args:
+            columns: The data's column for each role with an unusual name.
+            max_length: Longest example, in tokens.
+            system: System message for conversations without one; "" for none.
+            on_overflow: What `encode` does with longer examples. A truncated completion has no
+                end-of-sequence token, since it did not end.
+
+        Raises:
+            ConfigError: `max_length` or `on_overflow` has an invalid value.
+        """
+        super().__init__(columns, max_length, on_overflow)
         self.system = system
 
     def to_metadata(self) -> dict[str, Any]:
         return super().to_metadata() | {"system": self.system}
 
+    def used_columns(self, examples: Dataset) -> set[str]:
+        columns = self._columns(examples)
+        return {columns["messages"]} if "messages" in columns else set(columns.values())
+
     def messages(self, examples: Dataset) -> list[list[Message]]:
-        """The conversation of every row. Raises DataError naming the row."""
-        columns = pick_columns(examples, self.roles, self.columns, self.optional)
-        if "messages" not in columns and not {"prompt", "completion"} <= set(columns):
-            raise DataError(
-                "no column for messages, nor a pair of prompt and completion; the data has "
-                f"{', '.join(examples.column_names)}: say which with --columns.prompt NAME --columns.completion NAME"
-            )
+        """The conversation of every example.
+
+        Raises:
+            DataError: A column is missing, or an example is invalid; its row is named.
+        """
+        columns = self._columns(examples)
         conversations = []
         for number, row in enumerate(examples):
             if "messages" in columns:
@@ -106,6 +124,16 @@ class Instruction(LanguageTask):
             conversations.append(self.with_system(conversation))
         return conversations
 
+    def _columns(self, examples: Dataset) -> dict[str, str]:
+        """The column of each role, with either messages or prompt and completion."""
+        columns = pick_columns(examples, self.roles, self.columns, self.optional)
+        if "messages" not in columns and not {"prompt", "completion"} <= set(columns):
+            raise DataError(
+                "no column for messages, nor a pair of prompt and completion; the data has "
+                f"{', '.join(examples.column_names)}: say which with --columns.prompt NAME --columns.completion NAME"
+            )
+        return columns
+
     def with_system(self, conversation: list[Message]) -> list[Message]:
         """A conversation with the task's system message, unless it has one of its own."""
         if self.system and conversation[0]["role"] != "system":
@@ -116,16 +144,25 @@ class Instruction(LanguageTask):
         self, examples: Dataset, processor: PreTrainedTokenizerBase, training: bool = False
     ) -> Dataset:
         out: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        overflows = 0
         for number, conversation in enumerate(self.messages(examples)):
             tokens, labels = self._encode_conversation(conversation, processor)
-            tokens, labels = tokens[: self.max_length], labels[: self.max_length]
+            if len(tokens) > self.max_length:
+                overflows += 1
+                if self.on_overflow == "fail":
+                    raise self.overflow_error(number, len(tokens))
+                if self.on_overflow == "drop":
+                    continue
+                tokens, labels = tokens[: self.max_length], labels[: self.max_length]
             if all(label == IGNORED for label in labels):
                 raise DataError(
-                    f"row {number}: no token of the answer is within max_length = {self.max_length}; raise it or shorten the prompt"
+                    f"row {number}: no token of the answer is within max_length = "
+                    f"{self.max_length}; raise it or shorten the prompt"
                 )
             out["input_ids"].append(tokens)
             out["attention_mask"].append([1] * len(tokens))
             out["labels"].append(labels)
+        self.report_overflows(overflows, len(examples), self.on_overflow)
         return Dataset.from_dict(out)
 
     @staticmethod

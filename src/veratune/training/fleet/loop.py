@@ -23,7 +23,7 @@ from veratune.training.fleet.fleet import Fleet, FleetOptions
 from veratune.training.fleet.run import Example, TenantRun, total_steps
 from veratune.training.fleet.settings import FleetSettings, check_settings
 from veratune.training.fleet.tenants import TenantData, in_order, load_tenants, name_error
-from veratune.training.run import build_task
+from veratune.training.prepare import build_task
 from veratune.training.settings import TrainSettings
 
 SETTINGS = "fleet.yaml"
