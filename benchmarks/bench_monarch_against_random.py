@@ -66,7 +66,8 @@ def run(
     name: str, basis: str, rate: float, seed: int, model: str, data: Path, work: Path
 ) -> dict[str, object]:
     from veratune.config import VeraConfig
-    from veratune.training.run import RESULTS, RUN, train
+    from veratune.training.run import train
+    from veratune.training.run_folder import RESULTS, RUN
     from veratune.training.settings import TrainSettings
 
     task = TASKS[name]

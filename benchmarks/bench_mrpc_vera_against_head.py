@@ -38,7 +38,8 @@ def run(method: str, seed: int, data: str, work: Path) -> dict[str, object]:
 
     from veratune.analysis.machine import describe_machine
     from veratune.config import VeraConfig
-    from veratune.training.run import RESULTS, RUN, train
+    from veratune.training.run import train
+    from veratune.training.run_folder import RESULTS, RUN
     from veratune.training.settings import TrainSettings
 
     folder = work / f"{method.replace(' ', '_').replace(',', '')}-{seed}"
@@ -47,7 +48,7 @@ def run(method: str, seed: int, data: str, work: Path) -> dict[str, object]:
         **COMMON, **METHODS[method],
     )  # fmt: skip
     if not (folder / RESULTS).is_file():
-        train(settings, VeraConfig(**ADAPTER))
+        train(settings, VeraConfig() if settings.method == "head" else VeraConfig(**ADAPTER))
     result = json.loads((folder / RESULTS).read_text())
     result.pop("path")
     return {

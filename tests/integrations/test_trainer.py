@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 import veratune as vt
 from tests import fakes
 from veratune.errors import AdapterNotFoundError
-from veratune.integrations import VeraCallback
+from veratune.integrations.trainer import VeraCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CONFIG = vt.VeraConfig(rank=8, targets=("query", "value"))
@@ -36,7 +36,9 @@ def test_checkpoints_hold_the_adapter_alone(tmp_path):
     stored = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert set(stored) == trained
-    final = vt.load(vt.attach(fakes.llama(), CONFIG, name="other"), tmp_path / "adapter.safetensors")
+    final = vt.load(
+        vt.attach(fakes.llama(), CONFIG, name="other"), tmp_path / "adapter.safetensors"
+    )
     assert final is not None
     assert "save_pretrained" not in model.__dict__
     assert "_hf_peft_config_loaded" not in model.__dict__

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 import veratune as vt
 from tests import fakes
-from veratune.integrations import VeraCallback
+from veratune.integrations.trainer import VeraCallback
 
 trl = pytest.importorskip("trl", reason="needs trl (the extra post)")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -9,7 +9,7 @@ import importlib
 from typing import Any
 
 _MODULES = {"VeraCallback": "trainer", "VeraLightningCallback": "lightning"}
-__all__ = ["VeraCallback", "VeraLightningCallback"]  # noqa: F822 (see __getattr__)
+__all__ = ["VeraCallback", "VeraLightningCallback"]
 
 
 def __getattr__(name: str) -> Any:

@@ -48,8 +48,6 @@ class VeraLightningCallback(lightning.Callback):
     ) -> None:
         checkpoint["state_dict"] = trained_state(pl_module)
 
-    def on_fit_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self.path is not None and trainer.is_global_zero:
             native.write(extract(self.model, self.name), Path(self.path))
