@@ -45,6 +45,7 @@ docs: install
 	$(BIN)/python docs/make_cli.py
 	$(BIN)/python docs/make_benchmarks.py
 	$(BIN)/python docs/make_reproduced.py
+	$(BIN)/python docs/make_quality.py
 
 # The documentation, in out/site. A broken link, a missing anchor or a page outside the menu fails.
 site: install

@@ -101,6 +101,11 @@ def test_the_pages_of_tables_are_made_of_their_lines():
     assert wanted in (ROOT / "README.md").read_text(), wanted
 
 
+def test_the_page_of_accuracy_per_byte_is_made_of_its_lines():
+    make = load(ROOT / "docs" / "make_quality.py")
+    assert (ROOT / "docs" / "quality.md").read_text() == make.page(), "run make docs"
+
+
 def test_the_means_in_the_readme_are_those_of_the_page():
     page = (ROOT / "docs" / "language.md").read_text()
     measured = page[

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from veratune.config import VeraConfig
 
@@ -27,9 +27,11 @@ class Contestant:
     exact: bool = False
 
 
-def _d_alone(rank: int, rates: tuple[float, float, float], exact: bool = False) -> Contestant:
-    config = VeraConfig(rank=rank, targets=LINEAR, vectors="d")
-    return Contestant(rates=rates, vera=config, exact=exact)
+def _d_alone(
+    rank: int, rates: tuple[float, float, float], basis: Literal["random", "principal"] = "random"
+) -> Contestant:
+    config = VeraConfig(rank=rank, targets=LINEAR, vectors="d", basis=basis)
+    return Contestant(rates=rates, vera=config)
 
 
 def _peft(name: str, rates: tuple[float, float, float], targets: Any, **options: Any) -> Contestant:
@@ -38,14 +40,14 @@ def _peft(name: str, rates: tuple[float, float, float], targets: Any, **options:
 
 
 CONTESTANTS: dict[str, Contestant] = {
-    "principal d, r=64": _d_alone(64, (1e-2, 2e-2, 4e-2), exact=True),
+    "principal d, r=64": _d_alone(64, (1e-2, 2e-2, 4e-2), "principal"),
     "random d, r=64": _d_alone(64, (1e-2, 2e-2, 4e-2)),
     "random d, r=192": _d_alone(192, (1e-2, 2e-2, 4e-2)),
-    "principal d, r=192": _d_alone(192, (1e-2, 2e-2, 4e-2), exact=True),
+    "principal d, r=192": _d_alone(192, (1e-2, 2e-2, 4e-2), "principal"),
     "LoRA r=8, q,v": _peft("lora", (5e-4, 2e-3, 5e-3), QV, r=8, lora_alpha=8),
     "LoRA r=1, all-linear": _peft("lora", (5e-4, 2e-3, 5e-3), LINEAR, r=1, lora_alpha=1),
     "VeRA q,v, r=192": Contestant(rates=(1e-2, 3e-2, 1e-1), vera=VeraConfig(rank=192, targets=QV)),
-    "principal d, r=24": _d_alone(24, (1e-2, 2e-2, 4e-2), exact=True),
+    "principal d, r=24": _d_alone(24, (1e-2, 2e-2, 4e-2), "principal"),
     "random d, r=24": _d_alone(24, (1e-2, 2e-2, 4e-2)),
     "BitFit": Contestant(rates=(1e-3, 3e-3, 1e-2), settings={"method": "bitfit"}),
     "IA3": _peft("ia3", (5e-3, 1e-2, 2e-2), LINEAR, feedforward_modules=[]),
@@ -54,5 +56,6 @@ CONTESTANTS: dict[str, Contestant] = {
         "vera", (1e-2, 3e-2, 1e-1), QV, r=192, d_initial=0.1, projection_prng_key=0
     ),
     "Full": Contestant(rates=(3e-5, 1e-4, 3e-4), settings={"method": "full", "head_lr": 1e-3}),
+    "exact principal d, r=64": dataclasses.replace(_d_alone(64, (1e-2, 2e-2, 4e-2)), exact=True),
     "head alone": Contestant(rates=(5e-3, 1e-2, 3e-2), settings={"method": "head"}),
 }
