@@ -20,7 +20,7 @@ from veratune_lab.quality.protocol import (
     task_of,
     unpack,
 )
-from veratune_lab.quality.report import document, finished, interval, page, final_score
+from veratune_lab.quality.report import document, final_score, finished, interval, page
 
 
 @pytest.fixture
