@@ -9,6 +9,7 @@ from veratune.formats.lora import read_lora
 from veratune.layers.weight_cache import cache_weights
 from veratune.merging import merge, unmerge
 from veratune.model_state import active, adapters, count_trained
+from veratune.pretrained import from_pretrained
 from veratune.selection import disabled, reference, rows, use
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "detach",
     "disabled",
     "extract",
+    "from_pretrained",
     "install",
     "load",
     "merge",

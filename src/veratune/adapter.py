@@ -65,8 +65,8 @@ class Adapter:
         lora_fingerprint: Of the LoRA that an adapter with basis="lora" was trained over, or of the
             principal directions of the base model for basis="principal"; else "".
         layer_ranks: The rank of each layer; None: read from d, or from the config.
-        base_fingerprint: A sample of all the base model's weights (see `base_fingerprint` in
-            veratune.fingerprint); None where it is not known.
+        base_fingerprint: A sample of all the base model's weights, (matrices, k) in int8; None
+            where it is not known.
         bound: A and B as a base model gives them, for basis="principal"; see `bind`.
 
     Raises:

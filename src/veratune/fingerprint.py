@@ -10,7 +10,10 @@ from veratune.targets import Site, base_module
 FINGERPRINT_VALUES = 64  # of `weight_fingerprint`
 BASE_VALUES = 512  # of `base_fingerprint`, over all weights
 _PER_WEIGHT = 4
-_WINDOW = 64  # consecutive weights of which a fingerprint holds the largest
+_WINDOW = 64  # consecutive weights whose sum is one value
+_STEPS = 16  # of an int8 for one standard deviation
+_UNREADABLE = -128
+_TOLERANCE = 0.2  # mean square; about 0.02 for weights rounded to 4 bits, about 2 for others
 
 
 def weight_fingerprint(model: nn.Module, sites: list[Site]) -> Tensor | None:
@@ -36,11 +39,11 @@ def weight_fingerprint(model: nn.Module, sites: list[Site]) -> Tensor | None:
 
 @torch.no_grad()
 def base_fingerprint(model: nn.Module, heads: list[str]) -> Tensor | None:
-    """Return a sample of all weight matrices of the base model, (weights, k) in bfloat16.
+    """Return a sample of all weight matrices of the base model, (weights, k) in int8.
 
-    Each value is the largest of 64 consecutive weights (with its sign): rounding to 16 bits or
-    quantizing hardly moves it. A weight that cannot be read (quantized) gives NaN, which equals
-    anything.
+    Each value is the sum of 64 consecutive weights over sqrt(64) times their root mean square, in
+    sixteenths: about normal, and hardly moved by rounding or quantizing the weights. -128 stands
+    for a weight that cannot be read (quantized) and equals anything.
 
     Args:
         model: The model, with or without adapters; merged ones are not seen. Under FSDP every rank
@@ -48,37 +51,49 @@ def base_fingerprint(model: nn.Module, heads: list[str]) -> Tensor | None:
         heads: Paths of modules that are trained in full and do not count.
 
     Returns:
-        The sample, or None for a quantized model, one on the meta device, or without matrices. k is 4, or fewer
-        for models with over 128 matrices.
+        The sample, or None for a quantized model, one on the meta device, or without matrices. k is
+        4, or fewer for models with over 128 matrices; at most 512 matrices are sampled.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         return None  # some quantized layers hide their weights, so matrices cannot be counted
     weights = _base_weights(model, heads)
     if not weights or any(weight.device.type == "meta" for weight in weights):
         return None
-    count = max(1, min(_PER_WEIGHT, BASE_VALUES // len(weights)))
-    if len(weights) > BASE_VALUES:
-        chosen = torch.linspace(0, len(weights) - 1, BASE_VALUES, dtype=torch.float64).long()
-        weights = [weights[i] for i in chosen.tolist()]
-    windows: list[Tensor] = []
-    for weight in weights:
-        windows.append(_windows(weight, count))
-    return _reduce(windows).to("cpu", torch.bfloat16)
+    count, chosen = _sample(len(weights))
+    windows = [_windows(weights[i], count) for i in chosen]
+    stacked = torch.stack([window.to(windows[0].device) for window in windows])
+    scale = stacked.square().mean(-1).sqrt().clamp(min=1e-12) * _WINDOW**0.5
+    values = (stacked.sum(-1) / scale * _STEPS).round().clamp(-127, 127)
+    return values.nan_to_num(_UNREADABLE).to("cpu", torch.int8)
+
+
+def fingerprint_shape(model: nn.Module, heads: list[str]) -> tuple[int, int]:
+    """Return the shape of a model's `base_fingerprint`; the meta device is enough."""
+    count, chosen = _sample(max(len(_base_weights(model, heads)), 1))
+    return len(chosen), count
 
 
 def differing_weights(found: Tensor | None, wanted: Tensor | None) -> float:
     """Return the share of weight matrices that two base fingerprints disagree on, 0 to 1.
 
-    A matrix differs where half of its values are over three tenths apart. Fingerprints of
-    models with another number of matrices disagree altogether; None agrees with anything.
+    Fingerprints of models with another number of matrices disagree altogether; None agrees with
+    anything.
     """
     if found is None or wanted is None:
         return 0.0
     if found.shape != wanted.shape:
         return 1.0
-    a, b = found.float(), wanted.float()
-    apart = (a - b).abs() > 0.3 * torch.maximum(a.abs(), b.abs())  # False for NaN
-    return (apart.float().mean(1) >= 0.5).float().mean().item()
+    readable = (found != _UNREADABLE) & (wanted != _UNREADABLE)
+    distance = (found.float() - wanted.float()) / _STEPS * readable
+    return (distance.square().mean(1) > _TOLERANCE).float().mean().item()
+
+
+def _sample(weights: int) -> tuple[int, list[int]]:
+    """Values of each matrix, and which of the matrices are sampled."""
+    count = max(1, min(_PER_WEIGHT, BASE_VALUES // weights))
+    if weights <= BASE_VALUES:
+        return count, list(range(weights))
+    return count, [i * (weights - 1) // (BASE_VALUES - 1) for i in range(BASE_VALUES)]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -114,10 +129,9 @@ def _unmerged(module: nn.Module | None, parameter: str) -> Tensor | None:
 
 def _windows(weight: Tensor, count: int) -> Tensor:
     """`count` windows of consecutive weights, (count, 64); NaN for a weight that is not dense."""
-    local = getattr(weight, "_local_tensor", None)
-    if local is not None:
-        return _sharded_windows(weight, count)
-    if not is_dense(weight):
+    if hasattr(weight, "full_tensor"):  # sharded by FSDP2: gathered by all ranks
+        weight = full_tensor(weight)
+    elif not is_dense(weight):
         return torch.full((count, _WINDOW), torch.nan, device=weight.device)
     return _take(weight.reshape(-1), count)
 
@@ -127,19 +141,3 @@ def _take(flat: Tensor, count: int) -> Tensor:
     starts = torch.linspace(0, last, count, dtype=torch.float64, device=flat.device).long()
     index = starts[:, None] + torch.arange(_WINDOW, device=flat.device)
     return flat[index.clamp_(max=flat.numel() - 1)].float()
-
-
-def _sharded_windows(weight: Tensor, count: int) -> Tensor:
-    """The windows of a DTensor, gathered by all ranks.
-
-    A weight that is sharded by rows, as FSDP2 does, sends its windows alone; any other is gathered
-    whole.
-    """
-    return _take(full_tensor(weight).reshape(-1), count)
-
-
-def _reduce(windows: list[Tensor]) -> Tensor:
-    """The value of largest magnitude in each window, (weights, count)."""
-    stacked = torch.stack([window.to(windows[0].device) for window in windows])
-    position = stacked.abs().argmax(-1, keepdim=True)
-    return stacked.gather(-1, position).squeeze(-1)

@@ -6,7 +6,7 @@ SentenceTransformer.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -16,6 +16,11 @@ from veratune.errors import AdapterNotFoundError, AdapterStateError, near
 from veratune.layers.base import VeraHead, VeraLayer, VeraVectors, VeraWeightLayer
 
 _STATE = "_veratune"
+
+# Called with a model when it gets its first adapter, and when it loses its last one: rooms above
+# add what an adapted model must do differently.
+ON_ADAPTED: list[Callable[[nn.Module], None]] = []
+ON_PLAIN: list[Callable[[nn.Module], None]] = []
 
 
 @dataclasses.dataclass
@@ -142,6 +147,8 @@ def set_state(root: nn.Module, state: AdapterState | None) -> None:
         setattr(root, _STATE, state)
     elif _STATE in root.__dict__:
         delattr(root, _STATE)
+    for callback in ON_PLAIN if state is None else ON_ADAPTED:
+        callback(root)
 
 
 def vera_layers(root: nn.Module) -> list[VeraLayer]:

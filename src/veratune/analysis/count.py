@@ -14,7 +14,7 @@ from veratune.basis.basis import Basis, new_basis
 from veratune.basis.principal import PrincipalBasis, blank_fingerprint
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError, DataError
-from veratune.fingerprint import FINGERPRINT_VALUES
+from veratune.fingerprint import FINGERPRINT_VALUES, fingerprint_shape
 from veratune.formats import native
 from veratune.targets import Site, find_sites
 
@@ -79,7 +79,7 @@ def count(
         if method == "lora":
             trainable = extra
         else:
-            adapter = _blank(vera, sites, model)
+            adapter = _blank(vera, sites, model, fingerprint_shape(empty, []))
             basis: Basis
             if vera.basis == "principal":
                 ranks = {site.name: site.rank for site in sites}
@@ -160,7 +160,7 @@ def _heads(model: PreTrainedModel) -> list[nn.Module]:
     return [child for name, child in model.named_children() if name != prefix]
 
 
-def _blank(vera: VeraConfig, sites: list[Site], model: str) -> Adapter:
+def _blank(vera: VeraConfig, sites: list[Site], model: str, sample: tuple[int, int]) -> Adapter:
     return Adapter(
         config=dataclasses.replace(vera, head=()),
         shapes={s.name: s.shape for s in sites},
@@ -169,6 +169,7 @@ def _blank(vera: VeraConfig, sites: list[Site], model: str) -> Adapter:
         base_id=model,
         weight_fingerprint=torch.zeros(FINGERPRINT_VALUES, dtype=torch.bfloat16),
         kernels={s.name: s.part.kernel for s in sites if s.part.kernel},
+        base_fingerprint=torch.zeros(sample, dtype=torch.int8),
     )
 
 

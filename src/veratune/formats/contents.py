@@ -16,7 +16,7 @@ from veratune.adapter import Adapter
 from veratune.basis.basis import basis_of
 from veratune.config import VeraConfig
 from veratune.errors import AdapterFileError, BasisError, VeratuneError
-from veratune.fingerprint import FINGERPRINT_VALUES
+from veratune.fingerprint import BASE_VALUES, FINGERPRINT_VALUES
 
 # Values of A or B that one layer may want: a file is compared with a model only after this check.
 _MAX_MATRIX_VALUES = 2**31
@@ -42,6 +42,7 @@ class Contents(abc.ABC):
     weight_fingerprint: Tensor | None
     task: dict[str, Any]
     lora_fingerprint: str
+    base_fingerprint: Tensor | None
 
     @abc.abstractmethod
     def vectors(self, body: bytearray) -> Vectors:
@@ -62,6 +63,7 @@ class Contents(abc.ABC):
             kernels=dict(self.kernels),
             lora_fingerprint=self.lora_fingerprint,
             layer_ranks=self.ranks,
+            base_fingerprint=self.base_fingerprint,
         )
 
     def check_layers(self) -> None:
@@ -137,3 +139,33 @@ def fingerprint_from_text(text: str) -> Tensor | None:
             "are wanted"
         )
     return torch.from_numpy(values.astype(np.int16)).view(torch.bfloat16)
+
+
+def sample_to_json(values: Tensor | None) -> dict[str, list[int | str]]:
+    """A base fingerprint as the entry "sample"; no entry for None."""
+    if values is None:
+        return {}
+    text = base64.b64encode(values.numpy().tobytes()).decode()
+    return {"sample": [values.shape[1], text]}
+
+
+def sample_from_json(base: Mapping[str, Any]) -> Tensor | None:
+    """The inverse of `sample_to_json`. Raises ValueError."""
+    if "sample" not in base:
+        return None
+    count, text = base["sample"]
+    try:
+        values = np.frombuffer(base64.b64decode(text, validate=True), dtype=np.int8)
+    except binascii.Error as error:
+        raise ValueError(f"the base model's sample is not base64 ({error})") from None
+    if (
+        type(count) is not int
+        or count < 1
+        or not 0 < len(values) <= BASE_VALUES
+        or (len(values) % count)
+    ):
+        raise ValueError(
+            f"the base model's sample has {len(values)} values, {count} for each matrix; at most "
+            f"{BASE_VALUES} are allowed"
+        )
+    return torch.from_numpy(values.copy()).view(-1, count)

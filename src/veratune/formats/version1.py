@@ -30,7 +30,7 @@ class Version1(Contents):
 
     def __init__(self, header: Header) -> None:
         metadata = header.metadata
-        self.ranks, self.lora_fingerprint = None, ""
+        self.ranks, self.lora_fingerprint, self.base_fingerprint = None, "", None
         try:
             self.config = parse_config(metadata)
             shapes = [(int(m), int(n)) for m, n in metadata["shapes"]]

@@ -6,7 +6,8 @@ Tensors: `d`, `b` (1-D, the layers' vectors one after another, in the order of t
     version   2
     config    every setting of VeraConfig; its patterns are a record and never evaluated on reading
     basis     fingerprint of A and B
-    base      id and weights (the weight fingerprint: base64 of bfloat16) of the base model
+    base      id and weights (the weight fingerprint: base64 of bfloat16) of the base model; where
+              known, sample: [k, base64 of the base fingerprint's int8, k values for each matrix]
     layers    the index: [name, m, n, rank, *kernel] of each layer, in alphabetical order
     task      what the adapter is for: the task's name, its columns and labels
     digest    SHA-256 of the rest of this object and of every tensor's name, dtype, shape and bytes
@@ -29,6 +30,8 @@ from veratune.formats.contents import (
     fingerprint_to_text,
     head_tensors,
     parse_config,
+    sample_from_json,
+    sample_to_json,
 )
 from veratune.formats.int8 import block_count, dequantize, quantize
 
@@ -68,6 +71,7 @@ def encode(adapter: Adapter, storage: Storage | None = None) -> bytes:
         "base": {
             "id": adapter.base_id,
             "weights": fingerprint_to_text(adapter.weight_fingerprint),
+            **sample_to_json(adapter.base_fingerprint),
         },
         "layers": [
             [layer, *adapter.shapes[layer], adapter.ranks[layer], *adapter.kernels.get(layer, ())]
@@ -92,6 +96,7 @@ class Version2(Contents):
             index = [_index_entry(*entry) for entry in metadata["layers"]]
             self.base_id = str(metadata["base"]["id"])
             self.weight_fingerprint = fingerprint_from_text(metadata["base"]["weights"])
+            self.base_fingerprint = sample_from_json(metadata["base"])
             fingerprint, self.task = str(metadata["basis"]), dict(metadata["task"])
         except AdapterFileError:
             raise

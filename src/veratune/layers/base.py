@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from veratune.basis.basis import Basis
 from veratune.config import VeraConfig
-from veratune.errors import ShapeError, UnsupportedError
+from veratune.errors import AdapterStateError, ShapeError, UnsupportedError
 from veratune.layers.quantized import is_dense
 from veratune.layers.weight_cache import WEIGHTS
 from veratune.ops.functional import delta_weight, is_full_precision, vera_linear
@@ -435,12 +435,21 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def _names_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """The base layer's tensors are written under the names they had before the layer was adapted."""
+    """Write the base layer's tensors under their names, and as they were before a merge.
+
+    A state dict of a merged model thus holds W and the vectors, never W + ΔW and the vectors.
+    """
     for key in [k for k in state if k.startswith(prefix + _BASE)]:
         state[prefix + key[len(prefix) + len(_BASE) :]] = state.pop(key)
+    for name, weight in getattr(module, "weights_before_merge", {}).items():
+        state[prefix + name] = weight
 
 
 def _names_in(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     """The inverse of `_names_out`; names that already say `base` are taken too."""
+    if module.merged is not None:
+        raise AdapterStateError(
+            f"adapter {module.merged!r} is merged into the weights; unmerge before load_state_dict"
+        )
     for key in [k for k in state if k.startswith(prefix) and not k[len(prefix) :].startswith(_OWN)]:
         state[prefix + _BASE + key[len(prefix) :]] = state.pop(key)
