@@ -48,17 +48,19 @@ def place(tmp_path_factory):
     fakes.folder(fakes.bert(), out / "bert")
     fakes.folder(fakes.gpt2(), out / "gpt2")
     rng = random.Random(0)
-    commands, sentiments = [], []
+    commands, sentiments, scores = [], [], []
     for tenant, count in (("ann", 13), ("bob", 8), ("cy", 21)):
         for i in range(count):
             words = " ".join(rng.choices(WORDS, k=rng.randint(1, 9)))
             answer = " ".join(rng.choices(WORDS, k=rng.randint(1, 4)))
             commands.append({"tenant": tenant, "prompt": words, "completion": answer})
             sentiments.append({"tenant": tenant, "text": words, "label": ("a", "b", "c")[i % 3]})
+            scores.append({"tenant": tenant, "text": words, "label": 50.0 + 7 * len(words)})
     write(out / "commands.jsonl", commands)
     write(out / "sentiments.jsonl", sentiments)
+    write(out / "scores.jsonl", scores)
     for tenant in ("ann", "bob", "cy"):
-        for name, rows in (("commands", commands), ("sentiments", sentiments)):
+        for name, rows in (("commands", commands), ("sentiments", sentiments), ("scores", scores)):
             own = [
                 {k: v for k, v in row.items() if k != "tenant"}
                 for row in rows
@@ -93,8 +95,9 @@ def assert_equal_adapters(fleet, alone, tolerance=1e-5):
         ("gpt2", "instruction", "commands", vt.VeraConfig(rank=8, targets="all-linear")),
         ("llama", "instruction", "commands", vt.VeraConfig(rank=8, basis="monarch")),
         ("bert", "text-classification", "sentiments", vt.VeraConfig(rank=6, vectors="d")),
+        ("bert", "text-regression", "scores", vt.VeraConfig(rank=6)),
     ],
-    ids=["llama", "gpt2-parts", "monarch", "bert-heads"],
+    ids=["llama", "gpt2-parts", "monarch", "bert-heads", "bert-regression"],
 )
 def test_each_tenant_equals_the_run_of_that_tenant_alone(model, task, data, vera, place, tmp_path):
     common = {"max_steps": 50, "lr_scheduler": "cosine"}

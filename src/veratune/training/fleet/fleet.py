@@ -8,6 +8,7 @@ tenants alone. A and B are shared, so each tenant's gradient falls into its own 
 """
 
 import contextlib
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
@@ -37,7 +39,8 @@ class FleetOptions:
     """How a fleet trains. The defaults are those of `veratune train`.
 
     Attributes:
-        lr, b_lr, head_lr: Peak learning rates of the vectors, of b (None: lr), and of heads.
+        lr, b_lr, head_lr: Peak learning rates of the vectors, of b (None: lr), and of heads (None: the
+            task's own).
         weight_decay: Decoupled weight decay.
         max_grad_norm: Largest gradient norm of one tenant; 0 for none.
         lr_scheduler: "linear", "cosine" or "constant_with_warmup".
@@ -49,7 +52,7 @@ class FleetOptions:
 
     lr: float = 1e-2
     b_lr: float | None = None
-    head_lr: float = 1e-3
+    head_lr: float | None = None
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     lr_scheduler: str = "linear"
@@ -103,6 +106,10 @@ class Fleet:
         detach(model)
         self.basis = basis or self.template.basis
         model.requires_grad_(False)
+        # The model without wrappers, over the same tensors: heads are initialised on it.
+        self._plain: nn.Module = copy.deepcopy(
+            model, {id(t): t for t in (*model.parameters(), *model.buffers())}
+        )
         sites = find_sites(model, config)
         self.layout = VectorLayout(sites, config)
         self._heads = list(heads)
@@ -113,7 +120,7 @@ class Fleet:
         slots = options.max_active
         self.values = torch.zeros(slots, self.width, device=self._device)
         self.optimizer = StackedAdamW(slots, self.width, options.weight_decay, self._device)
-        self._relative_rates = self._rates()
+        self._peak_rates = self._rates()
         self._schedule = schedule(options.lr_scheduler, options.warmup)
         self._collate: Callable[[list[Example]], dict[str, Tensor]] = task.collator(processor)
         self.free = list(range(slots - 1, -1, -1))
@@ -124,7 +131,14 @@ class Fleet:
         rates = torch.full((self.width,), options.lr, device=self._device)
         if options.b_lr is not None:
             rates[: self.layout.size][self.layout.is_b().to(self._device)] = options.b_lr
-        rates[self.layout.size :] = options.head_lr
+        head_lr = self.task.head_lr if options.head_lr is None else options.head_lr
+        rates[self.layout.size :] = head_lr
+        return rates
+
+    def _rates_of(self, factors: Tensor, scales: Tensor) -> Tensor:
+        """Learning rates of some tenants, shape (k, width): a head's grows with its targets' spread."""
+        rates = factors.unsqueeze(1) * self._peak_rates
+        rates[:, self.layout.size :] *= scales.unsqueeze(1)
         return rates
 
     # ------------------------------------------------------------- tenants
@@ -153,6 +167,31 @@ class Fleet:
             vectors, head = self.layout.pack(adapter.d, adapter.b), adapter.head
         flat = [head[name].float().flatten() for name in template.head]
         return torch.cat([vectors, *flat])
+
+    def start(
+        self, examples: Sequence[Example], stored: Adapter | None = None
+    ) -> tuple[Tensor, float]:
+        """A tenant's first row, and the spread of its targets (see `Task.init_head`).
+
+        A new head starts from the tenant's own labels, as in `veratune train`.
+
+        Args:
+            examples: The tenant's encoded training examples.
+            stored: An adapter to start from instead.
+        """
+        own = self._plain.state_dict(keep_vars=True)
+        heads = {name: own[name] for name in self.template.head}
+        with torch.no_grad():
+            for name, tensor in heads.items():
+                tensor.copy_(self.template.head[name])
+        self.task.target_scale = 1.0
+        labels = Dataset.from_dict({"labels": [example["labels"] for example in examples]})
+        self.task.init_head(self._plain, labels)
+        scale, self.task.target_scale = self.task.target_scale, 1.0
+        if stored is not None:
+            return self.row_of(stored), scale
+        flat = [tensor.detach().float().cpu().flatten() for tensor in heads.values()]
+        return torch.cat([self.layout.initial(), *flat]), scale
 
     def enter(self, slot: int, row: Tensor) -> None:
         """Put a tenant's start into a slot and clear its optimizer state."""
@@ -205,8 +244,9 @@ class Fleet:
         batches = [run.next_batch() for run in runs]
         losses = torch.zeros(len(runs), device=self._device)
         self.model.train()
+        scales = torch.tensor([run.target_scale for run in runs], device=self._device)
         for _, loss, owner, _ in self._passes(batches, rows):
-            loss.sum().backward()  # type: ignore[no-untyped-call]
+            (loss / scales[owner] ** 2).sum().backward()  # type: ignore[no-untyped-call]
             losses.index_add_(0, owner, loss.detach())
         assert rows.grad is not None
         norms = clip_rows(rows.grad, self.options.max_grad_norm)
@@ -221,7 +261,7 @@ class Fleet:
             slots[keep],
             rows.grad[keep],
             steps[keep],
-            factors[keep].unsqueeze(1) * self._relative_rates,
+            self._rates_of(factors[keep], scales[keep]),
         )
         seconds = (time.perf_counter() - start) / len(runs)
         failed = {}

@@ -28,8 +28,10 @@ class TenantRun:
         best: The best score so far, in `score`'s direction; None before the first evaluation.
         best_step: The step of that score.
         bad_evaluations: Evaluations since then.
-        history: Evaluation scores by step.
+        after: Scores of the last, or the best, evaluation.
         loss_sum: Sum of the training loss over its steps.
+        target_scale: Spread of its regression targets; 1 for other tasks.
+        seconds: Its share of the time of its steps.
     """
 
     name: str
@@ -47,6 +49,7 @@ class TenantRun:
     after: dict[str, float] = dataclasses.field(default_factory=dict)
     loss_sum: float = 0.0
     seconds: float = 0.0
+    target_scale: float = 1.0
 
     @property
     def steps_per_epoch(self) -> int:
