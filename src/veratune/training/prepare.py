@@ -93,7 +93,7 @@ def load_data(settings: TrainSettings, task: Task) -> EncodedData:
         DataError: The data cannot be read or do not fit the task.
     """
     examples, eval_examples = _load_examples(settings, task)
-    _report_unread_columns(settings, task, examples)
+    report_unread_columns(settings, task, examples)
     task.fit_labels(examples)
     processor = task.load_processor(settings.model)
     train = task.encode(examples, processor, training=True)
@@ -180,7 +180,7 @@ def _load_examples(settings: TrainSettings, task: Task) -> tuple[Dataset, Datase
     return examples, None
 
 
-def _report_unread_columns(settings: TrainSettings, task: Task, examples: Dataset) -> None:
+def report_unread_columns(settings: TrainSettings, task: Task, examples: Dataset) -> None:
     """Warn about columns that the task does not read and --ignore-columns does not name."""
     columns = examples.column_names
     for name in settings.ignore_columns:

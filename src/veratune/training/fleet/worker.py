@@ -21,7 +21,7 @@ from veratune.training.fleet.fleet import Fleet, FleetOptions
 from veratune.training.fleet.run import Example, TenantRun, total_steps
 from veratune.training.fleet.settings import FleetSettings
 from veratune.training.fleet.tenants import TenantData, in_order, load_tenants, name_error
-from veratune.training.prepare import build_task
+from veratune.training.prepare import build_task, report_unread_columns
 from veratune.training.settings import TrainSettings
 
 
@@ -93,7 +93,9 @@ class Worker:
         self.data = load_tenants(settings.data, self.task, fleet.tenant_column, settings.split)
         self.held_out = self._load_held_out()
         self.names = list(in_order(self.data.names, rank, world))
-        self.task.fit_labels(self.data.sample(200))
+        sample = self.data.sample(200)
+        report_unread_columns(settings, self.task, sample)
+        self.task.fit_labels(sample)
         self.processor = self.task.load_processor(settings.model)
         options = fleet_options(settings, fleet)
         self.fleet = Fleet(self._load_model(), self.task, vera, self.processor, options)
