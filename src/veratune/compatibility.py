@@ -25,7 +25,7 @@ from veratune.model_state import AdapterState, check_unmerged, vera_layers
 from veratune.targets import Site, is_attention
 
 # Methods that read a weight without computing with it.
-_NOT_FORWARD = re.compile(r"init|reset|load|save|prune|tie|resize")
+_NOT_FORWARD = re.compile(r"init|reset|load|save|prune|tie|resize|fuse_proj")
 _METADATA = frozenset({"device", "dtype", "is_meta", "ndim", "requires_grad", "shape", "size"})
 _QUESTIONS = frozenset({"isinstance", "hasattr", "getattr", "id", "type"})
 

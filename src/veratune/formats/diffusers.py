@@ -62,6 +62,9 @@ def write_image_lora(
         prefix = _KOHYA[component]
         if component == "text_encoder" and two_encoders:
             prefix = "lora_te1"
+        if component != "unet" and not layer.startswith("text_model."):
+            # transformers 5 dropped the level that kohya's names have.
+            layer = f"text_model.{layer}"
         key = f"{prefix}_{layer.replace('.', '_')}"
         tensors[f"{key}.lora_down.weight"] = A.contiguous()
         tensors[f"{key}.lora_up.weight"] = B.contiguous()

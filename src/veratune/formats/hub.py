@@ -110,7 +110,7 @@ def upload(folder: Path, repo: str, *, private: bool = False, message: str = "")
 @contextlib.contextmanager
 def hub_errors(repo: str) -> Iterator[None]:
     """Turn the hub's errors into one-line DataErrors."""
-    import httpx
+    import httpx2
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -140,5 +140,5 @@ def hub_errors(repo: str) -> Iterator[None]:
         raise DataError(f"{SCHEME}{repo}: the repository has no such file") from None
     except HfHubHTTPError as error:
         raise DataError(f"{SCHEME}{repo}: {' '.join(str(error).split())[:200]}") from None
-    except httpx.HTTPError as error:
+    except httpx2.HTTPError as error:
         raise DataError(f"{SCHEME}{repo}: the hub cannot be reached ({error})") from None
