@@ -36,9 +36,8 @@ def pipeline(folder):
 # lack of them in the file, see test_kohyas_names.
 @pytest.mark.parametrize(("style", "more"), [("diffusers", ["q_proj"]), ("kohya", [])])
 def test_diffusers_draws_the_same_image(folder, style, more, tmp_path):
-    from veratune.tasks.diffusion.diffusion import TextToImageModel
-
     from veratune.cli.base_models import empty_base
+    from veratune.tasks.diffusion.models import TextToImageModel
 
     pipe = pipeline(folder)
     plain = drawn(pipe)
@@ -57,7 +56,7 @@ def test_diffusers_draws_the_same_image(folder, style, more, tmp_path):
 
 
 def test_kohyas_names(folder, tmp_path):
-    from veratune.tasks.diffusion.diffusion import TextToImageModel
+    from veratune.tasks.diffusion.models import TextToImageModel
 
     model = TextToImageModel(pipeline(folder), text_encoder=True)
     targets = ["to_q", "q_proj", "text_encoder.encoder.layers.0.self_attn.out_proj"]

@@ -3,7 +3,9 @@
 import dataclasses
 import math
 import os
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -36,6 +38,15 @@ def parser() -> Parser:
         default="",
         help="train for every value, as lr=1e-3,4e-3;rank=64,256, and rank the runs",
     )
+    out.add_argument(
+        "--push-to-hub",
+        type=str | None,
+        default=None,
+        help="upload the adapter and its model card to this repository, USER/NAME",
+    )
+    out.add_argument(
+        "--private", type=bool, default=False, help="make a new repository private (push-to-hub)"
+    )
     out.add_argument("--json", type=bool, default=False, help="print the result as one JSON object")
     out.add_class_arguments(TrainSettings)
     out.add_class_arguments(VeraConfig, skip=SKIPPED)
@@ -45,11 +56,15 @@ def parser() -> Parser:
 def run(argv: Sequence[str]) -> int:
     flags = parse(parser(), argv)
     settings, vera = split(flags, TrainSettings), split(flags, VeraConfig)
+    from veratune.formats.hub import parse_address
+    from veratune.formats.publish import publish
     from veratune.training.run import train
     from veratune.training.sweep import sweep
 
     console = Console(quiet=flags.json or os.environ.get("RANK", "0") != "0", highlight=False)
     if flags.sweep:
+        if flags.push_to_hub is not None:
+            raise ConfigError("--push-to-hub uploads one run, not a sweep; push the best with push")
         results = sweep(settings, vera, _grid(flags.sweep), preview_on(console))
         if flags.json:
             print_json(
@@ -58,7 +73,18 @@ def run(argv: Sequence[str]) -> int:
         console.print(_ranking(results))
         console.print(f"The best adapter: {settings.out}/adapter.safetensors")
         return 0
+    repo = None if flags.push_to_hub is None else parse_address(flags.push_to_hub).repo
     result = train(settings, vera, preview_on(console))
+    if repo is not None and os.environ.get("RANK", "0") == "0":
+        with tempfile.TemporaryDirectory() as folder:
+            page = publish(
+                Path(result.path),
+                repo,
+                Path(folder) / "files",
+                private=flags.private,
+                dataset=settings.data,
+            )
+        console.print(page, soft_wrap=True)
     if flags.json and os.environ.get("RANK", "0") == "0":
         print_json(dataclasses.asdict(result))
     console.print(report(result))

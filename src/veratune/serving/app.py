@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from veratune.formats.hub import download, is_address
 from veratune.serving.config import ServeConfig
 from veratune.serving.engine.loop import run_in_temporary_thread
 from veratune.serving.http.app import check_address, create_app
@@ -135,7 +136,8 @@ def create_service(config: ServeConfig) -> Service:
         served_encoder_name=config.served_encoder_name,
     )
     for name, file in config.adapter_files():
-        service.put_if_changed(OPEN.tenant, name, Path(file).read_bytes())
+        path = download(file) if is_address(file) else Path(file)
+        service.put_if_changed(OPEN.tenant, name, path.read_bytes())
     return service
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from veratune.errors import ConfigError
+from veratune.formats.hub import is_address, parse_address
 from veratune.serving.http.config import HttpConfig
 
 
@@ -22,7 +23,8 @@ class ServeConfig:
         store: where adapters are kept: a SQLite file, or a bucket: s3://, gs://, az://, file://
         cache: SQLite file that caches a bucket's adapters on this machine
         refresh_seconds: how long the newest version of a bucket's adapter is cached
-        adapters: NAME=FILE of adapters to publish at the start, for tenant "default"
+        adapters: NAME=FILE or NAME=hf://user/repo of adapters to publish at the start, for the
+            tenant "default"
         key_file: file of API keys (veratune key); without it only this machine may call
         host: address to listen on; one that other machines reach requires keys
         port: port to listen on; 0 takes a free one
@@ -107,7 +109,9 @@ class ServeConfig:
         if self.model is None and self.encoder is None:
             raise ConfigError("there is nothing to serve: give --model, --encoder, or both")
         for name, file in self.adapter_files():
-            if not name or not Path(file).is_file():
+            if is_address(file):
+                parse_address(file)
+            if not name or not (is_address(file) or Path(file).is_file()):
                 raise ConfigError(
                     f"--adapters {name}={file}: NAME=FILE of an adapter's file is wanted"
                 )
