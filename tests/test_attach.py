@@ -11,7 +11,7 @@ import veratune as vt
 from tests import fakes
 from tests.fakes import scramble
 from veratune.errors import AdapterError, TargetError, UnsupportedError
-from veratune.layers.base import VeraLayer
+from veratune.layers.wrapper import VeraLayer
 from veratune.model_state import vectors_of
 
 TOKENS = torch.arange(2, 26).view(3, 8)

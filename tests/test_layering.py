@@ -62,7 +62,7 @@ def test_no_pickle():
 
 
 def test_the_mathematics_needs_no_heavy_package():
-    allowed = {"torch", "numpy", "safetensors", "veratune", "bitsandbytes", "re2"}
+    allowed = {"torch", "numpy", "safetensors", "jaxtyping", "veratune", "bitsandbytes", "re2"}
     # File formats of other programs: imported inside the function that needs them.
     formats = {"gguf", "huggingface_hub", "httpx2", "cryptography", "yaml"}
     standard = __import__("sys").stdlib_module_names

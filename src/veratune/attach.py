@@ -30,16 +30,14 @@ from veratune.config import ALL_LINEAR, VeraConfig
 from veratune.errors import AdapterStateError, UnsupportedError
 from veratune.fast_path import leave_fast_path, restore_fast_path
 from veratune.layers.attention import VeraMultiheadAttention
-from veratune.layers.base import (
-    VeraHead,
-    VeraLayer,
-    VeraVectors,
-    VeraWeightLayer,
-    replace_modules,
-)
-from veratune.layers.conv import VeraConv, is_conv
+from veratune.layers.conv import VeraConv
+from veratune.layers.head import VeraHead
+from veratune.layers.kinds import is_attention, is_conv
 from veratune.layers.linear import VeraLinear
 from veratune.layers.quantized import is_dense
+from veratune.layers.vectors import VeraVectors
+from veratune.layers.weight_layer import VeraWeightLayer
+from veratune.layers.wrapper import VeraLayer, replace_modules
 from veratune.merging import unmerge
 from veratune.model_state import (
     AdapterState,
@@ -52,14 +50,7 @@ from veratune.model_state import (
     vera_layers,
 )
 from veratune.selection import use
-from veratune.targets import (
-    Site,
-    base_module,
-    config_for_lora,
-    find_heads,
-    find_sites,
-    is_attention,
-)
+from veratune.targets import Site, base_module, config_for_lora, find_heads, find_sites
 
 M = TypeVar("M", bound=nn.Module)
 

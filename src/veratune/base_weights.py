@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from veratune.basis.principal import PrincipalBasis
 from veratune.config import VeraConfig
 from veratune.errors import BasisError
-from veratune.layers.conv import is_conv
+from veratune.layers.kinds import is_conv
 from veratune.layers.quantized import dense_weight
 from veratune.targets import Site, base_module
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from veratune.errors import UnsupportedError
-from veratune.layers.base import Rows, VeraLayer
 from veratune.layers.linear import VeraLinear
+from veratune.layers.rows import Rows
+from veratune.layers.wrapper import VeraLayer
 from veratune.model_state import vera_layers
 
 Layout = Literal["first", "second", "unknown"]

@@ -19,10 +19,11 @@ from veratune.errors import (
     InvalidNameError,
     UnsupportedError,
 )
-from veratune.layers.base import VeraHead, VeraWeightLayer
-from veratune.layers.conv import is_conv
+from veratune.layers.head import VeraHead
+from veratune.layers.kinds import is_attention, is_conv
+from veratune.layers.weight_layer import VeraWeightLayer
 from veratune.model_state import AdapterState, check_unmerged, vera_layers
-from veratune.targets import Site, is_attention
+from veratune.targets import Site
 
 # Methods that read a weight without computing with it.
 _NOT_FORWARD = re.compile(r"init|reset|load|save|prune|tie|resize|fuse_proj")

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from veratune.layers.base import VeraLayer
+from veratune.layers.wrapper import VeraLayer
 
 
 def leave_fast_path(model: nn.Module, slowed: list[nn.Module]) -> None:

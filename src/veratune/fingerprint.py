@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from veratune.layers.base import VeraLayer
+from veratune.layers.kinds import weight_matrix
 from veratune.layers.quantized import dense_weight, is_dense
+from veratune.layers.wrapper import VeraLayer
 from veratune.targets import Site, base_module
 
 FINGERPRINT_VALUES = 64  # of `weight_fingerprint`
@@ -32,7 +33,7 @@ def weight_fingerprint(model: nn.Module, sites: list[Site]) -> Tensor | None:
     weight = unmerged if unmerged is not None else dense_weight(base, site.part.parameter)
     if weight is None or weight.device.type == "meta":
         return None
-    flat = (weight if not hasattr(base, "nf") else weight.T).reshape(-1)
+    flat = weight_matrix(base, weight).reshape(-1)
     index = torch.linspace(0, flat.numel() - 1, FINGERPRINT_VALUES, dtype=torch.float64).long()
     return flat[index].to("cpu", torch.bfloat16)
 

@@ -6,7 +6,8 @@ import warnings
 from torch import nn
 
 from veratune.errors import AdapterNotFoundError, AdapterStateError, UnsupportedError
-from veratune.layers.base import MergeReport, VeraWeightLayer, total_rounding_error
+from veratune.layers.merging import MergeReport, total_rounding_error
+from veratune.layers.weight_layer import VeraWeightLayer
 from veratune.model_state import (
     adapted,
     check_known,

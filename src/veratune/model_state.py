@@ -13,7 +13,10 @@ from torch import nn
 
 from veratune.config import VeraConfig
 from veratune.errors import AdapterNotFoundError, AdapterStateError, near
-from veratune.layers.base import VeraHead, VeraLayer, VeraVectors, VeraWeightLayer
+from veratune.layers.head import VeraHead
+from veratune.layers.vectors import VeraVectors
+from veratune.layers.weight_layer import VeraWeightLayer
+from veratune.layers.wrapper import VeraLayer
 
 _STATE = "_veratune"
 

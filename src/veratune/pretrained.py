@@ -18,7 +18,8 @@ from veratune.adapter import extract, install
 from veratune.errors import AdapterFileError, UnsupportedError
 from veratune.formats import native
 from veratune.formats.atomic import write_atomic
-from veratune.layers.base import VeraHead, VeraLayer
+from veratune.layers.head import VeraHead
+from veratune.layers.wrapper import VeraLayer
 from veratune.model_state import (
     ON_ADAPTED,
     ON_PLAIN,

@@ -9,7 +9,8 @@ from torch import nn
 
 from veratune.batch_rows import prove_rows
 from veratune.errors import AdapterStateError, InvalidNameError, UnsupportedError
-from veratune.layers.base import Rows, VeraLayer
+from veratune.layers.rows import Rows
+from veratune.layers.wrapper import VeraLayer
 from veratune.model_state import (
     adapted,
     check_known,

@@ -6,7 +6,6 @@ Nothing here changes the model, so a model without weights (on the meta device) 
 import collections
 import dataclasses
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
@@ -14,9 +13,13 @@ from torch import nn
 from veratune.config import ALL_CONV, ALL_LINEAR, VeraConfig
 from veratune.errors import TargetError, near
 from veratune.families import DEFAULT_TARGETS, default_targets, language_tower, output_heads
-from veratune.layers.base import Part, VeraHead, VeraLayer, VeraWeightLayer
-from veratune.layers.conv import check_conv, conv_part, is_conv
+from veratune.layers.conv import check_conv, conv_part
 from veratune.layers.fused import attention_parts, fused_parts
+from veratune.layers.head import VeraHead
+from veratune.layers.kinds import is_attention, is_conv, is_linear, linear_shape
+from veratune.layers.vectors import Part
+from veratune.layers.weight_layer import VeraWeightLayer
+from veratune.layers.wrapper import VeraLayer
 from veratune.patterns import PART, ROLES, exact_pattern, matches
 
 _LISTED = 12  # layer names in an error message
@@ -222,29 +225,6 @@ def parts_of(
         return whole
     parent = model.get_submodule(path.rpartition(".")[0])
     return fused_parts(path, parent, out_features, in_features) or whole
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Return whether this is nn.Linear, a subclass (quantized too), or transformers' Conv1D."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def is_attention(module: nn.Module) -> bool:
-    """Return whether this is torch's attention block, which reads its weights itself."""
-    return isinstance(module, nn.MultiheadAttention)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Return whether this is transformers' Conv1D, without importing transformers."""
-    known = sys.modules.get("transformers.pytorch_utils")
-    return known is not None and isinstance(module, known.Conv1D)
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """Return (m, n), the output and input size of a linear layer."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    return module.nf, module.nx  # type: ignore[return-value]
 
 
 def base_module(model: nn.Module, path: str) -> nn.Module:

@@ -12,7 +12,8 @@ import veratune as vt
 from tests.fakes import scramble
 from veratune.errors import BaseModelError, ConfigError, ShapeError, TargetError, UnsupportedError
 from veratune.model_state import vectors_of
-from veratune.ops.functional import delta_weight, vera_conv
+from veratune.ops.conv import vera_conv
+from veratune.ops.delta import delta_weight
 
 KINDS = {
     (1, False): nn.Conv1d, (2, False): nn.Conv2d, (3, False): nn.Conv3d,

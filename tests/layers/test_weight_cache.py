@@ -18,7 +18,7 @@ TOKENS = torch.arange(12).view(2, 6)
 def fresh(monkeypatch):
     """A cache of the test's own."""
     made = WeightCache(2**30)
-    for module in ("weight_cache", "base"):
+    for module in ("weight_cache", "weight_layer"):
         monkeypatch.setattr(f"veratune.layers.{module}.WEIGHTS", made)
     return made
 
@@ -56,9 +56,9 @@ def test_answers_are_those_of_the_plans_and_sums_are_kept(fresh):
         assert held > 0
         assert torch.equal(logits(model), logits(model))
         assert fresh.bytes == held
-    weights = list(fresh._entries.values())
+    weights = list(fresh.entries().values())
     logits(model)
-    assert all(a is b for a, b in zip(weights, fresh._entries.values(), strict=True))
+    assert all(a is b for a, b in zip(weights, list(fresh.entries().values()), strict=True))
 
 
 @pytest.mark.parametrize("write", [
@@ -99,13 +99,13 @@ def test_the_limit_holds_and_an_adapter_does_not_displace_itself(fresh):
     wanted = by_plan(model, "b")
     for _ in range(3):
         torch.testing.assert_close(logits(model), wanted)
-        entries = list(fresh._entries)
+        entries = list(fresh.entries())
         assert fresh.bytes <= whole * 0.6
     torch.testing.assert_close(logits(model), wanted)
-    assert list(fresh._entries) == entries
+    assert list(fresh.entries()) == entries
     vt.use(model, "a")
     logits(model)
-    assert {adapter for _, adapter in fresh._entries} == {"a"}
+    assert {adapter for _, adapter in fresh.entries()} == {"a"}
     assert fresh.bytes <= whole * 0.6
 
 

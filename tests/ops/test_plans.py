@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from veratune.config import PLANS
 from veratune.errors import DataError
 from veratune.ops import plans
+from veratune.ops.calibration import Machine, calibration_file, read_calibration
 from veratune.ops.plans import (
     CPU,
     Call,
     PlanChoice,
     cheapest,
-    choose_plan,
     seconds,
     with_memory_policy,
 )
@@ -65,9 +65,9 @@ def test_what_is_kept_is_bounded(T, m, n, r, plan):
 
 def test_a_measured_machine_goes_before_the_built_in_one(monkeypatch, tmp_path):
     call, cpu = Call(2048, 768, 768, 1024), torch.device("cpu")
-    plans.forget()
-    assert choose_plan(call, cpu) is choose_plan(call, cpu)
-    assert plans.machine_of(cpu) == CPU
+    plans.PLANNER.clear()
+    assert plans.PLANNER.choose(call, cpu) is plans.PLANNER.choose(call, cpu)
+    assert plans.PLANNER.machine(cpu) == CPU
     monkeypatch.setenv("VERATUNE_CACHE", str(tmp_path))
     figures = {
         "flops": 1e9,
@@ -77,24 +77,24 @@ def test_a_measured_machine_goes_before_the_built_in_one(monkeypatch, tmp_path):
         "large": 5e9,
         "call": 6e-6,
     }
-    plans.calibration_file().write_text(json.dumps({"cpu": figures}))
-    assert plans.machine_of(cpu) == CPU
-    plans.forget()
-    assert plans.machine_of(cpu) == plans.Machine(**figures)
-    assert choose_plan(call, cpu) == cheapest(call, plans.Machine(**figures))
+    calibration_file().write_text(json.dumps({"cpu": figures}))
+    assert plans.PLANNER.machine(cpu) == CPU
+    plans.PLANNER.clear()
+    assert plans.PLANNER.machine(cpu) == Machine(**figures)
+    assert plans.PLANNER.choose(call, cpu) == cheapest(call, Machine(**figures))
     monkeypatch.undo()
-    plans.forget()
+    plans.PLANNER.clear()
 
 
 @pytest.mark.parametrize("text", ["no json", "[1]", '{"cpu": {"flops": 1}}', '{"cpu": {"speed": 1}}',
     '{"cpu": {"flops": 0, "read": 1, "write": 1, "write_large": 1, "large": 1, "call": 1}}'])  # fmt: skip
 def test_a_calibration_that_is_none_is_named(text, monkeypatch, tmp_path):
     monkeypatch.setenv("VERATUNE_CACHE", str(tmp_path))
-    plans.calibration_file().write_text(text)
+    calibration_file().write_text(text)
     with pytest.raises(
         DataError, match="no calibration of a machine .* delete it or run veratune calibrate"
     ):
-        plans.read_calibration()
+        read_calibration()
 
 
 @settings(max_examples=10)

@@ -66,10 +66,10 @@ def test_another_thread_has_products_of_its_own(counted):
 def test_it_is_forgotten_with_its_input():
     x, A = draw()
     project(x, A, 1)
-    assert projection._last.product is not None
+    assert projection.PROJECTIONS.product is not None
     del x
     gc.collect()
-    assert projection._last.product is None
+    assert projection.PROJECTIONS.product is None
 
 
 def test_nobody_and_inference_mode_do_not_share(counted):

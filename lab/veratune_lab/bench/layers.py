@@ -12,7 +12,7 @@ from veratune.analysis.machine import describe_machine
 from veratune.analysis.timing import interleave
 from veratune.config import PLANS
 from veratune.layers.linear import VeraLinear
-from veratune.ops.functional import plan_of
+from veratune.ops.linear import plan_of
 from veratune_lab.bench.measure import flops, saved_bytes, summary
 from veratune_lab.bench.peers import FROZEN, OTHERS, OURS, Peer, adapted
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from veratune.analysis.timing import Step
-from veratune.layers.base import VeraVectors
+from veratune.layers.vectors import VeraVectors
 
 
 def summary(times: list[float], frozen: list[float]) -> dict[str, float]:

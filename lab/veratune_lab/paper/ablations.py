@@ -16,7 +16,7 @@ from veratune.analysis.inspect import figures
 from veratune.basis.basis import new_basis
 from veratune.config import VeraConfig
 from veratune.formats import native
-from veratune.ops.functional import delta_weight
+from veratune.ops.delta import delta_weight
 from veratune_lab.paper.experiment import Cell, Line, Place, Scale, measured_on, spread, table
 from veratune_lab.paper.glue import GLUE, LARGE, GlueTable, Trial, paper_trial, score_of
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from veratune.config import VeraConfig
-from veratune.layers.base import VeraWeightLayer
+from veratune.layers.weight_layer import VeraWeightLayer
 from veratune.training.methods import Method, VeraMethod
 from veratune_lab.paper.experiment import (
     Cell,

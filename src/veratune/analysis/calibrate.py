@@ -8,7 +8,8 @@ import torch
 
 from veratune.analysis.timing import median_seconds
 from veratune.formats.atomic import write_atomic
-from veratune.ops.plans import CPU, Machine, calibration_file, forget, read_calibration
+from veratune.ops.calibration import CPU, Machine, calibration_file, read_calibration
+from veratune.ops.plans import PLANNER
 
 _SIDE = 1536  # of the square matrix product that measures FLOP/s
 
@@ -49,5 +50,5 @@ def store(device: torch.device, machine: Machine) -> Path:
     figures[device.type] = dataclasses.asdict(machine)
     path = calibration_file()
     write_atomic(path, (json.dumps(figures, indent=2) + "\n").encode())
-    forget()
+    PLANNER.clear()
     return path

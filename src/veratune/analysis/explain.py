@@ -9,7 +9,7 @@ from torch import nn
 from veratune.analysis.count import empty_model
 from veratune.config import PLANS, VeraConfig
 from veratune.errors import UnsupportedError
-from veratune.ops.plans import Call, cheapest, machine_of, seconds, with_memory_policy
+from veratune.ops.plans import PLANNER, Call, cheapest, seconds, with_memory_policy
 from veratune.targets import find_sites
 
 
@@ -54,7 +54,7 @@ def explain(model: str, config: VeraConfig, *, tokens: int) -> list[PlanEstimate
         UnsupportedError: A target is a convolution: its cost depends on the size of its input.
     """
     base = empty_model(model)
-    machine = machine_of(torch.device("cpu"))
+    machine = PLANNER.machine(torch.device("cpu"))
     groups: dict[tuple[int, int, int], list[str]] = collections.defaultdict(list)
     for site in find_sites(base, config):
         module = base.get_submodule(site.module)

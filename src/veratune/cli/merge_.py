@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError("--gguf-base is for --to gguf")
     from veratune.attach import detach
     from veratune.formats.atomic import new_folder
-    from veratune.layers.base import total_rounding_error
+    from veratune.layers.merging import total_rounding_error
     from veratune.merging import merge
 
     folder = Path(flags.out)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from veratune.config import VeraConfig
 from veratune.errors import BaseModelError, DataError
-from veratune.targets import base_module, find_sites, is_conv1d
+from veratune.layers.kinds import is_conv1d
+from veratune.targets import base_module, find_sites
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from veratune.adapter import Adapter
 from veratune.errors import BaseModelError, UnsupportedError, near
+from veratune.layers.kinds import is_attention, is_conv1d
 from veratune.ops.matrix import dense
 from veratune.patterns import PART
-from veratune.targets import base_module, is_attention, is_conv1d, layers_of, parts_of
+from veratune.targets import base_module, layers_of, parts_of
 
 _CPU = torch.device("cpu")
 

@@ -22,9 +22,10 @@ from veratune.formats.peft_files import (
     read_tensors,
     write_checkpoint,
 )
+from veratune.layers.kinds import is_attention, linear_shape
 from veratune.ops.matrix import dense
 from veratune.patterns import PART
-from veratune.targets import is_attention, layers_of, linear_shape
+from veratune.targets import layers_of
 
 _CPU = torch.device("cpu")
 

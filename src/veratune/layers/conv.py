@@ -1,29 +1,31 @@
-"""VeraConv: convolutions and transposed convolutions, of one to three dimensions, with any stride, padding, dilation and groups.
+"""VeraConv: convolutions and transposed convolutions in one to three dimensions.
 
-A convolution is the matrix W (out, in / groups * kernel) for each place of its output; with the layout "loralib" it is the
-matrix that loralib's LoRA for convolutions factors, (out / groups * k, in * k) for a square kernel of side k, whose A and B have
-rank * k rows and columns.
+Any stride, padding, dilation and groups. A convolution is the matrix
+W (out_channels, in_channels / groups * kernel size), applied at each place of its output. With
+conv_layout="loralib" it is the matrix that loralib factors,
+(out_channels / groups * k, in_channels * k) for a square kernel of side k, at rank * k.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from veratune.config import VeraConfig
 from veratune.errors import UnsupportedError
-from veratune.layers.base import (
-    Part,
-    VeraVectors,
-    VeraWeightLayer,
-    by_adapter,
-    is_plain,
-    product_dtype,
-)
-from veratune.ops.functional import is_full_precision, plan_of, vera_conv
+from veratune.layers.rows import run_by_adapter
+from veratune.layers.vectors import Part, VeraVectors, product_dtype
+from veratune.layers.weight_layer import VeraWeightLayer, is_plain
+from veratune.ops.conv import vera_conv
+from veratune.ops.delta import is_full_precision
+from veratune.ops.linear import plan_of
 from veratune.ops.matrix import dense
+
+ConvModule = nn.modules.conv._ConvNd
 
 _KINDS = (
     nn.Conv1d,
@@ -37,165 +39,193 @@ _FORWARDS = tuple(kind.forward for kind in _KINDS)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
-def is_conv(module: nn.Module) -> bool:
-    """Conv1d to Conv3d and their transposed forms (Hugging Face's Conv1D is a linear layer)."""
-    return isinstance(module, nn.modules.conv._ConvNd)
+def conv_part(module: ConvModule, layout: str) -> Part:
+    """Describe a convolution as a matrix.
 
+    Args:
+        module: The convolution.
+        layout: `VeraConfig.conv_layout`.
 
-def conv_part(module: Any, layout: str) -> Part:
-    """The matrix of a convolution. Raises UnsupportedError for one that has none in the layout "loralib"."""
+    Returns:
+        The part: the whole matrix and the kernel.
+
+    Raises:
+        UnsupportedError: layout "loralib" for a convolution that is no Conv2d with a square kernel.
+    """
     kernel = tuple(module.kernel_size)
     if layout == "matrix":
         columns = module.in_channels // module.groups * math.prod(kernel)
         return Part("", "weight", 0, module.out_channels, columns, kernel)
     if module.transposed or len(kernel) != 2 or kernel[0] != kernel[1]:
         raise UnsupportedError(
-            f"conv_layout='loralib' is made for Conv2d with square kernels, not for a {type(module).__name__} with a kernel of "
-            f"{' x '.join(map(str, kernel))}; use conv_layout='matrix' or exclude it"
+            "conv_layout='loralib' is made for Conv2d with square kernels, not for a "
+            f"{type(module).__name__} with a kernel of {' x '.join(map(str, kernel))}; "
+            "use conv_layout='matrix' or exclude it"
         )
     side = kernel[0]
-    return Part(
-        "",
-        "weight",
-        0,
-        module.out_channels // module.groups * side,
-        module.in_channels * side,
-        kernel,
-    )
+    rows, columns = module.out_channels // module.groups * side, module.in_channels * side
+    return Part("", "weight", 0, rows, columns, kernel)
 
 
 def check_conv(module: nn.Module, path: str, config: VeraConfig) -> None:
-    """Raise UnsupportedError where a convolution with a forward of its own cannot be adapted as the config says.
+    """Raise UnsupportedError if the config does not fit a convolution with its own forward.
 
-    Such a layer (padding to size, a standardized weight) is called with W + ΔW for its weight, and with nothing beside it.
+    Such a layer (padding to size, a standardized weight) can only be called with W + ΔW as its weight.
     """
-    if not _own_forward(module):
+    if not _has_custom_forward(module):
         return
-    what = f"layer '{path}' is a {type(module).__name__}, a convolution with a forward of its own, which is called with W + ΔW"
+    what = (
+        f"layer '{path}' is a {type(module).__name__}, a convolution with a forward of its own, "
+        "which is called with W + ΔW"
+    )
     if config.plan not in ("auto", "merged"):
         raise UnsupportedError(
             f"{what}; plan={config.plan!r} computes beside it: use plan='auto' or exclude the layer"
         )
     if config.dropout:
         raise UnsupportedError(
-            f"{what}; dropout={config.dropout} needs an input of the adapter alone: set it to 0 or exclude the layer"
+            f"{what}; dropout={config.dropout} needs an input of the adapter alone: "
+            "set it to 0 or exclude the layer"
         )
 
 
-def _own_forward(module: nn.Module) -> bool:
+def _has_custom_forward(module: nn.Module) -> bool:
     return type(module).forward not in _FORWARDS
 
 
 class VeraConv(VeraWeightLayer):
-    """y = conv(x, W + ΔW), or conv(x, W) and the adapter's share beside it; called as the base layer is."""
+    """y = conv(x, W + ΔW), or conv(x, W) plus the update; called as the base layer is."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "..."], output_size: list[int] | None = None
+    ) -> Float[Tensor, "..."]:
+        """Compute the adapted convolution; output_size is for transposed ones."""
+        kwargs = {} if output_size is None else {"output_size": output_size}
         if self.rows is None:
-            return self._with(self.current)(x, *args, **kwargs)
-        return by_adapter(self, (x, *args), kwargs, self._with)
+            return self._with_adapter(self.current)(x, **kwargs)
+        return cast(Tensor, run_by_adapter(self, (x,), kwargs, self._with_adapter))
 
-    def to_weight_layout(self, delta: Tensor, weight: Tensor) -> Tensor:
-        base: Any = self.base
-        if not base.transposed:
+    @property
+    def _conv(self) -> ConvModule:
+        return cast(ConvModule, self.base)
+
+    def to_weight_layout(self, delta: Float[Tensor, "m n"], weight: Tensor) -> Tensor:
+        conv = self._conv
+        if not conv.transposed:
             return delta.view(weight.shape)
-        groups = base.groups
-        grid = delta.view(
-            groups, base.out_channels // groups, base.in_channels // groups, *base.kernel_size
-        )
+        groups = conv.groups
+        per_group = (groups, conv.out_channels // groups, conv.in_channels // groups)
+        grid = delta.view(*per_group, *conv.kernel_size)
         return grid.transpose(1, 2).reshape(weight.shape)
 
-    def _with(self, adapter: str | None) -> Any:
-        """The base layer as a function, with an adapter."""
+    def _with_adapter(self, adapter: str | None) -> Callable[..., Tensor]:
+        """The base layer as a function, with an adapter; None: without one."""
         if adapter is None or adapter not in self.vera:
             return self.base
-        (vectors,) = self.vectors(adapter)
-        base: Any = self.base
+        call = self._call_custom if _has_custom_forward(self.base) else self._call_plain
+        return lambda x, **kwargs: call(adapter, x, **kwargs)
 
-        def call_with_weight(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if not is_full_precision(base.weight.dtype):
-                raise UnsupportedError(
-                    f"layer '{self.name}' has a forward of its own and a weight of {base.weight.dtype}, too coarse to take ΔW in; load "
-                    "the base model in float32 or exclude the layer"
-                )
-            weights = self.cached_weights(adapter) or self.merged_weights(adapter)
-            return torch.func.functional_call(base, weights, (x, *args), kwargs)
-
-        def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            weight = base.weight
-            whole = (
-                is_plain(base)
-                and weight.dtype == x.dtype == product_dtype(x)
-                and is_full_precision(weight.dtype)
+    def _call_custom(self, adapter: str, x: Tensor, **kwargs: list[int]) -> Tensor:
+        """A convolution with its own forward, called with W + ΔW."""
+        dtype = self.weight_of("weight").dtype
+        if not is_full_precision(dtype):
+            raise UnsupportedError(
+                f"layer '{self.name}' has a forward of its own and a weight of {dtype}, "
+                "too coarse to take ΔW in; load the base model in float32 or exclude the layer"
             )
-            kept = self.cached_weights(adapter) if whole else None
-            if kept is not None:
-                return self._convolve(x, kept["weight"], base.bias, *args, **kwargs)
-            plan = self._plan(x, vectors, whole and not (vectors.config.dropout and self.training))
-            if plan == "merged":
-                return self._convolve(
-                    x, self.merged_weights(adapter)["weight"], base.bias, *args, **kwargs
-                )
-            y = base(x, *args, **kwargs)
-            dropped = vectors.apply_dropout(x).to(product_dtype(x))
-            if plan == "dense":
-                return y + self._convolve(
-                    dropped, self.deltas(adapter)["weight"].to(dropped.dtype), None, *args, **kwargs
-                )
-            return y + self._factored(dropped, vectors, *args, **kwargs)
+        weights = self.cached_weights(adapter) or self.merged_weights(adapter)
+        return cast(Tensor, torch.func.functional_call(self.base, weights, (x,), kwargs))
 
-        return call_with_weight if _own_forward(base) else call
+    def _call_plain(self, adapter: str, x: Tensor, **kwargs: list[int]) -> Tensor:
+        """A plain convolution, in the cheapest order."""
+        (vectors,) = self.vectors(adapter)
+        conv, weight = self._conv, self.weight_of("weight")
+        in_weight = (
+            is_plain(conv)
+            and weight.dtype == x.dtype == product_dtype(x)
+            and is_full_precision(weight.dtype)
+        )
+        merged = self.cached_weights(adapter) if in_weight else None
+        if merged is not None:
+            return self._convolve(x, merged["weight"], conv.bias, **kwargs)
+        dropped_out = bool(vectors.config.dropout and self.training)
+        plan = self._plan(x, vectors, in_weight and not dropped_out)
+        if plan == "merged":
+            weight_with_delta = self.merged_weights(adapter)["weight"]
+            return self._convolve(x, weight_with_delta, conv.bias, **kwargs)
+        y = cast(Tensor, conv(x, **kwargs))
+        dropped = vectors.apply_dropout(x).to(product_dtype(x))
+        if plan == "dense":
+            delta = self.deltas(adapter)["weight"].to(dropped.dtype)
+            return y + self._convolve(dropped, delta, None, **kwargs)
+        return y + self._factored(dropped, vectors, **kwargs)
 
     def _plan(self, x: Tensor, vectors: VeraVectors, in_weight: bool) -> str:
-        """Which of a convolution's plans is taken: factored, merged or dense. in_weight: whether W may take ΔW in."""
-        base: Any = self.base
+        """Choose a convolution's plan: factored, merged or dense.
+
+        in_weight: whether ΔW may be added to W.
+        """
+        conv = self._conv
         forced, loralib = vectors.config.plan, vectors.config.conv_layout == "loralib"
         if forced == "merged" and not in_weight:
             raise UnsupportedError(
-                f"plan='merged' puts ΔW into the weight of layer '{self.name}', but it is {base.weight.dtype} for a product in "
-                f"{product_dtype(x)}, hooked, or has dropout before its adapter; use plan='auto', 'factored' or 'dense'"
+                f"plan='merged' puts ΔW into the weight of layer '{self.name}', but it is "
+                f"{conv.weight.dtype} for a product in {product_dtype(x)}, hooked, or has dropout "
+                "before its adapter; use plan='auto', 'factored' or 'dense'"
             )
         if forced == "factored" and loralib:
             raise UnsupportedError(
-                f"plan='factored', but the factors of layer '{self.name}' in conv_layout='loralib' are no convolutions of its "
-                "input; use plan='auto', 'merged' or 'dense'"
+                f"plan='factored', but the factors of layer '{self.name}' in conv_layout='loralib' "
+                "are no convolutions of its input; use plan='auto', 'merged' or 'dense'"
             )
         if forced != "auto":
             return forced
-        beside = "merged" if in_weight else "dense"
+        in_one = "merged" if in_weight else "dense"
         if loralib:
-            return beside
-        places = x.numel() // base.in_channels // (1 if base.transposed else math.prod(base.stride))
-        pair = vectors.pair(x.device, product_dtype(x))
-        chosen = plan_of(
+            return in_one
+        positions = x.numel() // conv.in_channels
+        places = positions // (1 if conv.transposed else math.prod(conv.stride))
+        A, B = vectors.pair(x.device, product_dtype(x))
+        choice = plan_of(
             x,
-            *pair,
+            A,
+            B,
             (vectors.d, vectors.b),
             "auto",
             in_weight=in_weight,
             own_weight=False,
             T=max(1, places),
         )
-        return "factored" if chosen.plan == "factored" else beside
+        return "factored" if choice.plan == "factored" else in_one
 
     def _convolve(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None
     ) -> Tensor:
-        """The base layer's convolution with another weight and bias, without the hooks of a call."""
-        base: Any = self.base
-        if not base.transposed:
-            return base._conv_forward(x, weight, bias)
-        kernel = base.kernel_size
-        over = base._output_padding(
-            x, output_size, base.stride, base.padding, kernel, len(kernel), base.dilation
+        """The base layer's convolution with another weight and bias, without its hooks."""
+        conv: Any = self.base
+        if not conv.transposed:
+            return cast(Tensor, conv._conv_forward(x, weight, bias))
+        kernel = conv.kernel_size
+        padding = conv._output_padding(
+            x, output_size, conv.stride, conv.padding, kernel, len(kernel), conv.dilation
         )
         return _TRANSPOSED[len(kernel) - 1](
-            x, weight, bias, base.stride, base.padding, over, base.groups, base.dilation
+            x, weight, bias, conv.stride, conv.padding, padding, conv.groups, conv.dilation
         )
 
-    def _factored(self, x: Tensor, vectors: VeraVectors, *args: Any, **kwargs: Any) -> Tensor:
-        base: Any = self.base
+    def _factored(self, x: Tensor, vectors: VeraVectors, **kwargs: list[int]) -> Tensor:
+        """The update as two convolutions."""
+        conv = self._conv
         A, B = (dense(matrix) for matrix in vectors.pair(x.device, x.dtype))
         return vera_conv(
-            x, A, B, vectors.d, vectors.b, vectors.scale, groups=base.groups, kernel=base.kernel_size, transposed=base.transposed,
-            convolve=lambda x, weight: self._convolve(x, weight, None, *args, **kwargs),
-        )  # fmt: skip
+            x,
+            A,
+            B,
+            vectors.d,
+            vectors.b,
+            vectors.scale,
+            convolve=lambda x, weight: self._convolve(x, weight, None, **kwargs),
+            kernel=conv.kernel_size,
+            groups=conv.groups,
+            transposed=conv.transposed,
+        )

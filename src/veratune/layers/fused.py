@@ -1,18 +1,17 @@
-"""The parts of fused projections: one weight that holds several projections, rows of one after rows of the other.
+"""The parts of fused projections: one weight whose row blocks are q, k and v, or gate and up.
 
-Only projections whose parts are whole blocks of rows are known here. GPT-NeoX, BLOOM, Falcon and DeBERTa v1
-interleave q, k and v head by head: they are adapted as one matrix.
+Only projections whose parts are whole blocks of rows have parts here. GPT-NeoX, BLOOM, Falcon and
+DeBERTa v1 interleave q, k and v head by head: they are adapted as one matrix.
 """
-
-from typing import Any
 
 from torch import nn
 
-from veratune.layers.base import Part
+from veratune.layers.vectors import Part
 
 QKV = ("q", "k", "v")
 
-# The last word of the layer's name -> its parts: GPT-2; timm and DINO; ModernBERT, MPT; Phi-3; Phi-3, GLM.
+# Last component of the layer's path -> its parts.
+# GPT-2; timm and DINO; ModernBERT, MPT; Phi-3; Phi-3, GLM.
 FUSED: dict[str, tuple[str, ...]] = {
     "c_attn": QKV,
     "qkv": QKV,
@@ -25,10 +24,16 @@ FUSED: dict[str, tuple[str, ...]] = {
 def fused_parts(
     name: str, parent: nn.Module | None, rows: int, columns: int
 ) -> tuple[Part, ...] | None:
-    """The parts of a linear layer, or None if it is not a fused projection that is known here.
+    """Find the parts of a fused projection.
 
-    name: the layer's path; parent: the module that holds it, asked for its head counts where k and v are
-    smaller than q; rows, columns: m and n.
+    Args:
+        name: Path of the layer.
+        parent: The module that holds it; its config gives the head counts where k and v are smaller.
+        rows: m, output features.
+        columns: n, input features.
+
+    Returns:
+        The parts; None if the layer is no fused projection of a known name and size.
     """
     last = name.rpartition(".")[2]
     names = FUSED.get(last)
@@ -47,7 +52,7 @@ def fused_parts(
 
 
 def attention_parts(module: nn.MultiheadAttention) -> tuple[Part, ...]:
-    """The projections of torch's attention block: q, k, v, in one weight or in three, and out_proj."""
+    """The projections of torch's attention block: q, k, v (in one weight or three) and out_proj."""
     width = module.embed_dim
     if module.in_proj_weight is not None:
         parts = [
@@ -61,7 +66,10 @@ def attention_parts(module: nn.MultiheadAttention) -> tuple[Part, ...]:
     return (*parts, Part("out_proj", "out_proj.weight", 0, width, width))
 
 
-def _sizes(names: tuple[str, ...], rows: int, columns: int, parent: Any) -> list[int] | None:
+def _sizes(
+    names: tuple[str, ...], rows: int, columns: int, parent: nn.Module | None
+) -> list[int] | None:
+    """Output features of each part."""
     if names != QKV or rows == 3 * columns:
         return [rows // len(names)] * len(names) if rows % len(names) == 0 else None
     config = getattr(parent, "config", None)

@@ -1,7 +1,7 @@
-"""Quantized linear layers: their sizes, and their weights as numbers.
+"""Quantized linear layers: their weights as floating-point matrices.
 
-bitsandbytes' and torchao's linears are adapted as any linear is (VeraLinear calls them); what differs is
-that the stored weight is not the matrix W.
+VeraLinear calls the linears of bitsandbytes and torchao as any other linear. What differs is that their
+stored weight is not the matrix W.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def is_dense(weight: Tensor) -> bool:
-    """Whether a stored weight is the plain matrix W itself: floating point, not packed, not sharded."""
+    """Whether a stored weight is W itself: floating point, not packed, not sharded."""
     return (
         weight.is_floating_point()
         and type(weight.data) is Tensor
@@ -20,7 +20,7 @@ def is_dense(weight: Tensor) -> bool:
 
 
 def dense_weight(module: nn.Module, parameter: str = "weight") -> Tensor | None:
-    """W of a layer as floating point numbers, dequantized where needed; None where that cannot be told here."""
+    """Return W of a layer in floating point, dequantized where needed; None if unknown here."""
     weight: Any = module.get_parameter(parameter)
     if is_dense(weight):
         return weight.data

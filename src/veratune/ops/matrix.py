@@ -1,71 +1,73 @@
-"""Matrices made of small blocks, which multiply in a fraction of a dense matrix' work.
+"""Frozen matrices: a dense tensor, or small blocks that multiply in a fraction of the work.
 
-Together they are a Monarch matrix with d between its factors (Dao et al., ICML 2022, arXiv 2204.00595). With k = r / q and
-inputs, inner values and outputs seen as grids,
+A and B made of blocks are a Monarch matrix with d between its factors (Dao et al., ICML 2022, arXiv
+2204.00595). With k = r / q and inputs, inner values and outputs seen as grids,
 
     x: (q, n / q)        z = A x: (q, k)        y = B z: (m / k, k)
 
-A mixes each row of the grid by itself, B each column: every output still depends on every input, each through a d of
-its own. Where a size is no multiple, the grid is larger and what is over is cut off.
+A mixes each row of the grid by itself, B each column. Every output still depends on every input, each
+through its own d. Where a size is no multiple, the grid is larger and the excess is cut off.
 """
 
 import abc
 import dataclasses
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
+
+CacheKey = tuple[object, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockMatrix(abc.ABC):
-    """A frozen matrix given by its blocks.
+    """A frozen matrix, given by its blocks.
 
-    shape: (rows, columns) of the matrix; values: the blocks.
+    Args:
+        shape: (rows, columns) of the matrix.
+        values: The blocks.
     """
 
     shape: tuple[int, int]
     values: Tensor
 
     @abc.abstractmethod
-    def matmul(self, x: Tensor) -> Tensor:
-        """M x for each row of x: (*T, columns) to (*T, rows)."""
+    def matmul(self, x: Float[Tensor, "*T columns"]) -> Float[Tensor, "*T rows"]:
+        """M x for each row of x."""
 
     @abc.abstractmethod
-    def rmatmul(self, y: Tensor) -> Tensor:
-        """Mᵀ y for each row of y: (*T, rows) to (*T, columns)."""
+    def rmatmul(self, y: Float[Tensor, "*T rows"]) -> Float[Tensor, "*T columns"]:
+        """Mᵀ y for each row of y."""
 
     @property
     def dtype(self) -> torch.dtype:
         return self.values.dtype
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Float[Tensor, "rows columns"]:
         """The matrix with all its zeros."""
-        return self.rmatmul(
-            torch.eye(self.shape[0], dtype=self.values.dtype, device=self.values.device)
-        )
+        return self.rmatmul(torch.eye(self.shape[0], dtype=self.dtype, device=self.values.device))
 
 
 class RowBlocks(BlockMatrix):
-    """A (r, n): block i makes the inner values i k .. i k + k of inputs i c .. i c + c.
+    """A (r, n): block i maps inputs i c .. i c + c to inner values i k .. i k + k.
 
-    values: (q, k, c), with q k >= r and q c >= n.
+    `values` has shape (q, k, c), with q k >= r and q c >= n.
     """
 
-    def matmul(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Float[Tensor, "*T columns"]) -> Float[Tensor, "*T rows"]:
         q, _, c = self.values.shape
         z = torch.einsum("tqc,qkc->tqk", _grid(x, q, c), self.values)
         return _flat(z, x, self.shape[0])
 
-    def rmatmul(self, y: Tensor) -> Tensor:
+    def rmatmul(self, y: Float[Tensor, "*T rows"]) -> Float[Tensor, "*T columns"]:
         q, k, _ = self.values.shape
         x = torch.einsum("tqk,qkc->tqc", _grid(y, q, k), self.values)
         return _flat(x, y, self.shape[1])
 
-    def scaled(self, d: Tensor) -> "RowBlocks":
-        """diag(d) A; d: (r,)."""
+    def scaled(self, d: Float[Tensor, " r"]) -> "RowBlocks":
+        """diag(d) A."""
         q, k, _ = self.values.shape
         return RowBlocks(self.shape, self.values * F.pad(d, (0, q * k - len(d))).view(q, k, 1))
 
@@ -73,26 +75,28 @@ class RowBlocks(BlockMatrix):
 class ColumnBlocks(BlockMatrix):
     """B (m, r): output (a, j) is made of the inner values (i, j), by the same block for every j.
 
-    values: (s, q); k: columns of the grid, with q k >= r and s k >= m.
+    `values` has shape (s, q). The grid has k columns, with q k >= r and s k >= m.
     """
 
-    def matmul(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Float[Tensor, "*T columns"]) -> Float[Tensor, "*T rows"]:
         grid = _grid(x, self.values.shape[1], self.columns)
         return _flat(torch.matmul(self.values, grid), x, self.shape[0])
 
-    def rmatmul(self, y: Tensor) -> Tensor:
+    def rmatmul(self, y: Float[Tensor, "*T rows"]) -> Float[Tensor, "*T columns"]:
         grid = _grid(y, self.values.shape[0], self.columns)
         return _flat(torch.matmul(self.values.t(), grid), y, self.shape[1])
 
     @property
     def columns(self) -> int:
-        """k, from the sizes: r values in q rows."""
+        """k: r inner values in q rows."""
         return math.ceil(self.shape[1] / self.values.shape[1])
 
 
 def grid_rows(rank: int, in_features: int) -> int:
-    """q, the rows of the grid of inner values: near the root of r, so that both factors are small, and a divisor of n and r
-    where one is near enough.
+    """Choose q, the rows of the grid of inner values.
+
+    q is near the root of r, so that both factors are small, and a divisor of n and r where one is near
+    enough.
 
     >>> grid_rows(768, 768), grid_rows(1024, 768), grid_rows(256, 768), grid_rows(5, 7)
     (24, 32, 32, 1)
@@ -107,10 +111,10 @@ def grid_rows(rank: int, in_features: int) -> int:
 
 
 def _grid(x: Tensor, rows: int, columns: int) -> Tensor:
-    """(*T, n) as (T, rows, columns), zeros behind."""
+    """(*T, n) as (T, rows, columns), padded with zeros."""
     flat = x.reshape(-1, x.shape[-1])
-    over = rows * columns - x.shape[-1]
-    return (F.pad(flat, (0, over)) if over else flat).view(-1, rows, columns)
+    padding = rows * columns - x.shape[-1]
+    return (F.pad(flat, (0, padding)) if padding else flat).view(-1, rows, columns)
 
 
 def _flat(grid: Tensor, like: Tensor, size: int) -> Tensor:
@@ -121,12 +125,12 @@ def _flat(grid: Tensor, like: Tensor, size: int) -> Tensor:
 Matrix = Tensor | BlockMatrix
 
 
-def matmul(matrix: Matrix, x: Tensor) -> Tensor:
+def matmul(matrix: Matrix, x: Float[Tensor, "*T columns"]) -> Float[Tensor, "*T rows"]:
     """M x for each row of x."""
     return matrix.matmul(x) if isinstance(matrix, BlockMatrix) else F.linear(x, matrix)
 
 
-def rmatmul(matrix: Matrix, y: Tensor) -> Tensor:
+def rmatmul(matrix: Matrix, y: Float[Tensor, "*T rows"]) -> Float[Tensor, "*T columns"]:
     """Mᵀ y for each row of y."""
     return matrix.rmatmul(y) if isinstance(matrix, BlockMatrix) else y.matmul(matrix)
 
@@ -136,8 +140,8 @@ def dense(matrix: Matrix) -> Tensor:
     return matrix.dense() if isinstance(matrix, BlockMatrix) else matrix
 
 
-def cache_key(matrix: Matrix) -> tuple[Any, ...]:
-    """What tells a matrix from another one, or from itself after a write."""
+def cache_key(matrix: Matrix) -> CacheKey:
+    """A key that differs between two matrices, and between a matrix before and after a write."""
     values = matrix.values if isinstance(matrix, BlockMatrix) else matrix
     return (
         matrix.shape,

@@ -1,79 +1,53 @@
-"""In which order VeRA's products are taken: the orders that give the same numbers, what each costs, and which is cheapest.
+"""Plans: the orders in which VeRA's products give the same numbers, their costs, and the cheapest.
 
-One layer: x (T, n), W (m, n), A (r, n), B (m, r), G (T, m) the gradient of the output. Both vector gradients
-come from one small matrix P = Gᵀ (x Aᵀ) of shape (m, r):
+One layer: x (T, n), W (m, n), A (r, n), B (m, r), G (T, m) the gradient of the output. Both vector
+gradients come from one small matrix P = Gᵀ (x Aᵀ) of shape (m, r):
 
     grad d = bᵀ (B ∘ P)        grad b = (B ∘ P) d
 
-    plan        output                       gradient to x               P             kept for the backward
+    plan        output                       gradient to x               P             kept
     factored    W x + b (B (d (A x)))        G W + ((G b) B d) A         Gᵀ (x Aᵀ)     x Aᵀ
-    projected   (W + ΔW) x                   G (W + ΔW)                  Gᵀ (x Aᵀ)     x Aᵀ, and W + ΔW
-    merged      (W + ΔW) x                   G (W + ΔW)                  (Gᵀ x) Aᵀ     x, and W + ΔW
-    dense       W x + ΔW x                   G W + G ΔW                  (Gᵀ x) Aᵀ     x, and ΔW
+    projected   (W + ΔW) x                   G (W + ΔW)                  Gᵀ (x Aᵀ)     x Aᵀ, W + ΔW
+    merged      (W + ΔW) x                   G (W + ΔW)                  (Gᵀ x) Aᵀ     x, W + ΔW
+    dense       W x + ΔW x                   G W + G ΔW                  (Gᵀ x) Aᵀ     x, ΔW
 
-Nothing of size (T, m) is kept, with one exception: where that is small beside W (see `FEW`), "factored" keeps x Aᵀ and
-B (d (A x)) as they come, which saves the product for P. W + ΔW is made again in the backward where keeping it would take too much
-memory or saves too little time (see `KEEP` and `CHEAP`). "projected" and "merged" put ΔW into W: they need a W that can be read, in the precision of the product,
-and 32 bits or more, since fewer would round a small ΔW away.
+Nothing of size (T, m) is kept for the backward pass, with one exception: where it is small beside W
+(`FEW`), "factored" keeps x Aᵀ and B (d (A x)), which saves the product for P. W + ΔW is computed again
+in the backward pass where keeping it takes too much memory (`KEEP`) or saves too little time
+(`CHEAP`). "projected" and "merged" add ΔW to W: they need a readable W in the precision of the
+product, and 32 bits or more, since fewer would round a small ΔW away.
 """
 
-import dataclasses
-import json
-import os
-import platform
-from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from veratune.config import PLANS
-from veratune.errors import DataError
+from veratune.ops.calibration import ACCELERATOR, CPU, Machine, read_calibration
 
-# W + ΔW is kept for the backward while it is at most this part of what the textbook order keeps, T (r + m), and unless to
-# make it again takes less than this part of the frozen layer's own time: m n r beside 2 T m n.
+# W + ΔW is kept for the backward pass while it is at most this part of T (r + m), which the textbook
+# order keeps, and unless computing it again takes less than CHEAP of the frozen layer's own time:
+# m n r beside 2 T m n.
 KEEP = 0.5
 CHEAP = 0.05
 
-# Rows are few, and "factored" keeps both its products, while T (r + m) is at most this many times m n.
+# "factored" keeps both its products while T (r + m) is at most this many times m n.
 FEW = 2.0
-
-_REMEMBERED = 10_000  # choices
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """What a device does in a second, as far as the plans care.
-
-    flops: of a large matrix product; read: bytes a product streams through; write: bytes of new memory written by one operation,
-    and `write_large` the same for results over `large` bytes (glibc maps and clears those anew each time); call: seconds that
-    one operation takes whatever its size.
-    """
-
-    flops: float
-    read: float
-    write: float
-    write_large: float
-    large: float
-    call: float
-
-
-# From products and writes timed on two cores of an AMD EPYC; those of an accelerator are round figures of its kind, not measured.
-CPU = Machine(flops=1.9e11, read=6e10, write=2.5e10, write_large=3e9, large=3.2e7, call=4e-6)
-ACCELERATOR = Machine(
-    flops=6e13, read=2e12, write=2e12, write_large=2e12, large=float("inf"), call=6e-6
-)
-
-_measured: dict[str, Machine] = {}
-_chosen: dict[tuple["Call", str], "PlanChoice"] = {}
 
 
 class Call(NamedTuple):
     """One use of one layer.
 
-    T: rows of x; m, n, r: the layer's sizes; size: bytes of a number. grad_x, grad_vectors: which gradients will be asked for.
-    in_weight: whether W can be read and take ΔW in; own_weight: whether W x is computed here, so that
-    sums go into place.
+    Args:
+        T: Rows of x.
+        m: Output features.
+        n: Input features.
+        r: Rank.
+        size: Bytes of a number.
+        grad_x: Whether the gradient of x is wanted.
+        grad_vectors: Whether the gradients of d or b are wanted.
+        in_weight: Whether W can be read and ΔW added to it.
+        own_weight: Whether W x is computed by the same call, so that sums are taken in place.
     """
 
     T: int
@@ -88,23 +62,56 @@ class Call(NamedTuple):
 
 
 class PlanChoice(NamedTuple):
-    """plan: one of PLANS; keep: whether the backward finds its intermediate (W + ΔW, ΔW, or B (d (A x))) kept."""
+    """A plan with its memory policy.
+
+    Args:
+        plan: One of PLANS.
+        keep: Whether its intermediate (W + ΔW, ΔW, or B (d (A x))) is kept for the backward pass.
+    """
 
     plan: str
     keep: bool
 
 
-def choose_plan(call: Call, device: torch.device) -> PlanChoice:
-    """The cheapest plan that the call allows on a device; the same answer for the same call."""
-    if torch.compiler.is_compiling():  # sizes may be symbols there
-        return cheapest(call, machine_of(device))
-    key = (call, device.type)
-    found = _chosen.get(key)
-    if found is None:
-        if len(_chosen) >= _REMEMBERED:
-            _chosen.clear()
-        found = _chosen[key] = cheapest(call, machine_of(device))
-    return found
+class Planner:
+    """Cheapest plans, remembered by call and device, and the machine figures they rest on.
+
+    Args:
+        max_choices: Choices to remember; above it all are forgotten.
+    """
+
+    def __init__(self, max_choices: int = 10_000) -> None:
+        self._machines: dict[str, Machine] = {}
+        self._choices: dict[tuple[Call, str], PlanChoice] = {}
+        self._max_choices = max_choices
+
+    def choose(self, call: Call, device: torch.device) -> PlanChoice:
+        """Return the cheapest plan that the call allows; the same choice for the same call."""
+        if torch.compiler.is_compiling():  # sizes may be symbols there
+            return cheapest(call, self.machine(device))
+        key = (call, device.type)
+        choice = self._choices.get(key)
+        if choice is None:
+            if len(self._choices) >= self._max_choices:
+                self._choices.clear()
+            choice = self._choices[key] = cheapest(call, self.machine(device))
+        return choice
+
+    def machine(self, device: torch.device) -> Machine:
+        """Return a device's figures: this machine's calibration, or the built-in ones."""
+        kind = device.type
+        if kind not in self._machines:
+            built_in = CPU if kind == "cpu" else ACCELERATOR
+            self._machines[kind] = read_calibration().get(kind) or built_in
+        return self._machines[kind]
+
+    def clear(self) -> None:
+        """Forget all choices and figures; the calibration is read again."""
+        self._machines.clear()
+        self._choices.clear()
+
+
+PLANNER = Planner()
 
 
 def cheapest(call: Call, machine: Machine) -> PlanChoice:
@@ -120,7 +127,7 @@ def cheapest(call: Call, machine: Machine) -> PlanChoice:
 
 
 def allowed(call: Call, plan: str) -> bool:
-    """Whether a plan may be chosen unasked: ΔW on its own must not take more memory than it may be kept in."""
+    """Whether "auto" may take a plan: ΔW alone must fit the memory that it may be kept in."""
     if plan in ("projected", "merged"):
         return call.in_weight
     return plan == "factored" or not call.grad_vectors or _affordable(call)
@@ -140,117 +147,80 @@ def _affordable(call: Call) -> bool:
 
 
 def seconds(call: Call, choice: PlanChoice, machine: Machine) -> float:
-    """Time of a training or inference call beyond the frozen layer's own, forward and backward together."""
-    T, m, n, r = call.T, call.m, call.n, call.r
-    total = 0.0
-
-    def product(rows: int, columns: int, inner: int, into: bool = False) -> None:
-        nonlocal total
-        total += 2 * rows * columns * inner / machine.flops + machine.call
-        total += call.size * (rows * inner + inner * columns) / machine.read
-        total += (
-            call.size * rows * columns / machine.read
-            if into
-            else _written(call.size * rows * columns, machine)
-        )
-
-    def pointwise(rows: int, columns: int, passes: int = 1) -> None:
-        nonlocal total
-        total += passes * (_written(call.size * rows * columns, machine) + machine.call)
-
-    vectors = call.grad_vectors
+    """Estimate a call's time beyond the frozen layer's own, forward and backward together."""
+    cost = _Cost(call.size, machine)
     if choice.plan == "factored":
-        product(T, r, n)
-        if choice.keep:
-            pointwise(T, r)
-            product(T, m, r)
-            pointwise(T, m, 3)
-            product(T, r, m)
-            pointwise(T, r, 2)
-        else:
-            pointwise(m, r, 2)
-            product(T, m, r, into=call.own_weight)
-            if call.grad_x:
-                pointwise(m, r, 2)
-                product(T, r, m)
-            if vectors:
-                product(m, r, T)
-                pointwise(m, r)
+        _add_factored(cost, call, choice.keep)
+    else:
+        _add_merged(cost, call, choice)
+    return cost.seconds
+
+
+class _Cost:
+    """Sum of the times of products and pointwise operations on one machine."""
+
+    def __init__(self, size: int, machine: Machine) -> None:
+        self.seconds, self.size, self.machine = 0.0, size, machine
+
+    def product(self, rows: int, columns: int, inner: int, in_place: bool = False) -> None:
+        """A (rows, inner) times (inner, columns) product; in_place: added to existing memory."""
+        result = self.size * rows * columns
+        self.seconds += 2 * rows * columns * inner / self.machine.flops + self.machine.call
+        self.seconds += self.size * (rows * inner + inner * columns) / self.machine.read
+        self.seconds += result / self.machine.read if in_place else self._write(result)
+
+    def pointwise(self, rows: int, columns: int, passes: int = 1) -> None:
+        """Pointwise operations that each write (rows, columns)."""
+        self.seconds += passes * (self._write(self.size * rows * columns) + self.machine.call)
+
+    def _write(self, count: float) -> float:
+        machine = self.machine
+        return count / (machine.write_large if count > machine.large else machine.write)
+
+
+def _add_factored(cost: _Cost, call: Call, keep: bool) -> None:
+    T, m, n, r = call.T, call.m, call.n, call.r
+    cost.product(T, r, n)
+    if keep:
+        cost.pointwise(T, r)
+        cost.product(T, m, r)
+        cost.pointwise(T, m, 3)
+        cost.product(T, r, m)
+        cost.pointwise(T, r, 2)
+    else:
+        cost.pointwise(m, r, 2)
+        cost.product(T, m, r, in_place=call.own_weight)
         if call.grad_x:
-            product(T, n, r, into=call.own_weight)
-        if not call.own_weight:
-            pointwise(T, m)
-            pointwise(T, n if call.grad_x else 0)
-        return total
-    pointwise(m, r, 2)
-    product(m, n, r)
+            cost.pointwise(m, r, 2)
+            cost.product(T, r, m)
+        if call.grad_vectors:
+            cost.product(m, r, T)
+            cost.pointwise(m, r)
+    if call.grad_x:
+        cost.product(T, n, r, in_place=call.own_weight)
+    if not call.own_weight:
+        cost.pointwise(T, m)
+        cost.pointwise(T, n if call.grad_x else 0)
+
+
+def _add_merged(cost: _Cost, call: Call, choice: PlanChoice) -> None:
+    T, m, n, r = call.T, call.m, call.n, call.r
+    cost.pointwise(m, r, 2)
+    cost.product(m, n, r)
     if not choice.keep and call.grad_x:
-        pointwise(m, r, 2)
-        product(m, n, r)
+        cost.pointwise(m, r, 2)
+        cost.product(m, n, r)
     if choice.plan == "dense":
-        product(T, m, n)
-        pointwise(T, m)
+        cost.product(T, m, n)
+        cost.pointwise(T, m)
         if call.grad_x:
-            product(T, n, m)
-            pointwise(T, n)
-    if choice.plan == "projected":
-        if vectors:
-            product(T, r, n)
-            product(m, r, T)
-    elif vectors:
-        product(m, n, T)
-        product(m, r, n)
-    if vectors:
-        pointwise(m, r)
-    return total
-
-
-def _written(count: float, machine: Machine) -> float:
-    return count / (machine.write_large if count > machine.large else machine.write)
-
-
-def machine_of(device: torch.device) -> Machine:
-    """The figures of a device: what `veratune calibrate` stored on this machine, or those built in."""
-    kind = device.type
-    if kind not in _measured:
-        _measured[kind] = read_calibration().get(kind) or (CPU if kind == "cpu" else ACCELERATOR)
-    return _measured[kind]
-
-
-def calibration_file() -> Path:
-    """Where the calibration of this machine is stored: $VERATUNE_CACHE, or veratune in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return (
-        Path(os.environ.get("VERATUNE_CACHE") or os.path.join(cache, "veratune"))
-        / f"machine-{platform.node() or 'here'}.json"
-    )
-
-
-def read_calibration() -> dict[str, Machine]:
-    """The stored figures, by kind of device; none if there is no file.
-
-    Raises DataError naming the file when it holds anything else.
-    """
-    path = calibration_file()
-    try:
-        found = json.loads(path.read_text())
-        return {kind: _machine(figures) for kind, figures in found.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path}: no calibration of a machine ({error}); delete it or run veratune calibrate"
-        ) from None
-
-
-def _machine(figures: Mapping[str, float]) -> Machine:
-    made = Machine(**{name: float(value) for name, value in figures.items()})
-    if not all(value > 0 for value in dataclasses.astuple(made)):
-        raise ValueError("figures must be above 0")
-    return made
-
-
-def forget() -> None:
-    """Read the calibration again at the next call."""
-    _measured.clear()
-    _chosen.clear()
+            cost.product(T, n, m)
+            cost.pointwise(T, n)
+    if call.grad_vectors:
+        if choice.plan == "projected":
+            cost.product(T, r, n)
+            cost.product(m, r, T)
+        else:
+            cost.product(m, n, T)
+            cost.product(m, r, n)
+        cost.pointwise(m, r)

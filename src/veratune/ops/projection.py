@@ -1,44 +1,64 @@
-"""A x, computed once for the layers that read the same x: query, key and value; gate and up.
-
-The last product of a thread is remembered, and handed out again only for the very same x and A (the same tensor
-objects, with no write to them in between; torch counts the writes of every tensor) and only once to each layer_id: a
-layer that comes a second time belongs to another pass through the model. It is forgotten with x.
-"""
+"""A x, computed once for the layers that read the same x: query, key and value; gate and up."""
 
 import threading
 import weakref
-from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from veratune.ops.matrix import Matrix, cache_key, matmul
+from veratune.ops.matrix import BlockMatrix, CacheKey, cache_key, matmul
 
 
-class _Last(threading.local):
-    """The last product of this thread."""
+class ProjectionCache(threading.local):
+    """The last projection A x of each thread.
+
+    It is used again only for the same x and A (the same tensor objects, with no write in between;
+    torch counts the writes of every tensor) and only once per layer: a layer that asks a second time
+    belongs to another forward pass. It is freed with x.
+    """
 
     def __init__(self) -> None:
         self.x: weakref.ref[Tensor] | None = None
-        self.key: tuple[Any, ...] = ()
+        self.key: CacheKey = ()
         self.layer_ids: set[int] = set()
         self.product: Tensor | None = None
 
-    def forget(self, dead: "weakref.ref[Tensor]") -> None:
-        if self.x is dead:
+    def get(self, x: Tensor, key: CacheKey, layer_id: int) -> Tensor | None:
+        """Return the projection of this x, once for each layer; None if another one is kept."""
+        if self.x is None or self.x() is not x or self.key != key or layer_id in self.layer_ids:
+            return None
+        self.layer_ids.add(layer_id)
+        return self.product
+
+    def put(self, x: Tensor, key: CacheKey, layer_id: int, product: Tensor) -> None:
+        """Keep the projection of x for the layers after this one."""
+        self.x, self.key = weakref.ref(x, self._free), key
+        self.layer_ids, self.product = {layer_id}, product
+
+    def _free(self, reference: "weakref.ref[Tensor]") -> None:
+        if self.x is reference:
             self.x, self.key, self.layer_ids, self.product = None, (), set(), None
 
 
-_last = _Last()
+PROJECTIONS = ProjectionCache()
 
 
-def project(x: Tensor, A: Matrix, layer_id: int | None) -> Tensor:
-    """X Aᵀ, as a number and not as a step that autograd knows: its callers give the gradients.
+def project(
+    x: Float[Tensor, "*T n"], A: Float[Tensor, "r n"] | BlockMatrix, layer_id: int | None
+) -> Float[Tensor, "*T r"]:
+    """Compute x Aᵀ outside autograd, or reuse it from the layer before; the caller gives gradients.
 
-    x: (*T, n); A: (r, n), in the dtype of x; layer_id: a number of the layer that asks, None for nobody who shares.
-    Returns (*T, r), which must not be written to.
-    Nothing is remembered where writes cannot be told: in compiled code (whose compiler finds equal products by itself), in
-    inference mode, and for tensors of other kinds.
+    Nothing is reused where writes cannot be counted: in compiled code (the compiler finds equal
+    products by itself), in inference mode, and for subclasses of Tensor.
+
+    Args:
+        x: Activations, shape (*T, n).
+        A: Frozen down-projection, shape (r, n), in x's dtype.
+        layer_id: Number of the calling layer; None computes without sharing.
+
+    Returns:
+        The projection, shape (*T, r). It may be shared: callers must not write to it.
     """
     if (
         layer_id is None
@@ -48,20 +68,8 @@ def project(x: Tensor, A: Matrix, layer_id: int | None) -> Tensor:
     ):
         return matmul(A, x)
     key = (x._version, *cache_key(A))
-    if (
-        _last.x is not None
-        and _last.x() is x
-        and _last.key == key
-        and layer_id not in _last.layer_ids
-    ):
-        assert _last.product is not None
-        _last.layer_ids.add(layer_id)
-        return _last.product
-    product = matmul(A, x)
-    _last.x, _last.key, _last.layer_ids, _last.product = (
-        weakref.ref(x, _last.forget),
-        key,
-        {layer_id},
-        product,
-    )
+    product = PROJECTIONS.get(x, key, layer_id)
+    if product is None:
+        product = matmul(A, x)
+        PROJECTIONS.put(x, key, layer_id, product)
     return product

@@ -39,10 +39,11 @@ from veratune.errors import (
     UnsupportedError,
 )
 from veratune.fingerprint import weight_fingerprint
-from veratune.layers.base import ModuleWrapper, VeraLayer, product_dtype, replace_modules
-from veratune.layers.linear import add_parts
-from veratune.ops.functional import vera_rows
+from veratune.layers.linear import add_to_parts
+from veratune.layers.vectors import product_dtype
+from veratune.layers.wrapper import ModuleWrapper, VeraLayer, replace_modules
 from veratune.ops.matrix import Matrix, cache_key, matmul
+from veratune.ops.rows import vera_rows
 from veratune.targets import Site, find_heads
 
 Key = Hashable
@@ -559,7 +560,7 @@ class PoolLinear(PoolLayer):
                     )
                     for part, slot_site in made
                 ]
-            y = add_parts(y, made)
+            y = add_to_parts(y, made)
         return y
 
     def _update(

@@ -374,7 +374,7 @@ class Fleet:
 
     def close(self) -> None:
         """Give the model its own layers back."""
-        from veratune.layers.base import ModuleWrapper, replace_modules
+        from veratune.layers.wrapper import ModuleWrapper, replace_modules
 
         replace_modules(
             self.model, lambda module: module.base if isinstance(module, ModuleWrapper) else module

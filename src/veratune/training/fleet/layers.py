@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from veratune.basis.basis import Basis
 from veratune.errors import ShapeError, UnsupportedError
-from veratune.layers.base import ModuleWrapper, product_dtype, replace_modules
-from veratune.layers.linear import add_parts
-from veratune.ops.functional import vera_rows
+from veratune.layers.linear import add_to_parts
+from veratune.layers.vectors import product_dtype
+from veratune.layers.wrapper import ModuleWrapper, replace_modules
 from veratune.ops.matrix import Matrix, cache_key, matmul
+from veratune.ops.rows import vera_rows
 from veratune.targets import Site
 
 
@@ -83,7 +84,7 @@ class FleetLinear(ModuleWrapper):
             projected = batch.project(narrow, A)
             update = vera_rows(narrow, A, B, d, b, batch.index, scale, projected=projected)
             updates.append((site.part, update))
-        return add_parts(y, updates)
+        return add_to_parts(y, updates)
 
 
 class FleetHead(ModuleWrapper):

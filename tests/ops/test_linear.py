@@ -3,37 +3,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from veratune.basis.basis import MonarchBasis
+from tests.ops.fakes import PLANS, TOLERANCE, block_pair, draw, layer, reference, sizes
 from veratune.errors import ShapeError, UnsupportedError
-from veratune.ops import functional
-from veratune.ops.functional import delta_weight, is_full_precision, plan_of, vera_linear, vera_rows
+from veratune.ops import block_linear
+from veratune.ops.delta import delta_weight, is_full_precision
+from veratune.ops.linear import plan_of, vera_linear
 from veratune.ops.matrix import dense
-
-sizes = st.integers(1, 24)
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
-
-
-def draw(m, n, r, dtype=torch.float64, seed=0):
-    torch.manual_seed(seed)
-    A, B = (
-        (torch.rand(r, n, dtype=torch.float64) - 0.5),
-        (torch.rand(m, r, dtype=torch.float64) - 0.5),
-    )
-    return (
-        A.to(dtype),
-        B.to(dtype),
-        torch.randn(r, dtype=torch.float64),
-        torch.randn(m, dtype=torch.float64),
-    )
-
-
-def reference(x, A, B, d, b, scale):
-    """Equation 2, value by value in float64."""
-    out = torch.zeros(*x.shape[:-1], B.shape[0], dtype=torch.float64)
-    for i in range(B.shape[0]):
-        row = sum(B[i, k].double() * d[k].double() * A[k].double() for k in range(A.shape[0]))
-        out[..., i] = scale * b[i].double() * (x.double() @ row)
-    return out
 
 
 @settings(max_examples=40, deadline=None)
@@ -48,17 +23,6 @@ def test_vera_linear_is_equation_2(m, n, r, dtype, batch):
     assert (y.double() - wanted).norm() <= TOLERANCE[dtype] * (wanted.norm() + 1)
 
 
-@settings(max_examples=25, deadline=None)
-@given(sizes, sizes, sizes, st.sampled_from(["both", "d", "b"]))
-def test_the_factored_and_the_merged_form_agree(m, n, r, vectors):
-    A, B, d, b = draw(m, n, r)
-    d, b = (d if vectors != "b" else None), (b if vectors != "d" else None)
-    x = torch.randn(4, n, dtype=torch.float64)
-    delta = delta_weight(A, B, d, b, 1.3)
-    torch.testing.assert_close(vera_linear(x, A, B, d, b, 1.3), x @ delta.T)
-    assert torch.linalg.matrix_rank(delta) <= r
-
-
 def test_b_of_zero_is_the_identity():
     A, B, d, _ = draw(6, 8, 4)
     assert not vera_linear(torch.randn(3, 8, dtype=torch.float64), A, B, d, torch.zeros(6)).any()
@@ -70,33 +34,6 @@ def test_gradients():
     d.requires_grad_()
     b.requires_grad_()
     assert torch.autograd.gradcheck(lambda x, d, b: vera_linear(x, A, B, d, b, 0.5), (x, d, b))
-    assert torch.autograd.gradcheck(lambda d, b: delta_weight(A, B, d, b, 0.5), (d, b))
-    D, V = (
-        torch.randn(2, 3, dtype=torch.float64, requires_grad=True),
-        torch.randn(2, 5, dtype=torch.float64, requires_grad=True),
-    )
-    index = torch.tensor([1, 0, 1])
-    rows = torch.randn(3, 2, 7, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda x, D, V: vera_rows(x, A, B, D, V, index, 0.5), (rows, D, V)
-    )
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    sizes,
-    sizes,
-    sizes,
-    st.lists(st.integers(0, 3), min_size=1, max_size=6),
-    st.sampled_from([(), (3,), (2, 2)]),
-)
-def test_each_row_speaks_with_its_own_vectors(m, n, r, index, middle):
-    A, B, _, _ = draw(m, n, r)
-    d, b = torch.randn(4, r, dtype=torch.float64), torch.randn(4, m, dtype=torch.float64)
-    x = torch.randn(len(index), *middle, n, dtype=torch.float64)
-    y = vera_rows(x, A, B, d, b, torch.tensor(index), 0.9)
-    for i, k in enumerate(index):
-        torch.testing.assert_close(y[i], vera_linear(x[i], A, B, d[k], b[k], 0.9))
 
 
 @pytest.mark.parametrize(
@@ -122,33 +59,6 @@ def test_shapes_are_checked(change, message):
     with pytest.raises(ShapeError) as caught:
         vera_linear(**(given | change))
     assert str(caught.value) == message
-
-
-def test_rows_check_their_index():
-    A, B, d, b = draw(6, 8, 4)
-    with pytest.raises(
-        ShapeError, match=r"index has shape \(3,\); x has 2 rows, so \(2,\) is wanted"
-    ):
-        vera_rows(
-            torch.ones(2, 8, dtype=torch.float64),
-            A,
-            B,
-            d[None],
-            b[None],
-            torch.zeros(3, dtype=torch.long),
-        )
-
-
-PLANS = ["factored", "projected", "merged", "dense"]
-
-
-def layer(m, n, r, dtype=torch.float64):
-    A, B, d, b = draw(m, n, r, dtype)
-    W, bias = (
-        torch.randn(m, n, dtype=torch.float64).to(dtype),
-        torch.randn(m, dtype=torch.float64).to(dtype),
-    )
-    return A, B, d.to(dtype).requires_grad_(), b.to(dtype).requires_grad_(), W, bias
 
 
 @settings(max_examples=60)
@@ -202,9 +112,7 @@ def test_gradients_of_every_plan(plan, vectors, own, batch):
 @settings(max_examples=15)
 @given(sizes, sizes, sizes, st.sampled_from(["both", "d", "b"]), st.booleans())
 def test_blocks_compute_what_their_dense_matrices_do(m, n, r, vectors, own):
-    A, B = MonarchBasis(0, "kaiming_uniform", "shared").pair(
-        "", m, n, r, torch.device("cpu"), torch.float64
-    )
+    A, B = block_pair(m, n, r)
     _, _, d, b, W, bias = layer(m, n, r)
     d, b = (d if vectors != "b" else None), (b if vectors != "d" else None)
     x = torch.randn(4, n, dtype=torch.float64, requires_grad=True)
@@ -225,12 +133,12 @@ def test_blocks_compute_what_their_dense_matrices_do(m, n, r, vectors, own):
 @pytest.mark.parametrize("plan", ["auto", *PLANS])
 @pytest.mark.parametrize("blocks", [False, True])
 def test_inputs_and_gradients_of_any_layout(plan, blocks, monkeypatch):
-    monkeypatch.setattr(functional, "_ROWS", 30)  # several rows at a time, and some left over
+    monkeypatch.setattr(
+        block_linear, "CHUNK_VALUES", 30
+    )  # several rows at a time, and some left over
     A, B, d, b, W, bias = layer(5, 7, 3)
     if blocks:
-        A, B = MonarchBasis(0, "kaiming_uniform", "shared").pair(
-            "", 5, 7, 3, torch.device("cpu"), torch.float64
-        )
+        A, B = block_pair(5, 7, 3)
     x = torch.randn(2, 5, 3, 7, dtype=torch.float64).transpose(0, 2).requires_grad_()
     G = torch.randn(5, 5, 3, 2, dtype=torch.float64).permute(2, 1, 3, 0)
     y = vera_linear(x, A, B, d, b, weight=W, bias=bias, plan=plan)
@@ -242,23 +150,13 @@ def test_inputs_and_gradients_of_any_layout(plan, blocks, monkeypatch):
         torch.testing.assert_close(a, e)
 
 
-def test_gradients_of_a_delta_of_blocks():
-    A, B = MonarchBasis(0, "kaiming_uniform", "shared").pair(
-        "", 5, 7, 4, torch.device("cpu"), torch.float64
-    )
-    d, b = (torch.randn(k, dtype=torch.float64, requires_grad=True) for k in (4, 5))
-    assert torch.autograd.gradcheck(lambda d, b: delta_weight(A, B, d, b, 0.5), (d, b))
-
-
 @pytest.mark.parametrize("plan", ["auto", *PLANS])
 @pytest.mark.parametrize("blocks", [False, True])
 def test_nothing_as_large_as_the_output_is_kept(plan, blocks):
     T, m, n, r = 512, 96, 16, 8
     A, B, d, b, W, bias = layer(m, n, r, torch.float32)
     if blocks:
-        A, B = MonarchBasis(0, "kaiming_uniform", "shared").pair(
-            "", m, n, r, torch.device("cpu"), torch.float32
-        )
+        A, B = block_pair(m, n, r, torch.float32)
     x = torch.randn(T, n, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
@@ -267,20 +165,64 @@ def test_nothing_as_large_as_the_output_is_kept(plan, blocks):
     assert all(shape.numel() <= T * n for shape in kept)
 
 
+@pytest.mark.parametrize("plan", [*PLANS, "auto", "blocks"])
+@pytest.mark.parametrize("vectors", ["both", "d", "b"])
+@pytest.mark.parametrize("own", [True, False])
+def test_second_derivatives(plan, vectors, own):
+    A, B, d, b, W, bias = layer(6, 4, 3)
+    if plan == "blocks":
+        A, B = block_pair(6, 4, 3)
+    d, b = (d if vectors != "b" else None), (b if vectors != "d" else None)
+    x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    options = {"weight": W, "bias": bias.requires_grad_()} if own else {}
+    inputs = [t for t in (x, d, b, bias if own else None) if t is not None]
+
+    def run(*_):
+        order = "auto" if plan == "blocks" else plan
+        return vera_linear(x, A, B, d, b, 0.5, plan=order, layer_id=1, **options)
+
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
 @pytest.mark.parametrize("plan", [*PLANS, "blocks"])
-def test_a_second_derivative_is_refused(plan):
+def test_a_gradient_penalty_trains_the_vectors(plan):
+    """The incoming gradient needs no gradient itself, and the penalty depends on d and b all the same."""
     A, B, d, b, W, bias = layer(64, 8, 4)
     if plan == "blocks":
-        A, B = MonarchBasis(0, "kaiming_uniform", "shared").pair(
-            "", 64, 8, 4, torch.device("cpu"), torch.float64
-        )
+        A, B = block_pair(64, 8, 4)
     x = torch.randn(300, 8, dtype=torch.float64, requires_grad=True)
-    y = vera_linear(x, A, B, d, b, weight=W, bias=bias, plan="auto" if plan == "blocks" else plan)
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(
-        RuntimeError, match="differentiate twice a function .* @once_differentiable"
-    ):
-        grad.sum().backward()
+    options = {"weight": W, "bias": bias}
+
+    def penalty(y):
+        (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), (d, b))
+
+    order = "auto" if plan == "blocks" else plan
+    found = penalty(vera_linear(x, A, B, d, b, plan=order, **options))
+    wanted = penalty(x @ (W + torch.diag(b) @ dense(B) @ torch.diag(d) @ dense(A)).T + bias)
+    for a, e in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("plan", [*PLANS, "blocks"])
+def test_the_output_may_be_written_to_in_place(plan):
+    A, B, d, b, W, bias = layer(6, 6, 4)
+    if plan == "blocks":
+        A, B = block_pair(6, 6, 4)
+    order = "auto" if plan == "blocks" else plan
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+
+    def run(in_place):
+        y = vera_linear(x, A, B, d, b, weight=W, bias=bias, plan=order)
+        if in_place:
+            y += x
+            torch.relu_(y)
+        else:
+            y = torch.relu(y + x)
+        return torch.autograd.grad(y.sum(), (x, d, b))
+
+    for a, e in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(a, e)
 
 
 def test_a_trained_weight_is_refused():
