@@ -7,6 +7,8 @@ layer is wrapped in a VeraLayer, every other parameter is frozen. The model stay
 """
 
 import copy
+import logging
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -31,6 +33,7 @@ from veratune.errors import AdapterStateError, UnsupportedError
 from veratune.fast_path import leave_fast_path, restore_fast_path
 from veratune.layers.attention import VeraMultiheadAttention
 from veratune.layers.conv import VeraConv
+from veratune.layers.experts import VeraExperts, is_experts
 from veratune.layers.head import VeraHead
 from veratune.layers.kinds import is_attention, is_conv
 from veratune.layers.linear import VeraLinear
@@ -50,9 +53,18 @@ from veratune.model_state import (
     vera_layers,
 )
 from veratune.selection import use
-from veratune.targets import Site, base_module, config_for_lora, find_heads, find_sites
+from veratune.targets import (
+    Site,
+    base_module,
+    config_for_lora,
+    find_heads,
+    find_sites,
+    left_out,
+)
 
 M = TypeVar("M", bound=nn.Module)
+_LOG = logging.getLogger("veratune")
+_INDEX = re.compile(r"\.\d+(?=\.)")
 
 
 def attach(
@@ -96,6 +108,7 @@ def attach(
     if isinstance(basis, LoraBasis):
         config = config_for_lora(model, config, basis.ranks())
     sites = _drop_bypassed(model, config, find_sites(model, config))
+    _log_left_out(model, config, sites)
     return attach_sites(model, config, name, sites, trainable=trainable, basis=basis)
 
 
@@ -248,9 +261,22 @@ def _check_called(model: nn.Module, sites: list[Site]) -> None:
         )
 
 
+def _log_left_out(model: nn.Module, config: VeraConfig, sites: list[Site]) -> None:
+    """Say in one line which weights "all-linear" cannot adapt, and how many they are."""
+    if ALL_LINEAR not in (config.targets or ()):
+        return
+    parameters, share = left_out(model, sites)
+    if parameters:
+        kinds = sorted({_INDEX.sub(".*", path) for path in parameters})
+        names = ", ".join(kinds[:6]) + (f" and {len(kinds) - 6} more" if len(kinds) > 6 else "")
+        _LOG.warning("all-linear leaves out %.1f%% of the weights: %s", 100 * share, names)
+
+
 def _weight_layer(base: nn.Module) -> type[VeraWeightLayer]:
     if is_attention(base):
         return VeraMultiheadAttention
+    if is_experts(base):
+        return VeraExperts
     return VeraConv if is_conv(base) else VeraLinear
 
 

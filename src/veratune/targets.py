@@ -14,6 +14,7 @@ from veratune.config import ALL_CONV, ALL_LINEAR, VeraConfig
 from veratune.errors import TargetError, near
 from veratune.families import DEFAULT_TARGETS, default_targets, language_tower, output_heads
 from veratune.layers.conv import check_conv, conv_part
+from veratune.layers.experts import check_experts, expert_parts, is_experts
 from veratune.layers.fused import attention_parts, fused_parts
 from veratune.layers.head import VeraHead
 from veratune.layers.kinds import is_attention, is_conv, is_linear, linear_shape
@@ -207,7 +208,7 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """
     for path, module in _walk(model):
         base = module.base if isinstance(module, VeraWeightLayer) else module
-        if path and (is_attention(base) or is_linear(base) or is_conv(base)):
+        if path and (is_attention(base) or is_linear(base) or is_conv(base) or is_experts(base)):
             yield path, base
 
 
@@ -219,12 +220,44 @@ def parts_of(
         return attention_parts(module)
     if is_conv(module):
         return (conv_part(module, "matrix"),)
+    if is_experts(module):
+        return expert_parts(module)
     out_features, in_features = linear_shape(module)
     whole = (Part("", "weight", 0, out_features, in_features),)
     if config.fused == "whole":
         return whole
     parent = model.get_submodule(path.rpartition(".")[0])
     return fused_parts(path, parent, out_features, in_features) or whole
+
+
+def left_out(model: nn.Module, sites: Iterable[Site]) -> tuple[list[str], float]:
+    """Return the weight matrices that sites leave out, and their share of all weights.
+
+    Embeddings and output heads do not count: they are no layers to adapt.
+
+    Args:
+        model: The model before the adapter of these sites is attached.
+        sites: The adapted matrices.
+
+    Returns:
+        (paths of the parameters, share of the model's parameters between 0 and 1).
+    """
+    adapted = {f"{site.module}.{site.part.parameter}" for site in sites}
+    heads = output_heads(model)
+    total = sum(p.numel() for p in model.parameters())
+    missing: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if (
+            isinstance(module, nn.Embedding | VeraLayer)
+            or _within(path, heads)
+            or ".vera." in f".{path}."
+        ):
+            continue
+        plain = path.removesuffix(".base") if path.endswith(".base") else path
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1 and f"{plain}.{name}" not in adapted:
+                missing[f"{plain}.{name}"] = parameter.numel()
+    return list(missing), sum(missing.values()) / max(total, 1)
 
 
 def base_module(model: nn.Module, path: str) -> nn.Module:
@@ -251,6 +284,8 @@ def _site(
         module = base_module(model, path)
         check_conv(module, path, config)
         part = conv_part(module, config.conv_layout)
+    elif part.expert is not None:
+        check_experts(base_module(model, path), path)
     return Site(name, path, part, rank)
 
 
@@ -325,7 +360,7 @@ def _walk(
         return
     seen.add(id(module))
     yield path, module
-    if is_attention(module) or isinstance(module, VeraWeightLayer):
+    if is_attention(module) or is_experts(module) or isinstance(module, VeraWeightLayer):
         return
     children = (
         module.base.named_children() if isinstance(module, VeraHead) else module.named_children()
@@ -335,6 +370,8 @@ def _walk(
 
 
 def _site_name(path: str, part: Part) -> str:
+    if part.expert is not None:
+        return f"{path}.{part.parameter}{PART}{part.name}"
     return f"{path}{PART}{part.name}" if part.name else path
 
 

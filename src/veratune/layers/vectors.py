@@ -19,12 +19,13 @@ class Part:
     """Rows start..stop of one weight matrix, which have their own d and b.
 
     Args:
-        name: "" for a whole layer, or the part of a fused one ("q").
+        name: "" for a whole layer, the part of a fused one ("q"), or an expert ("3").
         parameter: Name of the weight in the base layer.
         start: First output feature.
         stop: One past the last output feature.
         in_features: n.
         kernel: Kernel size of a convolution; empty for other layers.
+        expert: Index into the fused weight of a mixture of experts; None for other layers.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Part:
     stop: int
     in_features: int
     kernel: tuple[int, ...] = ()
+    expert: int | None = None
 
     @property
     def out_features(self) -> int:
@@ -42,6 +44,8 @@ class Part:
     @property
     def key(self) -> str:
         """The part's name as a module's name, which may not be empty."""
+        if self.expert is not None:
+            return f"{self.parameter.replace('.', '/')}:{self.name}"
         return self.name or "whole"
 
 

@@ -6,6 +6,7 @@
         └── VeraWeightLayer (abstract)  a layer with weight matrices W, each adapted by d and b
             ├── VeraLinear              a linear layer, dense, transposed, fused or quantized
             ├── VeraConv                a convolution, transposed or not
+            ├── VeraExperts             the fused weights of a mixture of experts
             └── VeraMultiheadAttention  torch's attention block, which never calls its projections
 
 The wrapped layer stays whole under `base`; detaching puts the same module back. Its tensors keep their
