@@ -27,6 +27,11 @@ from veratune.errors import ConfigError
         ({"seed": -1}, "seed is -1; it must be an integer from 0 to 2**64 - 1"),
         ({"d_init": float("nan")}, "d_init is nan; it must be a finite number"),
         (
+            {"d_init": 0},
+            "d_init is 0, and b starts at 0 too: neither would get a gradient; "
+            "use another d_init, or vectors='d'",
+        ),
+        (
             {"vectors": "b", "d_init": 0.1},
             "d_init is set, but vectors='b' has no d (it stays 1); leave d_init out",
         ),

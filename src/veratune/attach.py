@@ -35,7 +35,7 @@ from veratune.layers.attention import VeraMultiheadAttention
 from veratune.layers.conv import VeraConv
 from veratune.layers.experts import VeraExperts, is_experts
 from veratune.layers.head import VeraHead
-from veratune.layers.kinds import is_attention, is_conv
+from veratune.layers.kinds import check_initialized, is_attention, is_conv
 from veratune.layers.linear import VeraLinear
 from veratune.layers.quantized import is_dense
 from veratune.layers.vectors import VeraVectors
@@ -104,6 +104,7 @@ def attach(
     10
     """
     config = check_config(config)
+    check_initialized(model)
     check_basis(config, basis)
     if isinstance(basis, LoraBasis):
         config = config_for_lora(model, config, basis.ranks())

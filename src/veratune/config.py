@@ -113,6 +113,11 @@ class VeraConfig:
             raise ConfigError(
                 "d_init is set, but vectors='b' has no d (it stays 1); leave d_init out"
             )
+        if self.start_d == 0 and self.start_b == 0 and self.vectors == "both":
+            raise ConfigError(
+                "d_init is 0, and b starts at 0 too: neither would get a gradient; "
+                "use another d_init, or vectors='d'"
+            )
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout!r}; it must be a probability in [0, 1)")
         if not _is_int(self.seed) or not 0 <= self.seed < 2**64:

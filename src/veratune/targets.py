@@ -17,7 +17,7 @@ from veratune.layers.conv import check_conv, conv_part
 from veratune.layers.experts import check_experts, expert_parts, is_experts
 from veratune.layers.fused import attention_parts, fused_parts
 from veratune.layers.head import VeraHead
-from veratune.layers.kinds import is_attention, is_conv, is_linear, linear_shape
+from veratune.layers.kinds import check_weight, is_attention, is_conv, is_linear, linear_shape
 from veratune.layers.vectors import Part
 from veratune.layers.weight_layer import VeraWeightLayer
 from veratune.layers.wrapper import VeraLayer
@@ -280,12 +280,13 @@ def _candidates(model: nn.Module, config: VeraConfig) -> dict[str, tuple[str, Pa
 def _site(
     model: nn.Module, config: VeraConfig, name: str, path: str, part: Part, rank: int
 ) -> Site:
+    module = base_module(model, path)
+    check_weight(module, part.parameter, path)
     if part.kernel:
-        module = base_module(model, path)
         check_conv(module, path, config)
         part = conv_part(module, config.conv_layout)
     elif part.expert is not None:
-        check_experts(base_module(model, path), path)
+        check_experts(module, path)
     return Site(name, path, part, rank)
 
 

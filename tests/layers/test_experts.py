@@ -80,6 +80,7 @@ def dbrx():
         ffn_config={"ffn_hidden_size": 12, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 16},
         initializer_range=0.2,
     )
+    config.attn_config.rope_theta = 10000.0
     return hf.DbrxForCausalLM(config)
 
 
@@ -91,7 +92,7 @@ FAMILIES = {
     "deepseek": deepseek,
     "dbrx": dbrx,
 }
-EXPERTS = ["*experts*"]
+EXPERTS = ["*.experts.*:*"]
 
 
 def model_of(family, *names, **settings):

@@ -1,5 +1,7 @@
 """VeraLinear in four parts: the float64 reference, its merged form, the identity at the start, bad input."""
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -230,3 +232,67 @@ def test_autocast_uses_no_weight_of_few_bits():
         pytest.raises(UnsupportedError, match="torch.float32 and the product torch.bfloat16"),
     ):
         model(torch.ones(2, 6))
+
+
+class Residual(nn.Module):
+    """In-place operations on a linear layer's output, as DeBERTa and Swin have them."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.linear, self.relu = nn.Linear(n, n), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.linear(x)
+        y += x
+        return self.relu(y)
+
+
+@pytest.mark.parametrize("plan", ["auto", "factored", "projected", "merged", "dense"])
+@pytest.mark.parametrize("basis", ["random", "monarch"])
+def test_the_output_may_be_written_to_in_place(plan, basis):
+    model = nn.Sequential(Residual(6))
+    vt.attach(model, vt.VeraConfig(rank=4, targets=["linear"], plan=plan, basis=basis), "a")
+    x = torch.randn(2, 3, 6, requires_grad=True)
+    scramble(model, "a")(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("rows", [2, 400])
+def test_a_gradient_penalty_trains_the_vectors(rows):
+    model = scramble(build("linear", 7, 6, 3), "a")
+    x = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    grad.square().sum().backward()
+    (v,) = vectors_of(model, "a")
+    found = v.d.grad, v.b.grad
+    d, b = (t.detach().clone().requires_grad_() for t in (v.d, v.b))
+    A, B = v.basis.pair(v.layer, 7, 6, 3, x.device, torch.float64)
+    weight = model[0].base.weight + v.scale * b.double()[:, None] * ((B * d.double()) @ A)
+    (rows * weight.sum(0).square().sum()).backward()
+    torch.testing.assert_close(found, (d.grad, b.grad), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_loaded_in_inference_mode_can_be_trained():
+    model = nn.Sequential(nn.Linear(6, 4))
+    with torch.inference_mode():
+        vt.attach(model, vt.VeraConfig(rank=3, targets=["0"], seed=77), "a")
+        model(torch.ones(2, 6))
+    model(torch.ones(2, 6, requires_grad=True)).sum().backward()
+    assert vectors_of(model, "a")[0].b.grad is not None
+
+
+def test_an_adapted_model_can_be_pickled_by_its_user():
+    model = scramble(build("linear", 4, 6, 2, torch.float32), "a")
+    twin = pickle.loads(pickle.dumps(model))
+    x = torch.randn(3, 6)
+    assert torch.equal(twin(x), model(x))
+    assert "matrices" not in str(vectors_of(model, "a")[0].basis.__getstate__())
+
+
+def test_an_adapted_model_can_be_traced():
+    model = scramble(build("linear", 4, 6, 2, torch.float32), "a").eval()
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, (x,))
+        torch.testing.assert_close(traced(x), model(x))
+        torch.testing.assert_close(traced(2 * x), model(2 * x))

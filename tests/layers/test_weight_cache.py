@@ -155,3 +155,31 @@ def test_the_limit_is_a_number_of_bytes(monkeypatch):
     with pytest.raises(ConfigError, match="limit is -1; it must be a number of bytes, 0 or more"):
         vt.cache_weights(-1)
     assert isinstance(WEIGHTS, WeightCache)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.data.add_(0.5),
+        lambda w: w.data[3].mul_(2),
+        lambda w: w.data[:, 5].zero_(),
+        lambda w: w.data.copy_(w.data.flip(0)),
+    ],
+)
+def test_a_write_to_the_base_that_torch_does_not_count_is_seen(write):
+    model = model_with("a")
+    before = logits(model)
+    write(model.model.layers[0].self_attn.q_proj.base.weight)
+    after = logits(model)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, by_plan(model, "a"))
+
+
+def test_weights_cached_in_inference_mode_give_gradients_of_the_input(fresh):
+    model = model_with("a").requires_grad_(False)
+    with torch.inference_mode():
+        model(TOKENS)
+    assert fresh.bytes > 0
+    x = model.get_input_embeddings()(TOKENS).requires_grad_()
+    model(inputs_embeds=x).logits.sum().backward()
+    assert x.grad is not None

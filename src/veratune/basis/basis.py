@@ -36,7 +36,7 @@ class Basis(abc.ABC):
     """
 
     def __init__(self) -> None:
-        self._held: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        self._matrices: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
         self._lock = threading.Lock()
 
     @abc.abstractmethod
@@ -84,7 +84,7 @@ class Basis(abc.ABC):
         self, role: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
         """The first `rows` and `columns` of a matrix: a view of the one copy, made or enlarged when needed."""
-        held = self._held.get((role, device, dtype))
+        held = self._matrices.get((role, device, dtype))
         if held is None or held.shape[0] < rows or held.shape[1] < columns:
             held = self._grow(role, rows, columns, device, dtype)
         return held[:rows, :columns]
@@ -121,31 +121,41 @@ class Basis(abc.ABC):
 
     def tensors(self) -> list[Tensor]:
         """All matrices in memory."""
-        return list(self._held.values())
+        return list(self._matrices.values())
 
     def _grow(
         self, role: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        with self._lock, torch.no_grad():
+        # Not as inference tensors: a later call may train on them.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             key = (role, device, dtype)
-            held = self._held.get(key)
+            held = self._matrices.get(key)
             if held is not None:
                 rows, columns = max(rows, held.shape[0]), max(columns, held.shape[1])
                 if held.shape == (rows, columns):  # another thread was faster
                     return held
             del held
-            self._held.pop(key, None)
+            self._matrices.pop(key, None)
             if device.type == "meta":
                 made = torch.empty(rows, columns, dtype=dtype, device=device)
             else:
                 made = torch.empty(rows, columns, dtype=dtype)
                 self.generate(role, made)
                 made = made.to(device)
-            self._held[key] = made
+            self._matrices[key] = made
             return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Basis":
         return self
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the lock and the matrices, which are drawn again: a pickled model stays small."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_matrices")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._matrices = {}
+        self._lock = threading.Lock()
 
 
 class RandomBasis(Basis):

@@ -61,10 +61,10 @@ class PrincipalBasis(Basis):
         """A or B of a layer; both are made at once, and one copy serves every adapter."""
         if device.type == "meta":
             return super().matrix(role, rows, columns, device, dtype)
-        with self._lock, torch.no_grad():
-            if (role, device, dtype) not in self._held:
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if (role, device, dtype) not in self._matrices:
                 self._compute(role.partition("/")[2], device, dtype)
-            held = self._held[role, device, dtype]
+            held = self._matrices[role, device, dtype]
         if held.shape != (rows, columns):
             raise BasisError(
                 f"layer '{role.partition('/')[2]}': the principal directions are {tuple(held.shape)}, "
@@ -74,7 +74,7 @@ class PrincipalBasis(Basis):
 
     def _compute(self, layer: str, device: torch.device, dtype: torch.dtype) -> None:
         for kind, made in zip("AB", self._made(layer), strict=True):
-            self._held[f"{kind}/{layer}", device, dtype] = made.to(device, dtype)
+            self._matrices[f"{kind}/{layer}", device, dtype] = made.to(device, dtype)
 
     def generate(self, role: str, out: Tensor) -> None:
         out.copy_(self.matrix(role, *out.shape, torch.device("cpu"), out.dtype))
@@ -100,7 +100,7 @@ class PrincipalBasis(Basis):
     @functools.cached_property
     def _numbers(self) -> np.ndarray:
         """What a fingerprint holds: samples of layers spread evenly over all, by name."""
-        with self._lock, torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             for layer in self._sampled:
                 if layer not in self._samples:
                     self._compute(layer, torch.device("cpu"), torch.float32)
@@ -114,9 +114,11 @@ class PrincipalBasis(Basis):
 
     def _made(self, layer: str) -> tuple[Tensor, Tensor]:
         """(A, B) of a layer: another device's copy in full precision, or computed from the weight."""
-        for role, device, dtype in list(self._held):
+        for role, device, dtype in list(self._matrices):
             if role == f"A/{layer}" and device.type != "meta" and dtype.itemsize >= 4:
-                return self._held[role, device, dtype], self._held[f"B/{layer}", device, dtype]
+                return self._matrices[role, device, dtype], self._matrices[
+                    f"B/{layer}", device, dtype
+                ]
         if layer not in self._weights:
             raise BasisError(
                 f"layer '{layer}': a principal basis needs the base model's weights, and there are none "

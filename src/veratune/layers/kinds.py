@@ -5,6 +5,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from veratune.errors import UnsupportedError
+
 
 def is_linear(module: nn.Module) -> bool:
     """Whether this is nn.Linear, a subclass (quantized ones too), or Hugging Face's Conv1D."""
@@ -42,3 +44,37 @@ def stores_transposed(module: nn.Module) -> bool:
 def weight_matrix(module: nn.Module, weight: Tensor) -> Tensor:
     """W (out_features, in_features) of a linear layer's stored weight, or the reverse."""
     return weight.t() if stores_transposed(module) else weight
+
+
+def check_weight(module: nn.Module, parameter: str, path: str) -> None:
+    """Raise UnsupportedError unless a layer's weight is a parameter.
+
+    A weight that is computed at each call (weight_norm, pruning) has no place for W + ΔW.
+
+    Args:
+        module: The layer.
+        parameter: Name of the weight in it, such as "weight" or "out_proj.weight".
+        path: Path of the layer in the model.
+
+    Raises:
+        UnsupportedError: the weight is parametrized or pruned.
+    """
+    owner, _, name = parameter.rpartition(".")
+    holder = module.get_submodule(owner)
+    weight = holder._parameters.get(name)
+    if weight is None:
+        raise UnsupportedError(
+            f"layer '{path}' computes its {parameter} at each call (weight_norm, a parametrization "
+            "or pruning); make it permanent (torch.nn.utils.parametrize.remove_parametrizations, "
+            "torch.nn.utils.remove_weight_norm or prune.remove), or exclude the layer"
+        )
+
+
+def check_initialized(model: nn.Module) -> None:
+    """Raise UnsupportedError if a lazy layer of the model has no sizes yet."""
+    for path, module in model.named_modules():
+        if any(nn.parameter.is_lazy(p) for p in module._parameters.values()):
+            raise UnsupportedError(
+                f"layer '{path}' is a {type(module).__name__} without sizes yet; "
+                "run the model once, then attach"
+            )

@@ -103,7 +103,7 @@ class VeraLinear(VeraWeightLayer):
         """Each row with its own adapter: one product for rows with the same basis, rank and part."""
         groups: dict[tuple[object, ...], list[tuple[VeraVectors, list[int]]]] = {}
         for name, positions in rows.positions(x.shape[0], self.name).items():
-            for vectors in self.vectors(name) if name is not None else []:
+            for vectors in self.vectors(name):
                 groups.setdefault(_batch_key(vectors), []).append((vectors, positions))
         for group in groups.values():
             index = torch.tensor([i for _, positions in group for i in positions], device=x.device)

@@ -39,8 +39,10 @@ class Rows:
     def __init__(self, names: Iterable[str | None]) -> None:
         self.names = tuple(names)
 
-    def positions(self, batch: int, layer: str) -> dict[str | None, list[int]]:
+    def positions(self, batch: int, layer: str) -> dict[str, list[int]]:
         """Rows of each adapter in a batch that may repeat every row (beams, windows, tokens).
+
+        Rows of the base model are left out.
 
         Raises:
             ShapeError: the batch is no multiple of the rows.
@@ -51,7 +53,8 @@ class Rows:
                 f"layer '{layer}' got a batch of {batch} rows; rows() named {len(self.names)} "
                 "adapters, so that many rows or a multiple of it is wanted"
             )
-        return group_by_key(name for name in self.names for _ in range(repeat))
+        groups = group_by_key(name for name in self.names for _ in range(repeat))
+        return {name: positions for name, positions in groups.items() if name is not None}
 
 
 def run_by_adapter(
@@ -83,7 +86,10 @@ def run_by_adapter(
         )
     batch = first.shape[0]
     results, order = [], []
-    for name, positions in layer.rows.positions(batch, layer.name).items():
+    groups: dict[str | None, list[int]] = dict(layer.rows.positions(batch, layer.name))
+    named = {i for positions in groups.values() for i in positions}
+    rest = [i for i in range(batch) if i not in named]
+    for name, positions in (groups | ({None: rest} if rest else {})).items():
         index = torch.tensor(positions, device=first.device)
 
         def pick(value: Any, index: Tensor = index) -> Any:
