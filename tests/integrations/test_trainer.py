@@ -36,19 +36,15 @@ def test_checkpoints_hold_the_adapter_alone(tmp_path):
     stored = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert set(stored) == trained
-    final = vt.load(
-        vt.attach(fakes.llama(), CONFIG, name="other"), tmp_path / "adapter.safetensors"
-    )
-    assert final is not None
+    vt.load(vt.attach(fakes.llama(), CONFIG, name="other"), tmp_path / "adapter.safetensors")
     assert "save_pretrained" not in model.__dict__
     assert "_hf_peft_config_loaded" not in model.__dict__
 
 
 def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path):
     whole, broken, resumed = adapted(), adapted(), adapted()
-    trainer(whole, tmp_path / "whole").train()
-    trainer(broken, tmp_path / "broken", max_steps=2, lr_scheduler_type="constant").train()
-    trainer(whole := adapted(), tmp_path / "w", lr_scheduler_type="constant").train()
+    trainer(whole, tmp_path / "whole", lr_scheduler_type="constant").train()
+    trainer(broken, tmp_path / "broken", lr_scheduler_type="constant", max_steps=2).train()
     run = trainer(resumed, tmp_path / "broken", lr_scheduler_type="constant")
     run.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-2"))
     a, b = vt.extract(whole), vt.extract(resumed)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import transformers as hf
 from datasets import Dataset
 
 import veratune as vt
@@ -66,6 +67,18 @@ def test_dpo_starts_at_log_2_with_one_base_in_memory(model, tmp_path):
     assert changed(model)
 
 
+def test_dpo_continues_an_adapter_at_log_2(model, tmp_path):
+    """The reference is the policy at the start: its log probabilities are computed beforehand."""
+    fakes.scramble(model, "default")
+    config = trl.DPOConfig(str(tmp_path), max_length=32, precompute_ref_log_probs=True, **COMMON)
+    trainer = trl.DPOTrainer(
+        model, None, config, train_dataset=Dataset.from_list(PAIRS),
+        processing_class=fakes.tokenizer(), callbacks=[VeraCallback(model)],
+    )  # fmt: skip
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-4)
+
+
 def test_kto(model, tmp_path):
     rows = [
         {"prompt": p["prompt"], "completion": p[kind], "label": kind == "chosen"}
@@ -101,8 +114,6 @@ def test_grpo(model, tmp_path):
 
 def test_reward(tmp_path):
     torch.manual_seed(0)
-    import transformers as hf
-
     config = fakes.llama().config
     config.num_labels = 1
     model = hf.LlamaForSequenceClassification(config)

@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset, disable_caching
 
 from veratune.errors import DataError
-from veratune.tasks.data import has_split, load_examples, pick_columns
+from veratune.tasks.data import has_split, load_examples, pick_columns, read_text
 
 ROWS = [{"text": "a, b", "label": 1}, {"text": "c", "label": 0}]
 disable_caching()
@@ -76,6 +76,19 @@ def test_bad_files(name, content, message, tmp_path):
     with pytest.raises(DataError, match=message) as caught:
         load_examples(str(tmp_path / name))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "txt"])
+def test_latin_1_is_refused_in_one_line(tmp_path, ending):
+    path = tmp_path / f"x.{ending}"
+    path.write_bytes('{"text": "caf\xe9"}\n'.encode("latin1"))
+    with pytest.raises(DataError, match=f"x.{ending}: not UTF-8 .*iconv -f latin1") as caught:
+        load_examples(str(path))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="not UTF-8 .byte 13 is 0xe9"):
+        read_text(path)
+    path.write_text('{"text": "caf\xe9"}\n', encoding="utf-8")
+    assert read_text(path) == '{"text": "caf\xe9"}\n'
 
 
 def test_what_is_not_there(tmp_path):

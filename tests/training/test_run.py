@@ -70,6 +70,8 @@ def settings(place, out, **changes):
         "model": str(place / "bert"), "task": "text-classification", "data": str(place / "sentiment"), "out": str(out),
         "lr": 3e-2, "head_lr": 1e-2, "batch_size": 8, "epochs": 3, "max_length": 16, "device": "cpu", "preview": 0,
     }  # fmt: skip
+    if changes.get("task") in ("instruction", "causal-lm"):
+        del base["head_lr"]  # these tasks train no head
     return TrainSettings(**(base | changes))
 
 

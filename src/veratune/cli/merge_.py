@@ -53,17 +53,13 @@ def run(argv: Sequence[str]) -> int:
         return _to_gguf(flags)
     if flags.gguf_base is not None:
         raise ConfigError("--gguf-base is for --to gguf")
-    from veratune.attach import detach
     from veratune.formats.atomic import new_folder
+    from veratune.inference.merge import save_merged
     from veratune.layers.merging import total_rounding_error
-    from veratune.merging import merge
 
     folder = Path(flags.out)
     with new_folder(folder) as place:
-        loaded = load(flags)
-        report = merge(loaded.model)
-        detach(loaded.model, keep_merged=True)
-        loaded.task.save(loaded.model, loaded.processor, place)
+        report = save_merged(load(flags), place)
     print(
         f"{folder}: {len(report)} weights merged in {flags.base_dtype}; rounding changed "
         f"{total_rounding_error(report):.2%} of ΔW"

@@ -1,5 +1,6 @@
 """Rows of data from local files, folders and Hugging Face data sets."""
 
+import codecs
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,23 @@ def load_examples(source: str, split: str = "train", config: str | None = None) 
             f"{path if path.is_file() else source}: the data set is empty; at least one row is wanted"
         )
     return examples
+
+
+def read_text(path: Path) -> str:
+    """Read a text file as UTF-8.
+
+    Raises:
+        DataError: The file cannot be read, or has another encoding such as Latin-1.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 (byte {error.start:,} is {error.object[error.start]:#04x}); "
+            f"convert it, such as with: iconv -f latin1 -t utf8 {path.name}"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def has_split(source: str, split: str) -> bool:
@@ -116,13 +134,30 @@ def _read_file(path: Path) -> Dataset:
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; at least one row is wanted")
     builder, options = reader
+    if builder != "parquet":
+        _check_utf8(path)
     try:
         return load_dataset(builder, data_files=str(path), split="train", **options)
     except Exception as error:  # every builder has its own exceptions for bad content
-        cause = str(error.__cause__ or error).splitlines()[0]
+        cause = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
         if "corresponds to no data" in cause:  # a file with a header and no rows
             raise DataError(f"{path}: the data set is empty; at least one row is wanted") from None
         raise DataError(f"{path}: cannot be read as {builder}: {cause}") from error
+
+
+def _check_utf8(path: Path) -> None:
+    """Refuse a file in another encoding, which the builders of datasets report in several ways."""
+    decoder, at = codecs.getincrementaldecoder("utf-8")(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            try:
+                decoder.decode(chunk)
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}: not UTF-8 (near byte {at + error.start:,}: {error.reason}); "
+                    f"convert it, such as with: iconv -f latin1 -t utf8 {path.name}"
+                ) from None
+            at += len(chunk)
 
 
 def _from_hub(source: str, split: str, config: str | None) -> Dataset:

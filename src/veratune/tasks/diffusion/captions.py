@@ -6,7 +6,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from veratune.errors import DataError
-from veratune.tasks.data import SPLITS, has_split
+from veratune.tasks.data import SPLITS, has_split, read_text
 from veratune.tasks.vision.images import ENDINGS, has_image_split, load_image_examples
 
 METADATA = "metadata.jsonl"
@@ -49,7 +49,7 @@ def has_caption_split(source: str, split: str) -> bool:
 def _from_folder(folder: Path, caption: str | None) -> Dataset:
     told: dict[str, str] = {}
     if (folder / METADATA).is_file():
-        for number, line in enumerate((folder / METADATA).read_text().splitlines(), 1):
+        for number, line in enumerate(read_text(folder / METADATA).splitlines(), 1):
             try:
                 entry = json.loads(line)
                 told[str(entry["file_name"])] = str(entry["text"])
@@ -63,7 +63,7 @@ def _from_folder(folder: Path, caption: str | None) -> Dataset:
     images, texts = [], []
     for file in _images(folder):
         beside = file.with_suffix(".txt")
-        text = told.get(file.name) or (beside.read_text().strip() if beside.is_file() else caption)
+        text = told.get(file.name) or (read_text(beside).strip() if beside.is_file() else caption)
         images.append({"bytes": None, "path": str(file)})
         texts.append(text)
     examples = Dataset.from_dict({"image": images})

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from datasets import Dataset
 
 from veratune.errors import DataError
-from veratune.tasks.data import SPLITS, has_split
+from veratune.tasks.data import SPLITS, has_split, read_text
 from veratune.tasks.vision.images import has_image_split, load_image_examples
 
 BadBoxes = Literal["fail", "clip"]
@@ -154,7 +154,7 @@ def _voc(folder: Path, split: str) -> Dataset:
             f"{folder}: no list of the split {split!r} in ImageSets/Main; {split}.txt is wanted"
         )
     found = []
-    for name in chosen.read_text().split():
+    for name in read_text(chosen).split():
         file = folder / "Annotations" / f"{name}.xml"
         try:
             tree = xml.parse(file).getroot()
