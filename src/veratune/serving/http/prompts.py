@@ -1,11 +1,12 @@
 """From request bodies to token ids: bounds on the size first, then the chat template and the tokenizer in a thread."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
 
 from veratune.serving.engine.engine import Engine
 from veratune.serving.http.errors import ApiError
-from veratune.serving.http.schemas import Message
+from veratune.serving.http.schemas import Message, Tool
 from veratune.tasks.text.language import PLAIN_TEMPLATE
 
 
@@ -32,21 +33,22 @@ class PromptEncoder:
                 param=param,
             )
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next message begins.
+
+        Args:
+            messages: The conversation.
+            tools: What the model may call; the chat template must know tools.
 
         Raises:
             ApiError: The chat template refuses the messages.
         """
-        # Templates know "system", which "developer" was called before.
-        conversation = [
-            {"role": "system" if m.role == "developer" else m.role, "content": m.text}
-            for m in messages
-        ]
+        conversation = [_template_message(message) for message in messages]
         tokenizer = self.engine.tokenizer
         try:
             text = tokenizer.apply_chat_template(
                 conversation,
+                tools=[tool.model_dump(exclude_none=True) for tool in tools] or None,
                 chat_template=None if tokenizer.chat_template else PLAIN_TEMPLATE,
                 tokenize=False,
                 add_generation_prompt=True,
@@ -63,3 +65,29 @@ class PromptEncoder:
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text."""
         return list(self.engine.tokenizer(text)["input_ids"])
+
+
+def _template_message(message: Message) -> dict[str, object]:
+    """A message as chat templates read it: arguments of calls are objects, not JSON text."""
+    # Templates know "system", which "developer" was called before.
+    role = "system" if message.role == "developer" else message.role
+    found: dict[str, object] = {"role": role, "content": message.text}
+    if message.name is not None:
+        found["name"] = message.name
+    if message.tool_call_id is not None:
+        found["tool_call_id"] = message.tool_call_id
+    calls: list[dict[str, object]] = []
+    for call in message.tool_calls:
+        try:
+            arguments = json.loads(call.function.arguments)
+        except (ValueError, RecursionError):
+            raise ApiError(
+                400,
+                f"messages: the arguments of the call of {call.function.name!r} are no JSON",
+                param="messages",
+            ) from None
+        function = {"name": call.function.name, "arguments": arguments}
+        calls.append({"id": call.id, "type": "function", "function": function})
+    if calls:
+        found["tool_calls"] = calls
+    return found

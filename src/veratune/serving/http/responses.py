@@ -1,18 +1,30 @@
 """Shapes of generated responses: chat completions and completions, whole and streamed."""
 
 import abc
+import dataclasses
+import itertools
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionTokenLogprob
 from openai.types.chat.chat_completion import Choice, ChoiceLogprobs
 from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
-from openai.types.chat.chat_completion_chunk import ChoiceDelta
+from openai.types.chat.chat_completion_chunk import (
+    ChoiceDelta,
+    ChoiceDeltaToolCall,
+    ChoiceDeltaToolCallFunction,
+)
 from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
 from openai.types.chat.chat_completion_message import ChatCompletionMessage
+from openai.types.chat.chat_completion_message_function_tool_call import (
+    ChatCompletionMessageFunctionToolCall,
+)
+from openai.types.chat.chat_completion_message_function_tool_call import (
+    Function as CalledFunction,
+)
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from openai.types.completion_choice import Logprobs
 from openai.types.completion_usage import PromptTokensDetails
@@ -21,6 +33,8 @@ from transformers import PreTrainedTokenizerBase
 
 from veratune.serving.engine.engine import GenerationRequest, OutputDelta
 from veratune.serving.engine.sampling import SampledToken
+from veratune.serving.http.token_text import TokenTexts
+from veratune.serving.http.tools import ToolOutput, ToolParser
 
 
 class ResponseFormat(abc.ABC):
@@ -36,7 +50,7 @@ class ResponseFormat(abc.ABC):
             tokenizer: Turns token ids into text.
             model: The name that the client asked for.
         """
-        self.tokenizer, self.model = tokenizer, model
+        self.texts, self.model = TokenTexts(tokenizer), model
         self.created = int(time.time())
 
     @abc.abstractmethod
@@ -55,17 +69,30 @@ class ResponseFormat(abc.ABC):
         """The first event of a choice, before any token."""
         return None
 
-    def token_text(self, token: int) -> str:
-        """A token as text."""
-        return str(self.tokenizer.decode([token]))
-
 
 class ChatFormat(ResponseFormat):
     """POST /v1/chat/completions."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: str) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model: str,
+        make_tool_parser: Callable[[], ToolParser] | None = None,
+        parallel_tool_calls: bool = True,
+    ) -> None:
+        """Begin a response.
+
+        Args:
+            tokenizer: Turns token ids into text.
+            model: The name that the client asked for.
+            make_tool_parser: Makes a parser for each choice; None for a call without tools.
+            parallel_tool_calls: Whether a choice may have more than one tool call.
+        """
         super().__init__(tokenizer, model)
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._make_parser, self._parallel = make_tool_parser, parallel_tool_calls
+        self._parsers: dict[int, ToolParser] = {}
+        self._calls: dict[int, int] = {}  # calls so far, by choice
 
     def whole(self, outputs: Sequence[Sequence[OutputDelta]], usage: CompletionUsage) -> BaseModel:
         choices = [self._choice(index, deltas) for index, deltas in enumerate(outputs)]
@@ -82,8 +109,20 @@ class ChatFormat(ResponseFormat):
         return self._chunk([self._delta(index, ChoiceDelta(role="assistant", content=""))])
 
     def chunk(self, index: int, delta: OutputDelta) -> BaseModel:
-        content = ChoiceDelta(content=delta.text) if delta.text else ChoiceDelta()
-        choice = self._delta(index, content, delta.finish_reason)
+        output, reason = self._parse(index, delta)
+        content = ChoiceDelta(content=output.content) if output.content else ChoiceDelta()
+        if output.calls:
+            first = self._calls[index] - len(output.calls)
+            content.tool_calls = [
+                ChoiceDeltaToolCall(
+                    index=first + i,
+                    id=call.id,
+                    type="function",
+                    function=ChoiceDeltaToolCallFunction(name=call.name, arguments=call.arguments),
+                )
+                for i, call in enumerate(output.calls)
+            ]
+        choice = self._delta(index, content, reason)
         if tokens := with_logprobs([delta]):
             choice.logprobs = ChunkLogprobs.model_construct(content=self._logprobs(tokens))
         return self._chunk([choice])
@@ -93,15 +132,48 @@ class ChatFormat(ResponseFormat):
 
     def _choice(self, index: int, deltas: Sequence[OutputDelta]) -> Choice:
         tokens = with_logprobs(deltas)
-        content = "".join(delta.text for delta in deltas)
+        outputs = [self._parse(index, delta) for delta in deltas]
+        content = "".join(output.content for output, _ in outputs)
+        calls = [
+            ChatCompletionMessageFunctionToolCall(
+                id=call.id,
+                type="function",
+                function=CalledFunction(name=call.name, arguments=call.arguments),
+            )
+            for output, _ in outputs
+            for call in output.calls
+        ]
+        message = ChatCompletionMessage(role="assistant", content=content)
+        if calls:
+            message = ChatCompletionMessage(
+                role="assistant", content=content or None, tool_calls=list(calls)
+            )
         return Choice.model_construct(
             index=index,
-            message=ChatCompletionMessage(role="assistant", content=content),
-            finish_reason=deltas[-1].finish_reason,
+            message=message,
+            finish_reason=outputs[-1][1],
             logprobs=ChoiceLogprobs.model_construct(content=self._logprobs(tokens))
             if tokens
             else None,
         )
+
+    def _parse(self, index: int, delta: OutputDelta) -> tuple[ToolOutput, str | None]:
+        """What a delta means, and its finish reason."""
+        if self._make_parser is None:
+            return ToolOutput(delta.text), delta.finish_reason
+        if index not in self._parsers:
+            self._parsers[index] = self._make_parser()
+        output = self._parsers[index].feed(delta.text)
+        if delta.finish_reason is not None:
+            end = self._parsers[index].finish()
+            output = ToolOutput(output.content + end.content, output.calls + end.calls)
+        before = self._calls.get(index, 0)
+        if not self._parallel:
+            output = dataclasses.replace(output, calls=output.calls[: max(0, 1 - before)])
+        self._calls[index] = before + len(output.calls)
+        if delta.finish_reason == "stop" and self._calls[index]:
+            return output, "tool_calls"
+        return output, delta.finish_reason
 
     def _delta(self, index: int, delta: ChoiceDelta, finish: str | None = None) -> ChunkChoice:
         return ChunkChoice.model_construct(index=index, delta=delta, finish_reason=finish)
@@ -133,8 +205,12 @@ class ChatFormat(ResponseFormat):
         ]
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self.token_text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        data = self.texts.bytes_of(token)
+        return {
+            "token": data.decode(errors="replace"),
+            "logprob": logprob,
+            "bytes": list(data),
+        }
 
 
 class CompletionFormat(ResponseFormat):
@@ -143,13 +219,17 @@ class CompletionFormat(ResponseFormat):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: str) -> None:
         super().__init__(tokenizer, model)
         self.id = f"cmpl-{uuid.uuid4().hex}"
+        self._offsets: dict[int, int] = {}  # characters streamed so far, by choice
 
     def whole(self, outputs: Sequence[Sequence[OutputDelta]], usage: CompletionUsage) -> BaseModel:
         choices = [self._choice(index, deltas) for index, deltas in enumerate(outputs)]
         return self._completion(choices, usage=usage)
 
     def chunk(self, index: int, delta: OutputDelta) -> BaseModel:
-        return self._completion([self._choice(index, [delta])])
+        offset = self._offsets.get(index, 0)
+        for token in with_logprobs([delta]):
+            self._offsets[index] = offset + len(self.texts.text_of(token.token_id))
+        return self._completion([self._choice(index, [delta], offset)])
 
     def usage_chunk(self, usage: CompletionUsage) -> BaseModel:
         return self._completion([], usage=usage)
@@ -168,25 +248,29 @@ class CompletionFormat(ResponseFormat):
             made.usage = usage
         return made
 
-    def _choice(self, index: int, deltas: Sequence[OutputDelta]) -> CompletionChoice:
+    def _choice(
+        self, index: int, deltas: Sequence[OutputDelta], offset: int = 0
+    ) -> CompletionChoice:
         return CompletionChoice.model_construct(
             index=index,
             text="".join(delta.text for delta in deltas),
             finish_reason=deltas[-1].finish_reason,
-            logprobs=self._logprobs(with_logprobs(deltas)),
+            logprobs=self._logprobs(with_logprobs(deltas), offset),
         )
 
-    def _logprobs(self, tokens: Sequence[SampledToken]) -> Logprobs | None:
+    def _logprobs(self, tokens: Sequence[SampledToken], offset: int = 0) -> Logprobs | None:
         if not tokens:
             return None
+        words = [self.texts.text_of(token.token_id) for token in tokens]
+        lengths = map(len, words[:-1])
         return Logprobs.model_construct(
-            tokens=[self.token_text(token.token_id) for token in tokens],
+            tokens=words,
             token_logprobs=[token.logprob for token in tokens],
             top_logprobs=[
-                {self.token_text(other): value for other, value in token.top_logprobs}
+                {self.texts.text_of(other): value for other, value in token.top_logprobs}
                 for token in tokens
             ],
-            text_offset=[],
+            text_offset=list(itertools.accumulate(lengths, initial=offset)),
         )
 
 

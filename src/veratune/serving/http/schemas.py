@@ -46,12 +46,35 @@ class TextPart(ApiBody):
     text: str
 
 
+class FunctionCall(ApiBody):
+    """The function of a tool call, as the assistant made it."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class MessageToolCall(ApiBody):
+    """A tool call in an assistant's message."""
+
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class Message(ApiBody):
     """A message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] = ""
     name: str | None = None
+    tool_calls: list[MessageToolCall] = []
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> "Message":
+        if "content" not in self.model_fields_set and not self.tool_calls:
+            raise ValueError("content: a text is wanted; only tool_calls may stand without one")
+        return self
 
     @property
     def text(self) -> str:
@@ -59,6 +82,40 @@ class Message(ApiBody):
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
+
+    @property
+    def characters(self) -> int:
+        """The size of the content and the tool calls."""
+        return len(self.text) + sum(len(call.function.arguments) for call in self.tool_calls)
+
+
+class Function(ApiBody):
+    """A tool that the model may call."""
+
+    name: str = Field(min_length=1, max_length=256)
+    description: str | None = None
+    parameters: dict[str, Any] = {"type": "object", "properties": {}}
+    strict: bool = False
+
+
+class Tool(ApiBody):
+    """An entry of tools."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(ApiBody):
+    """The function of a named tool_choice."""
+
+    name: str
+
+
+class NamedToolChoice(ApiBody):
+    """A tool_choice that names the tool to call."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class StreamOptions(ApiBody):
@@ -112,8 +169,8 @@ class ChatBody(GenerationBody):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
     response_format: TextFormat | None = None
-    tools: list[Any] = Field([], max_length=0)
-    tool_choice: Literal["none", "auto"] = "auto"
+    tools: list[Tool] = Field([], max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice = "auto"
     parallel_tool_calls: bool = True
 
 

@@ -1,17 +1,19 @@
 """POST /v1/chat/completions and /v1/completions."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 from fastapi import APIRouter, Request, Response
 
-from veratune.serving.engine.engine import GenerationRequest
+from veratune.serving.engine.engine import Engine, GenerationRequest
 from veratune.serving.engine.sampling import SamplingParams
 from veratune.serving.http.dependencies import CallerDep, Context, ContextDep
 from veratune.serving.http.errors import ApiError
 from veratune.serving.http.generation import GenerationCall
 from veratune.serving.http.responses import ChatFormat, CompletionFormat
-from veratune.serving.http.schemas import ChatBody, CompletionBody, GenerationBody
+from veratune.serving.http.schemas import ChatBody, CompletionBody, GenerationBody, Tool
+from veratune.serving.http.tools import ToolParser, family_of, make_parser
 from veratune.serving.keys import Caller
 
 router = APIRouter()
@@ -23,8 +25,10 @@ async def chat(body: ChatBody, http: Request, caller: CallerDep, context: Contex
     """Continue a conversation: one assistant message, or `n` of them."""
     engine, encoder = context.service.require_engine(), context.prompt_encoder()
     context.note_ignored(body)
-    encoder.check_size(sum(len(message.text) for message in body.messages), "messages")
-    prompt = await context.pools.tokenize.run(encoder.encode_chat, body.messages)
+    tools = _tools(body, engine.tokenizer.chat_template)
+    schemas = sum(len(tool.model_dump_json()) for tool in tools)
+    encoder.check_size(sum(m.characters for m in body.messages) + schemas, "messages")
+    prompt = await context.pools.tokenize.run(encoder.encode_chat, body.messages, tools)
     room = max(1, min(_DEFAULT_TOKENS, engine.max_model_len - len(prompt)))
     params = _sampling(
         body,
@@ -32,7 +36,9 @@ async def chat(body: ChatBody, http: Request, caller: CallerDep, context: Contex
         body.top_logprobs if body.logprobs else None,
     )
     requests = await _requests(context, caller, body, [prompt], params)
-    response_format = ChatFormat(engine.tokenizer, body.model)
+    response_format = ChatFormat(
+        engine.tokenizer, body.model, _tool_parser(engine, tools), body.parallel_tool_calls
+    )
     return await GenerationCall(engine, http, context, requests, response_format).respond(body)
 
 
@@ -55,6 +61,32 @@ async def completion(
     requests = await _requests(context, caller, body, prompts, params)
     response_format = CompletionFormat(engine.tokenizer, body.model)
     return await GenerationCall(engine, http, context, requests, response_format).respond(body)
+
+
+def _tools(body: ChatBody, chat_template: str | None) -> list[Tool]:
+    """The tools that the model may call. Raises ApiError where it can call none."""
+    if not body.tools or body.tool_choice == "none":
+        return []
+    if family_of(chat_template) is None:
+        raise ApiError(
+            400,
+            "tools: this model's chat template has no tools; leave them out",
+            param="tools",
+        )
+    if body.tool_choice != "auto":
+        raise ApiError(
+            400,
+            "tool_choice: only auto and none are supported here",
+            param="tool_choice",
+        )
+    return body.tools
+
+
+def _tool_parser(engine: Engine, tools: Sequence[Tool]) -> Callable[[], ToolParser] | None:
+    family = family_of(engine.tokenizer.chat_template)
+    if not tools or family is None:
+        return None
+    return functools.partial(make_parser, family, [tool.function.name for tool in tools])
 
 
 def _sampling(body: GenerationBody, max_tokens: int, logprobs: int | None) -> SamplingParams:
