@@ -188,7 +188,9 @@ def test_errors_are_the_clients_own_classes(served):
             client.completions.create(model="base", prompt=[4] * 200)
         with pytest.raises(openai.BadRequestError, match="temperature"):
             client.chat.completions.create(model="base", messages=talk, temperature=5)
-        with pytest.raises(openai.BadRequestError, match="tools: this model's chat template has no tools"):
+        with pytest.raises(
+            openai.BadRequestError, match="tools: this model's chat template has no tools"
+        ):
             client.chat.completions.create(
                 model="base", messages=talk, tools=[{"type": "function", "function": {"name": "f"}}]
             )
