@@ -26,6 +26,7 @@ from tests.fakes import scramble
 from veratune.cli.main import COMMANDS, main
 from veratune.errors import ConfigError
 from veratune.formats import native
+from veratune.model_state import vectors_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -365,6 +366,23 @@ def test_merge_writes_a_plain_model(place, tmp_path, capsys):
                          "--device", "cpu")  # fmt: skip
     assert status == 1
     assert not (tmp_path / "n").exists()
+
+
+def test_a_principal_adapter_is_exported_with_its_base_model(tmp_path, capsys):
+    folder = fakes.folder(fakes.llama(), tmp_path / "llama")
+    config = vt.VeraConfig(rank=4, vectors="d", basis="principal")
+    model = scramble(vt.attach(fakes.llama(), config, "a"), "a")
+    vt.save(model, tmp_path / "a.safetensors")
+    words = ("export", tmp_path / "a.safetensors", "--to", "peft-lora", "--out", tmp_path / "lora")
+    status, _, err = run(capsys, *words)
+    assert status != 0
+    assert "give the base model: --model" in err
+    assert run(capsys, *words, "--model", folder)[0] == 0
+    lora = safetensors.torch.load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    layer = next(v for v in vectors_of(model, "a") if v.layer.endswith("q_proj"))
+    a, b = (lora[f"base_model.model.{layer.layer}.lora_{kind}.weight"] for kind in "AB")
+    wanted = layer.delta_weight(torch.device("cpu"), torch.float32).detach()
+    torch.testing.assert_close(b @ a, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_export_and_import(place, tmp_path, capsys):

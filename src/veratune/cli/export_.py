@@ -9,6 +9,7 @@ from jsonargparse.typing import PositiveInt
 from veratune.cli.parsing import Parser, new_parser, parse
 
 if TYPE_CHECKING:
+    from veratune.adapter import Adapter
     from veratune.formats.reduction import LayerError
 
 HELP = """safetensors: veratune's own file, in another dtype;
@@ -39,7 +40,7 @@ def parser() -> Parser:
         type=str | None,
         default=None,
         help="the base model's config.json, folder, .gguf file or id; needed for gguf-lora, for "
-        "parts of fused layers and for convolutions",
+        "parts of fused layers, for convolutions and for basis principal (with its weights)",
     )
     out.add_argument(
         "--dtype",
@@ -69,6 +70,8 @@ def run(argv: Sequence[str]) -> int:
     from veratune.formats.export import export
 
     adapter = native.read(flags.file)
+    if adapter.config.basis == "principal" and flags.to != "safetensors":
+        adapter = _with_principal_basis(flags.file, flags.model)
     model = None if flags.model is None else empty_base(flags.model)
     gguf = flags.model if flags.model and Path(flags.model).suffix == ".gguf" else None
     written = export(
@@ -87,6 +90,20 @@ def run(argv: Sequence[str]) -> int:
     if written.command:
         print(written.command)
     return 0
+
+
+def _with_principal_basis(file: str, model: str | None) -> "Adapter":
+    """The adapter with A and B, which come from the base model's weights."""
+    from veratune.adapter import extract
+    from veratune.errors import ConfigError
+    from veratune.inference.adapted import ADAPTER_NAME, load_with_adapter
+
+    if model is None:
+        raise ConfigError(
+            "the adapter has basis='principal', whose A and B are computed from the base model's "
+            "weights; give the base model: --model"
+        )
+    return extract(load_with_adapter(model, file, device="cpu").model, ADAPTER_NAME)
 
 
 def print_errors(errors: "Sequence[LayerError]") -> None:
