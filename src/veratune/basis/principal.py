@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from veratune.basis.basis import Basis
+from veratune.basis.direction_cache import SMALLEST, DirectionCache
 from veratune.basis.distributions import values
 from veratune.basis.philox import random_words
 from veratune.errors import BasisError
 
+_VERSION = 1  # of the definition of the directions: raise it with every change of them
 _STEPS = 6  # of subspace iteration; part of the definition of the basis
 _OVERSAMPLING = 16  # extra directions at least; half the rank where that is more
 _CLUSTER = 1e-7  # singular values closer than this share of the largest count as equal
@@ -40,12 +42,20 @@ class PrincipalBasis(Basis):
         seed: Seed of the start of the subspace iteration.
         ranks: r by layer.
         weights: What returns W (m, n), by layer; called on first use.
+        cache: Where the directions of large weights are kept on disk.
 
     Source: singular vectors with a trained diagonal, as in SVFT (arXiv 2405.19597).
     """
 
-    def __init__(self, seed: int, ranks: Mapping[str, int], weights: Mapping[str, Weight]) -> None:
+    def __init__(
+        self,
+        seed: int,
+        ranks: Mapping[str, int],
+        weights: Mapping[str, Weight],
+        cache: DirectionCache | None = None,
+    ) -> None:
         super().__init__()
+        self._cache = DirectionCache() if cache is None else cache
         self.seed, self.ranks, self._weights = seed, dict(ranks), dict(weights)
         self._samples: dict[str, np.ndarray] = {}
 
@@ -126,13 +136,28 @@ class PrincipalBasis(Basis):
             )
         weight, rank = self._weights[layer](), self.ranks[layer]
         try:
-            u, _, v = principal_directions(weight, rank, self.seed)
+            A, B = self._cached(weight, rank)
         except ValueError as error:
             raise BasisError(f"layer '{layer}': {error}") from None
-        A, B = v.T.float().contiguous(), (2 * math.sqrt(len(u) / rank) * u).float()
         if layer in self._sampled:
             self._samples[layer] = _sample(A.double(), B.double(), self.seed)
         return A, B
+
+    def _cached(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        if weight.numel() < SMALLEST:
+            return _matrices(weight, rank, self.seed)
+        key = self._cache.key(weight, f"{_VERSION}:{rank}:{self.seed}")
+        shape = (weight.shape[0], weight.shape[1])
+        found = self._cache.get(key, rank, shape)
+        if found is None:
+            found = _matrices(weight, rank, self.seed)
+            self._cache.put(key, *found)
+        return found
+
+
+def _matrices(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    u, _, v = principal_directions(weight, rank, seed)
+    return v.T.float().contiguous(), (2 * math.sqrt(len(u) / rank) * u).float()
 
 
 def _sample(A: Tensor, B: Tensor, seed: int) -> np.ndarray:
