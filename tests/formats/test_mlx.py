@@ -1,7 +1,13 @@
-"""mlx-lm folders: y = W x + scale (x lora_a) lora_b, computed here as mlx-lm does."""
+"""mlx-lm folders: y = W x + scale (x lora_a) lora_b, computed here as mlx-lm does, and by mlx-lm.
+
+mlx-lm runs in a Python of its own, named by VERATUNE_MLX_PYTHON. Checked with mlx-lm 0.32.2 on CPU.
+"""
 
 import json
+import os
+import subprocess
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -34,3 +40,33 @@ def test_other_layers_are_refused(tmp_path):
     with pytest.raises(UnsupportedError, match="mlx-lm adapts layers under 'model.layers'"):
         export(adapter, "mlx-lm", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import mlx.core as mx
+import numpy as np
+from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.utils import load_model
+mx.set_default_device(mx.cpu)
+model, adapter, tokens, out = sys.argv[1:]
+loaded = load_adapters(load_model(Path(model))[0], adapter)
+np.save(out, np.array(loaded(mx.array(json.loads(tokens))).astype(mx.float32)))
+"""
+
+
+@pytest.mark.clients
+def test_mlx_lm_computes_the_same(tmp_path):
+    python = os.environ.get("VERATUNE_MLX_PYTHON")
+    if not python:
+        pytest.skip("VERATUNE_MLX_PYTHON names no Python with mlx-lm")
+    base = fakes.folder(fakes.llama(), tmp_path / "base")
+    config = vt.VeraConfig(rank=8, targets=["q_proj", "up_proj"], rank_pattern={"up_proj": 3})
+    model = scramble(vt.attach(fakes.llama(), config, "a"), "a")
+    export(vt.extract(model), "mlx-lm", tmp_path / "out")
+    tokens = torch.arange(2, 26).view(3, 8)
+    arguments = [base, str(tmp_path / "out"), json.dumps(tokens.tolist()), str(tmp_path / "x.npy")]
+    subprocess.run([python, "-c", SCRIPT, *arguments], check=True, timeout=300)
+    found = torch.from_numpy(np.load(tmp_path / "x.npy"))
+    torch.testing.assert_close(found, model(tokens).logits, rtol=1e-4, atol=1e-4)
