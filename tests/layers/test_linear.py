@@ -289,10 +289,12 @@ def test_an_adapted_model_can_be_pickled_by_its_user():
     assert "matrices" not in str(vectors_of(model, "a")[0].basis.__getstate__())
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes become constants
 def test_an_adapted_model_can_be_traced():
     model = scramble(build("linear", 4, 6, 2, torch.float32), "a").eval()
     x = torch.randn(3, 6)
     with torch.no_grad():
         traced = torch.jit.trace(model, (x,))
         torch.testing.assert_close(traced(x), model(x))
-        torch.testing.assert_close(traced(2 * x), model(2 * x))
+        x = torch.randn(2, 6)
+        torch.testing.assert_close(traced(x), model(x))

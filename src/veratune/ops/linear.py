@@ -69,8 +69,9 @@ def vera_linear(
     >>> vera_linear(torch.ones(2, 3, 8), A, B, torch.ones(4), torch.ones(6)).shape
     torch.Size([2, 3, 6])
     """
-    check_adapter(A, B, d, b)
-    check_input(x, A)
+    if torch.compiler.is_compiling() or not torch.jit.is_tracing():
+        check_adapter(A, B, d, b)
+        check_input(x, A)
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         raise UnsupportedError(
             "weight asks for a gradient, but vera_linear takes W as frozen; "
@@ -122,6 +123,8 @@ def plan_of(
     Returns:
         The plan and whether its intermediate is kept for the backward pass.
     """
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        return PlanChoice("factored", True)  # sizes are tensors there; steps that it can record
     grad = torch.is_grad_enabled()
     call = Call(
         T=x.numel() // x.shape[-1] if T is None else T,
