@@ -53,6 +53,9 @@ def test_all_linear_leaves_out_what_is_not_called_and_says_so():
     "make",
     [
         lambda: hf.T5Model(hf.T5Config(d_model=32, num_layers=1, num_heads=4, d_kv=8, d_ff=48)),
+        lambda: hf.DebertaModel(
+            hf.DebertaConfig(**SMALL, num_attention_heads=4, intermediate_size=48)
+        ),
         lambda: hf.LlamaModel(hf.LlamaConfig(**SMALL, num_attention_heads=4, intermediate_size=48)),
     ],
 )

@@ -33,6 +33,9 @@ _QUESTIONS = frozenset({"isinstance", "hasattr", "getattr", "id", "type"})
 # Kernels of state space models that take the weights of layers; without their packages,
 # transformers calls the layers instead.
 _FUSED_KERNELS = frozenset({"mamba_inner_fn", "mamba_split_conv1d_scan_combined"})
+# transformers' DeBERTa v1 reads in_proj.weight only for `query_states`, which it passes when z_steps
+# is over 1; it sets z_steps to 0.
+_NEVER_READ = frozenset({("DisentangledSelfAttention", "in_proj")})
 _KERNEL_PACKAGES = ("mamba_ssm", "kernels")
 
 
@@ -149,7 +152,7 @@ def bypassed_layers(model: nn.Module, sites: list[Site]) -> dict[str, str]:
         kind = type(model.get_submodule(path))
         if kind not in reads:
             reads[kind] = _weights_read(kind)
-        if attribute in reads[kind]:
+        if attribute in reads[kind] and (kind.__name__, attribute) not in _NEVER_READ:
             out[site.name] = f"{kind.__name__}.{reads[kind][attribute]}"
     return out
 
