@@ -171,7 +171,7 @@ def _serve_flags(out: Parser) -> None:
 
 
 def _serve(flags: Namespace, console: Console) -> list[dict[str, Any]]:
-    from veratune.serving.engine.loop import run_in_temporary_thread
+    from veratune.serving.engine.threads import run_in_temporary_thread
     from veratune.tasks.text.language import Instruction
     from veratune_lab.bench.serve import measure
 

@@ -27,10 +27,11 @@ from veratune.attach import attach, detach
 from veratune.config import VeraConfig
 from veratune.errors import VeratuneError
 from veratune.formats import native
-from veratune.serving.engine.engine import Engine, GenerationRequest
-from veratune.serving.engine.loop import run_in_temporary_thread
+from veratune.serving.engine.engine import Engine
+from veratune.serving.engine.requests import GenerationRequest
 from veratune.serving.engine.sampling import SamplingParams
 from veratune.serving.engine.scheduler import SchedulerConfig
+from veratune.serving.engine.threads import run_in_temporary_thread
 from veratune.serving.pool.pool import AdapterPool
 from veratune.serving.store.sqlite import SqliteStore
 from veratune_lab.bench.load import Load, OpenLoad

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from veratune.formats.hub import download, is_address
 from veratune.serving.config import ServeConfig
-from veratune.serving.engine.loop import run_in_temporary_thread
+from veratune.serving.engine.threads import run_in_temporary_thread
 from veratune.serving.http.app import check_address, create_app
 from veratune.serving.http.server import HttpServer, bind
 from veratune.serving.jobs.jobs import Jobs

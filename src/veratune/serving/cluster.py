@@ -23,7 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from veratune.serving.engine.loop import run_in_temporary_thread
+from veratune.serving.engine.threads import run_in_temporary_thread
 from veratune.serving.http.errors import ApiError
 from veratune.serving.http.middleware import BodyLimits
 from veratune.serving.keys import Keys

@@ -19,7 +19,7 @@ from veratune.errors import (
 from veratune.formats.native import AdapterReader
 from veratune.serving.engine.encoder import Encoder
 from veratune.serving.engine.engine import Engine
-from veratune.serving.engine.loop import Loop
+from veratune.serving.engine.protocol import ServingEngine
 from veratune.serving.keys import Caller
 from veratune.serving.store.base import Entry, Store, Version
 from veratune.targets import find_sites
@@ -82,7 +82,7 @@ class Service:
         self.store, self.engine, self.encoder = store, engine, encoder
         self._reader = AdapterReader()
         self.draining = False
-        self.loops: dict[str, Loop[Any]] = {}
+        self.loops: dict[str, ServingEngine[Any]] = {}
         for loop, wanted in ((engine, served_model_name), (encoder, served_encoder_name)):
             if loop is not None:
                 name = wanted or base_id(loop.model)
@@ -143,7 +143,7 @@ class Service:
             raise missing
         return AdapterRef(tenant, name, version)
 
-    def request_fields(self, caller: Caller, model: str, loop: Loop[Any]) -> RequestFields:
+    def request_fields(self, caller: Caller, model: str, loop: ServingEngine[Any]) -> RequestFields:
         """The fields of a request that follow from the caller and the model's name.
 
         Args:

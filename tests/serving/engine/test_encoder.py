@@ -59,7 +59,7 @@ def test_every_text_is_read_as_if_alone(batch_tokens):
         )
     assert len(requests[0].encoded["input_ids"]) > 0
     assert server.stats.finished["stop"] == len(asked)
-    assert all(entry.pins == 0 for entry in server.pool._entries.values())
+    assert server.pool.pinned == 0
 
 
 def test_what_cannot_be_read_is_said_and_fails_alone():

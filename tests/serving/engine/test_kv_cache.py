@@ -74,7 +74,7 @@ def test_every_row_sees_its_own_tokens_and_nothing_else(done):
                         place <= at for place in range(window.longest)
                     ]
             cache.close()
-        assert cache.held == [len(own) for own in lists]
+        assert cache.lengths == [len(own) for own in lists]
     for held in (*cache._keys, *cache._values):  # nothing is left of rows that are gone
         for row, own in zip(held[:, 0, :, 0], lists, strict=False):
             assert row[len(own) :].eq(0).all()
@@ -83,7 +83,7 @@ def test_every_row_sees_its_own_tokens_and_nothing_else(done):
 def test_with_a_sliding_window_the_last_tokens_are_seen():
     cache = KVCache(2, 16)
     cache.open(0, [5, 3], CPU)
-    seen = cache.mask(torch.float32, near=2)[:, 0] == 0
+    seen = cache.mask(torch.float32, window_size=2)[:, 0] == 0
     assert seen[0].int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],

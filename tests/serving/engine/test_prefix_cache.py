@@ -17,8 +17,8 @@ from tests.serving.fakes import (
     small_llama,
 )
 from veratune.errors import UnsupportedError
-from veratune.serving.engine.engine import GenerationRequest
-from veratune.serving.engine.prefix_cache import LEAST, PrefixCache
+from veratune.serving.engine.prefix_cache import MIN_TOKENS, PrefixCache
+from veratune.serving.engine.requests import GenerationRequest
 
 texts = st.lists(st.integers(0, 1), min_size=1, max_size=24)
 owners = st.tuples(st.sampled_from("ab"), st.sampled_from([None, ("a", "x", 1), ("a", "x", 2)]))
@@ -38,37 +38,38 @@ def test_what_is_found_is_the_longest_beginning_that_its_owner_has(asked, limit)
         common = [next((i for i, (x, y) in enumerate(zip(t, tokens[:-1], strict=False)) if x != y), min(len(t), len(tokens) - 1))
                   for o, t in kept if o == owner]  # fmt: skip
         if found is None:
-            assert limit < 20 or max(common, default=0) < LEAST
+            assert limit < 20 or max(common, default=0) < MIN_TOKENS
         else:
             prefix, size = found
-            assert LEAST <= size <= min(max(common), len(tokens) - 1)
+            assert MIN_TOKENS <= size <= min(max(common), len(tokens) - 1)
             assert prefix.layers[0][0][0, 0, :size, 0].tolist() == tokens[:size]
             assert limit < 20 or size == max(common)
         if keep:
-            prefixes.keep(owner, tokens, made(tokens))
-            if len(tokens) >= LEAST:
+            prefixes.add(owner, tokens, made(tokens))
+            if len(tokens) >= MIN_TOKENS:
                 kept.append((owner, tokens))
-        held = [prefix for own in prefixes._kept.values() for prefix in own]
-        assert prefixes.bytes == sum(prefix.bytes for prefix in held) <= prefixes.limit
+        assert prefixes.used_bytes <= prefixes.max_bytes
     for key in (None, ("a", "x", 1)):
-        prefixes.forget(key)
-        assert not any(owner[1] == key for owner in prefixes._kept)
+        prefixes.remove_adapter(key)
+        for owner, tokens in kept:
+            if owner[1] == key:
+                assert prefixes.find(owner, [*tokens, 0]) is None
 
 
 def test_what_goes_on_takes_the_place_of_what_it_goes_on_from_and_what_was_used_longest_ago_goes_first():
     prefixes, turns = PrefixCache(8 * 60), [list(range(size)) for size in (10, 20, 30)]
     for turn in turns:
-        prefixes.keep(("a", None), turn, made(turn))
-    assert prefixes.bytes == 8 * 30
-    prefixes.keep(("b", None), turns[1], made(turns[1]))
+        prefixes.add(("a", None), turn, made(turn))
+    assert prefixes.used_bytes == 8 * 30
+    prefixes.add(("b", None), turns[1], made(turns[1]))
     assert prefixes.find(("a", None), turns[2]) is not None
-    prefixes.keep(("c", None), turns[1], made(turns[1]))
+    prefixes.add(("c", None), turns[1], made(turns[1]))
     assert prefixes.find(("b", None), turns[1]) is None
     assert prefixes.find(("a", None), turns[2])[1] == 29
-    prefixes.keep(
+    prefixes.add(
         ("c", None), list(range(100)), made(list(range(100)))
     )  # more than there is room for at all
-    assert prefixes.bytes == 8 * 50
+    assert prefixes.used_bytes == 8 * 50
     assert np.array_equal(prefixes.find(("c", None), turns[1])[0].tokens, turns[1])
 
 
@@ -93,7 +94,7 @@ def test_a_conversation_that_goes_on_says_what_it_says_without(make):
         assert server.stats.cached_tokens - before == sum(
             request.cached_tokens for request in requests
         )
-    assert server._cache.held == [0] * 3
+    assert server.runner.cache.lengths == [0] * 3
 
 
 def test_a_prefix_is_its_tenants_adapters_and_versions_alone():

@@ -35,7 +35,7 @@ def test_no_more_run_than_there_are_rows():
     for ask in asked:
         scheduler.add(ask)
     assert [scheduler.take(), scheduler.take(), scheduler.take()] == [asked[0], asked[1], None]
-    scheduler.done(asked[0])
+    scheduler.finish(asked[0])
     assert scheduler.take() is asked[2]
     assert (scheduler.running, scheduler.waiting) == (2, 0)
 

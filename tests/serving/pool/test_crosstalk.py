@@ -10,7 +10,8 @@ from tests import fakes
 from tests.serving.fakes import QV, adapter, generate_alone, small_llama
 from veratune.errors import AdapterNotFoundError
 from veratune.formats import native
-from veratune.serving.engine.engine import Engine, GenerationRequest
+from veratune.serving.engine.engine import Engine
+from veratune.serving.engine.requests import GenerationRequest
 from veratune.serving.engine.sampling import SamplingParams
 from veratune.serving.engine.scheduler import SchedulerConfig
 from veratune.serving.keys import Caller
@@ -119,4 +120,4 @@ def test_no_answer_is_anothers(tmp_path, count):
     assert gone[0] > 0  # some were deleted just then
     assert engine.pool.stats.evictions > 10
     assert engine.stats.cached_tokens > 100
-    assert all(entry.pins == 0 for entry in engine.pool._entries.values())
+    assert engine.pool.pinned == 0

@@ -1,10 +1,11 @@
-"""PrefixCache: keys and values of texts that were read, kept for the next request that begins alike, such as the next turn of a conversation.
+"""Prefix caching: the KV cache of a finished request is reused by later requests that start alike.
 
-What a layer makes of a text depends on the adapter, so a prefix is known by its tenant, adapter and version as well as by its tokens: none
-is ever another's, and how fast an answer comes tells nobody what others asked.
+Keys and values depend on the adapter, so an entry belongs to its tenant, adapter and version as
+well as to its tokens. Entries are never shared between tenants: response times leak nothing about
+other tenants' prompts.
 """
 
-import collections
+import bisect
 import dataclasses
 import threading
 from collections.abc import Sequence
@@ -13,85 +14,126 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from veratune.serving.pool.pool import Key
+from veratune.lru import ByteLRU
+from veratune.serving.pool.lease import Key
 
-Owner = tuple[str, Key | None]  # tenant, and adapter with its version
-LEAST = 8  # tokens; fewer are read again sooner than copied
+Owner = tuple[str, Key | None]  # the tenant, and the adapter's key with its version
+MIN_TOKENS = 8  # fewer are computed sooner than copied
+Tokens = npt.NDArray[np.uint32]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prefix:
-    """Tokens, and for each layer the keys and values (1, heads, tokens, width) that a model made of them."""
+    """Tokens, and each layer's keys and values of them.
 
-    tokens: npt.NDArray[np.int64]
+    Args:
+        tokens: Token ids, shape (tokens,).
+        layers: (keys, values) of each layer, shape (1, heads, tokens, width) each.
+    """
+
+    tokens: Tokens
     layers: list[tuple[Tensor, Tensor]]
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
+        """Bytes of the keys and values."""
         return sum(t.numel() * t.element_size() for pair in self.layers for t in pair)
 
-    def common(self, tokens: npt.NDArray[np.int64]) -> int:
-        """How many tokens both begin with."""
+    def common(self, tokens: Tokens) -> int:
+        """Return how many first tokens both have in common."""
         size = min(len(self.tokens), len(tokens))
-        other = self.tokens[:size] != tokens[:size]
-        return int(other.argmax()) if other.any() else size
+        different = self.tokens[:size] != tokens[:size]
+        return int(different.argmax()) if different.any() else size
 
 
 class PrefixCache:
-    """At most `limit` bytes of prefixes; those that were used longest ago make room. Methods may be called from any thread."""
+    """At most `max_bytes` of prefixes; the least recently used ones leave first. Thread-safe.
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.bytes = 0
-        self._kept: collections.OrderedDict[Owner, list[Prefix]] = collections.OrderedDict()
+    An owner's prefixes are sorted, so the one with the longest common beginning stands beside the
+    place of the prompt: a look-up takes the logarithm of their number.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._entries: ByteLRU[tuple[Owner, bytes], Prefix] = ByteLRU(
+            max_bytes, on_evict=self._on_evict
+        )
+        self._sorted: dict[Owner, list[bytes]] = {}
         self._lock = threading.Lock()
 
+    @property
+    def max_bytes(self) -> int:
+        """Bound of the prefixes' bytes."""
+        return self._entries.max_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all prefixes."""
+        return self._entries.used_bytes
+
     def find(self, owner: Owner, tokens: Sequence[int]) -> tuple[Prefix, int] | None:
-        """What is kept of the beginning of a prompt, and how many of its tokens; never all of them, since the last one's logits are wanted."""
-        asked = np.asarray(tokens[:-1], np.int64)
+        """Return the prefix with the longest common beginning, and the length of that.
+
+        The last token of the prompt never counts, as its logits have to be computed.
+        """
+        prompt = np.asarray(tokens[:-1], np.uint32)
+        key = _sort_key(prompt)
         with self._lock:
-            own = self._kept.get(owner, [])
-            sizes = [prefix.common(asked) for prefix in own]
-            if not sizes or max(sizes) < LEAST:
+            own = self._sorted.get(owner, [])
+            place = bisect.bisect_left(own, key)
+            best: tuple[bytes, int] | None = None
+            for neighbour in own[max(0, place - 1) : place + 1]:
+                prefix = self._entries.peek((owner, neighbour))
+                size = prefix.common(prompt) if prefix is not None else 0
+                if size >= MIN_TOKENS and (best is None or size > best[1]):
+                    best = neighbour, size
+            if best is None:
                 return None
-            size = max(sizes)
-            found = own[sizes.index(size)]
-            self._use(owner, found)
-            return found, size
+            found = self._entries.get((owner, best[0]))
+            return None if found is None else (found, best[1])
 
-    def keep(
-        self, owner: Owner, tokens: Sequence[int], layers: list[tuple[Tensor, Tensor]]
-    ) -> None:
-        """Keep a prefix in place of those that it goes on from."""
-        new = Prefix(np.asarray(tokens, np.int64), layers)
-        if len(tokens) < LEAST or new.bytes > self.limit:
+    def add(self, owner: Owner, tokens: Sequence[int], layers: list[tuple[Tensor, Tensor]]) -> None:
+        """Store a prefix; it replaces those of its owner that it continues."""
+        new = Prefix(np.asarray(tokens, np.uint32), layers)
+        if len(tokens) < MIN_TOKENS or new.size > self.max_bytes:
             return
+        key = _sort_key(new.tokens)
         with self._lock:
-            for old in list(self._kept.get(owner, [])):
-                if old.common(new.tokens) == len(old.tokens):
-                    self._drop(owner, old)
-            self._kept.setdefault(owner, []).append(new)
-            self.bytes += new.bytes
-            self._use(owner, new)
-            while self.bytes > self.limit:
-                longest_ago = next(iter(self._kept))
-                self._drop(longest_ago, self._kept[longest_ago][0])
+            for old in self._continued_by(owner, key):
+                self._entries.pop((owner, old))
+            if self._entries.put((owner, key), new, new.size):
+                bisect.insort(self._sorted.setdefault(owner, []), key)
 
-    def forget(self, key: Key) -> None:
-        """Drop what was made with an adapter."""
+    def remove_adapter(self, key: Key) -> None:
+        """Remove every prefix that was computed with an adapter."""
         with self._lock:
-            for owner in [owner for owner in self._kept if owner[1] == key]:
-                for prefix in list(self._kept[owner]):
-                    self._drop(owner, prefix)
+            for owner in [owner for owner in self._sorted if owner[1] == key]:
+                for tokens in list(self._sorted[owner]):
+                    self._entries.pop((owner, tokens))
 
-    def _use(self, owner: Owner, prefix: Prefix) -> None:
-        own = self._kept[owner]
-        own.remove(prefix)
-        own.append(prefix)
-        self._kept.move_to_end(owner)
+    def _continued_by(self, owner: Owner, key: bytes) -> list[bytes]:
+        """Return the owner's entries with which `key` begins, `key` itself among them."""
+        own, found = self._sorted.get(owner, []), []
+        place = bisect.bisect_right(own, key)
+        while place:
+            entry = own[place - 1]
+            if key.startswith(entry):
+                found.append(entry)
+                place -= 1
+                continue
+            # Whatever `key` begins with is no longer than its common beginning with this entry.
+            size = min(len(entry), len(key))
+            common = next(i for i in range(0, size, 4) if entry[i : i + 4] != key[i : i + 4])
+            place = bisect.bisect_right(own, key[:common], hi=place - 1)
+        return found
 
-    def _drop(self, owner: Owner, prefix: Prefix) -> None:
-        self._kept[owner].remove(prefix)
-        self.bytes -= prefix.bytes
-        if not self._kept[owner]:
-            del self._kept[owner]
+    def _on_evict(self, key: tuple[Owner, bytes], prefix: Prefix) -> None:
+        owner, tokens = key
+        own = self._sorted[owner]
+        del own[bisect.bisect_left(own, tokens)]
+        if not own:
+            del self._sorted[owner]
+
+
+def _sort_key(tokens: Tokens) -> bytes:
+    """Return bytes that sort as the tokens do."""
+    return tokens.astype(">u4").tobytes()

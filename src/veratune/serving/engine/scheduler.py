@@ -1,7 +1,7 @@
-"""Scheduler: whose request is next, and which requests are too many. No tensors in here.
+"""Scheduler: which request runs next, and which requests are too many. It handles no tensors.
 
-Each tenant has a queue; tenants take turns, so that one who asks a lot waits behind their own requests and not everybody behind
-theirs.
+Each tenant has a queue, and tenants take turns. While requests of several tenants compete, none
+may hold more than its fair share of the running sequences.
 """
 
 import collections
@@ -14,7 +14,7 @@ from veratune.errors import ConfigError, QueueFullError
 
 
 class Schedulable(Protocol):
-    """What the scheduler knows of a request. tenant: who asks; size: the most tokens it may take, prompt and answer."""
+    """What the scheduler reads of a request: its tenant, and the most tokens that it may take."""
 
     @property
     def tenant(self) -> str: ...
@@ -28,8 +28,16 @@ R = TypeVar("R", bound=Schedulable)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """rows: requests that run at once; waiting: requests in all queues; waiting_tenant: in one of them; tokens: of all that run and wait
-    together, prompts and the most they may answer.
+    """Bounds of the scheduler.
+
+    Args:
+        max_num_seqs: Requests that run at once.
+        max_queue: Requests that wait, over all tenants.
+        max_queue_per_tenant: Requests of one tenant that wait.
+        max_total_tokens: Sum of the sizes of all running and waiting requests.
+
+    Raises:
+        ConfigError: a bound is below 1.
     """
 
     max_num_seqs: int = 32
@@ -45,31 +53,31 @@ class SchedulerConfig:
                 )
 
 
-def select_prefill_batch(sizes: Sequence[int], most: int) -> list[int]:
-    """Which texts of a queue, by their numbers of tokens, one pass reads: the first one, and those behind it that fit beside it. Padded to the
-    longest they have at most `most` tokens, of which at most a quarter are padding.
+def select_prefill_batch(sizes: Sequence[int], max_tokens: int) -> list[int]:
+    """Return which prompts of a queue one forward pass prefills, given their token counts.
+
+    The first one is always chosen. Padded to the longest, the batch has at most `max_tokens`
+    tokens, of which at most a quarter are padding.
 
     >>> select_prefill_batch([30, 200, 32, 2, 28], 128)
     [0, 2, 4]
     """
     chosen = [0]
     for i in range(1, len(sizes)):
-        own = [sizes[k] for k in (*chosen, i)]
-        area = max(own) * len(own)
-        if area <= most and sum(own) >= 0.75 * area:
+        batch = [sizes[k] for k in (*chosen, i)]
+        area = max(batch) * len(batch)
+        if area <= max_tokens and sum(batch) >= 0.75 * area:
             chosen.append(i)
     return chosen
 
 
 class Scheduler(Generic[R]):
-    """Requests that wait and requests that run. Every method may be called from any thread.
-
-    `add` refuses what is too much, `take` says who runs next, `done` ends a request that ran, and `withdraw` one that may still wait.
-    """
+    """Waiting and running requests. Every method may be called from any thread."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self._queues: collections.OrderedDict[str, collections.deque[R]] = collections.OrderedDict()
+        self._preempted: collections.Counter[str] = collections.Counter()
         self._running: list[R] = []
         self._tokens = 0
         self._lock = threading.RLock()
@@ -77,61 +85,122 @@ class Scheduler(Generic[R]):
 
     @property
     def waiting(self) -> int:
-        """How many wait."""
+        """Number of waiting requests, preempted ones included."""
         with self._lock:
             return sum(len(queue) for queue in self._queues.values())
 
     @property
     def running(self) -> int:
-        """How many run."""
+        """Number of running requests."""
         return len(self._running)
 
+    @property
+    def tokens(self) -> int:
+        """Sum of the sizes of all running and waiting requests."""
+        return self._tokens
+
     def add(self, request: R) -> None:
-        """Put a request at the end of its tenant's queue. Raises QueueFullError, naming the bound that it is over."""
-        limits = self.config
+        """Append a request to its tenant's queue.
+
+        Raises:
+            QueueFullError: names the bound that the request exceeds.
+        """
+        config, tenant = self.config, request.tenant
         with self._lock:
-            own = len(self._queues.get(request.tenant, ()))
-            if own >= limits.max_queue_per_tenant:
+            queued = len(self._queues.get(tenant, ())) - self._preempted[tenant]
+            if queued >= config.max_queue_per_tenant:
                 raise QueueFullError(
-                    f"{own} requests of this tenant are waiting already; try again later"
+                    f"{queued} requests of this tenant are waiting already; try again later"
                 )
-            if self.waiting >= limits.max_queue:
+            if self.waiting >= config.max_queue:
                 raise QueueFullError(
                     f"{self.waiting} requests are waiting already; try again later"
                 )
-            if self._tokens + request.size > limits.max_total_tokens and self._tokens:
+            if self._tokens + request.size > config.max_total_tokens and self._tokens:
                 raise QueueFullError(
                     f"{self._tokens} tokens are being worked on or wait already; try again later"
                 )
-            self._queues.setdefault(request.tenant, collections.deque()).append(request)
+            self._queues.setdefault(tenant, collections.deque()).append(request)
             self._tokens += request.size
         self._news.set()
 
     def take(self) -> R | None:
-        """The next request to run, or None while all rows are taken or nobody waits. Tenants come in turns."""
+        """Move the next request to the running ones; None if all slots are taken or none waits.
+
+        Tenants take turns; a tenant with its fair share running lets others go first.
+        """
         with self._lock:
             if len(self._running) >= self.config.max_num_seqs or not self._queues:
                 return None
-            tenant, queue = next(iter(self._queues.items()))
-            request = queue.popleft()
-            if queue:
+            share, running = self._fair_share(), self._running_per_tenant()
+            below = (tenant for tenant in self._queues if running[tenant] < share)
+            tenant = next(below, next(iter(self._queues)))
+            request = self._queues[tenant].popleft()
+            if self._preempted[tenant]:  # they stand at the front of the queue
+                self._preempted[tenant] -= 1
+            if self._queues[tenant]:
                 self._queues.move_to_end(tenant)
             else:
                 del self._queues[tenant]
             self._running.append(request)
             return request
 
-    def done(self, request: R) -> None:
-        """End a request that runs."""
+    def victim(self, candidates: Sequence[R]) -> R | None:
+        """Return the running request that must make room for a tenant below its fair share.
+
+        Args:
+            candidates: Running requests that can be paused, in the order in which they started.
+
+        Returns:
+            The newest candidate of the tenant that is furthest over its share; None if no tenant
+            below its share waits, or a slot is free.
+        """
+        with self._lock:
+            if len(self._running) < self.config.max_num_seqs or not self._queues:
+                return None
+            share, running = self._fair_share(), self._running_per_tenant()
+            if all(running[tenant] >= share for tenant in self._queues):
+                return None
+            over = [request for request in candidates if running[request.tenant] > share]
+            if not over:
+                return None
+            tenant = max(over, key=lambda request: running[request.tenant]).tenant
+            return next(request for request in reversed(over) if request.tenant == tenant)
+
+    def preempt(self, request: R) -> None:
+        """Move a running request back to the front of its tenant's queue."""
+        with self._lock:
+            self._running.remove(request)
+            self._queues.setdefault(request.tenant, collections.deque()).appendleft(request)
+            self._preempted[request.tenant] += 1
+
+    def recall(self, request: R) -> None:
+        """Move a preempted request to the running ones, whatever the bounds, to end it."""
+        with self._lock:
+            queue = self._queues[request.tenant]
+            queue.remove(request)
+            self._preempted[request.tenant] -= 1
+            if not queue:
+                del self._queues[request.tenant]
+            self._running.append(request)
+
+    def finish(self, request: R) -> None:
+        """Remove a running request."""
         with self._lock:
             self._running.remove(request)
             self._tokens -= request.size
 
     def withdraw(self, request: R) -> bool:
-        """Take a request out of its queue. Returns whether it was there; one that runs already stays."""
+        """Remove a waiting request that never ran.
+
+        Returns:
+            Whether it was waiting; running and preempted requests stay.
+        """
         with self._lock:
             queue = self._queues.get(request.tenant)
             if queue is None or request not in queue:
+                return False
+            if queue.index(request) < self._preempted[request.tenant]:
                 return False
             queue.remove(request)
             if not queue:
@@ -140,10 +209,17 @@ class Scheduler(Generic[R]):
             return True
 
     def wait(self, seconds: float) -> None:
-        """Sleep until there is news (somebody asks, or `wake`), or for so long. News since the last call end it at once."""
+        """Sleep until `add` or `wake` is called, or for so long. Earlier calls end it at once."""
         self._news.wait(seconds)
         self._news.clear()
 
     def wake(self) -> None:
         """End a `wait`."""
         self._news.set()
+
+    def _fair_share(self) -> int:
+        tenants = {request.tenant for request in self._running} | set(self._queues)
+        return max(1, self.config.max_num_seqs // max(1, len(tenants)))
+
+    def _running_per_tenant(self) -> collections.Counter[str]:
+        return collections.Counter(request.tenant for request in self._running)

@@ -11,8 +11,9 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 
-from veratune.serving.engine.engine import Engine, GenerationRequest, OutputDelta
-from veratune.serving.engine.loop import BaseRequest, Loop
+from veratune.serving.engine.engine import Engine
+from veratune.serving.engine.protocol import ServingEngine
+from veratune.serving.engine.requests import BaseRequest, GenerationRequest, OutputDelta
 from veratune.serving.http.dependencies import Context
 from veratune.serving.http.errors import ApiError, to_api_error
 from veratune.serving.http.responses import ResponseFormat, usage_of
@@ -150,7 +151,7 @@ class GenerationCall:
         return next(name for name, loop in loops.items() if loop is self.engine)
 
 
-async def submit_and_wait(loop: Loop[R], request: R) -> list[float]:
+async def submit_and_wait(loop: ServingEngine[R], request: R) -> list[float]:
     """Run a request that has one output. Cancels it if the caller stops waiting.
 
     Args:

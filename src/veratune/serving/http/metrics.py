@@ -7,8 +7,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from veratune.serving.engine.engine import GenerationRequest
-from veratune.serving.engine.loop import Loop
+from veratune.serving.engine.protocol import ServingEngine
+from veratune.serving.engine.requests import GenerationRequest
 from veratune.serving.service import Service
 
 _FAST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20)
@@ -59,7 +59,7 @@ class _Figure:
     name: str
     text: str
     counter: bool
-    read: Callable[[Loop[Any]], float]
+    read: Callable[[ServingEngine[Any]], float]
     vllm: str = ""
 
 

@@ -31,7 +31,7 @@ from openai.types.completion_usage import PromptTokensDetails
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
-from veratune.serving.engine.engine import GenerationRequest, OutputDelta
+from veratune.serving.engine.requests import GenerationRequest, OutputDelta
 from veratune.serving.engine.sampling import SampledToken
 from veratune.serving.http.token_text import TokenTexts
 from veratune.serving.http.tools import ToolOutput, ToolParser

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from fastapi import APIRouter, Request, Response
 
-from veratune.serving.engine.engine import Engine, GenerationRequest
+from veratune.serving.engine.engine import Engine
+from veratune.serving.engine.requests import GenerationRequest
 from veratune.serving.engine.sampling import SamplingParams
 from veratune.serving.http.dependencies import CallerDep, Context, ContextDep
 from veratune.serving.http.errors import ApiError
