@@ -58,9 +58,15 @@ def lora_pairs(adapter: Adapter, model: nn.Module | None = None) -> dict[str, Lo
         The pair of each layer of the model, by the layer's path.
 
     Raises:
-        UnsupportedError: A layer whose ΔW is not one LoRA pair, or a missing model.
+        UnsupportedError: A layer whose ΔW is not one LoRA pair, an expert, or a missing model.
         BaseModelError: The model lacks a layer.
     """
+    expert = next((name for name in adapter.shapes if name.partition(PART)[2].isdecimal()), None)
+    if expert is not None:
+        raise UnsupportedError(
+            f"layer '{expert}' is one expert of a fused weight, whose LoRA is not written; "
+            "merge the adapter into the model instead"
+        )
     by_module: dict[str, list[str]] = {}
     for layer in adapter.shapes:
         by_module.setdefault(layer.partition(PART)[0], []).append(layer)
