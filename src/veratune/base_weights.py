@@ -16,6 +16,16 @@ from veratune.targets import Site, base_module
 _LIVE = "_veratune_principal"
 
 
+class _LiveBases:
+    """The bases in use on one model; a copied or pickled model starts with none."""
+
+    def __init__(self) -> None:
+        self.bases: weakref.WeakValueDictionary[Any, PrincipalBasis] = weakref.WeakValueDictionary()
+
+    def __reduce__(self) -> tuple[type["_LiveBases"], tuple[()]]:
+        return _LiveBases, ()
+
+
 def principal_basis(model: nn.Module, config: VeraConfig, sites: list[Site]) -> PrincipalBasis:
     """The basis of an adapter with basis="principal" on this model.
 
@@ -27,18 +37,17 @@ def principal_basis(model: nn.Module, config: VeraConfig, sites: list[Site]) -> 
         config: The adapter's configuration.
         sites: The adapter's layers in this model.
     """
-    live: weakref.WeakValueDictionary[Any, PrincipalBasis]
-    live = model.__dict__.setdefault(_LIVE, weakref.WeakValueDictionary())
+    live: _LiveBases = model.__dict__.setdefault(_LIVE, _LiveBases())
     written = tuple((stored.data_ptr(), stored._version) for stored in map(_stored(model), sites))
     key = (config.seed, tuple((site.name, site.rank) for site in sites), written)
-    basis = live.get(key)
+    basis = live.bases.get(key)
     if basis is None:
         # An adapter that was taken out of its model must not keep the model in memory.
         weights = {
             site.name: functools.partial(_weight_in, weakref.ref(model), site) for site in sites
         }
         ranks = {site.name: site.rank for site in sites}
-        basis = live[key] = PrincipalBasis(config.seed, ranks, weights)
+        basis = live.bases[key] = PrincipalBasis(config.seed, ranks, weights)
     return basis
 
 

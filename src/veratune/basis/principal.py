@@ -5,6 +5,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,6 +107,15 @@ class PrincipalBasis(Basis):
             return False
         size = math.sqrt(float(np.mean(own**2)))
         return bool(np.all(np.abs(found - own) <= _TOLERANCE * size))
+
+    def __getstate__(self) -> dict[str, object]:
+        """With the matrices made so far: a pickled basis has no weights to make them from."""
+        return super().__getstate__() | {"_weights": {}, "_pickled": dict(self._matrices)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        made = state.pop("_pickled")
+        super().__setstate__(state)
+        self._matrices.update(made)
 
     @functools.cached_property
     def _numbers(self) -> np.ndarray:
