@@ -23,7 +23,6 @@ TEXT = [
     "albert",
     "apertus",
     "arcee",
-    "bamba",
     "bert",
     "bert-generation",
     "big_bird",
@@ -187,15 +186,17 @@ def tiny(family: str) -> nn.Module:
     return hf.AutoModel.from_config(config).eval()
 
 
-_HYBRID = {"layer_types": ["mamba", "attention"]}
 _SPECIAL: dict[str, dict[str, object]] = {
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
     "deepseek_v2": {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
                     "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
-                    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "head_dim": 8},
+                    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "head_dim": 8,
+                    "num_experts_per_tok": 2},
     "deepseek_v3": {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
                     "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
                     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "esm": {"vocab_size": 99, "pad_token_id": 0, "mask_token_id": 3},
+    "falcon": {"head_dim": None},
     "longformer": {"attention_window": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "mamba": {"state_size": 4}, "falcon_mamba": {"state_size": 4},
@@ -261,7 +262,8 @@ def _through(
     targets: str | None,
     out: dict[str, str],
 ) -> None:
-    before = first_output(model, inputs)
+    with torch.no_grad():  # with gradients, attention may take another kernel
+        before = first_output(model, inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # left-out layers are in the number of layers
         vt.attach(model, vt.VeraConfig(rank=4, targets=targets), "a")
@@ -269,7 +271,8 @@ def _through(
     layers = [vectors.layer for vectors in vectors_of(model, "a")]
     out["layers"] = str(len(layers))
     out["names"] = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-    close(first_output(model, inputs), before)
+    with torch.no_grad():
+        close(first_output(model, inputs), before)
     out["attach"] = "yes"
     vt.use(model, "a")
     first_output(model, inputs).square().mean().backward()
