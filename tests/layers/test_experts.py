@@ -14,6 +14,7 @@ from veratune.errors import UnsupportedError
 from veratune.formats.lora_matrices import lora_pairs
 from veratune.layers.experts import VeraExperts, is_experts
 from veratune.ops.matrix import dense
+from veratune.serving.pool.pool import AdapterPool
 from veratune.targets import find_sites
 
 SIZES = {
@@ -229,3 +230,10 @@ def test_a_lora_of_experts_is_refused():
     adapter = extract(model_of("mixtral", "a"), "a")
     with pytest.raises(UnsupportedError, match=r"gate_up_proj:0' is one expert of a fused weight"):
         lora_pairs(adapter)
+
+
+def test_a_pool_refuses_experts():
+    adapter, base = extract(model_of("mixtral", "a"), "a"), model_of("mixtral").float()
+    pool = AdapterPool(base, slots=2)
+    with pytest.raises(UnsupportedError, match=r"experts\.gate_up_proj:0' is an expert; a pool"):
+        pool.acquire("alice", lambda: adapter)

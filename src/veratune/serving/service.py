@@ -222,9 +222,10 @@ class Service:
         except TargetError as error:
             raise ConfigError(f"targets: {error}") from None
         for site in sites:
-            if site.part.kernel:
+            if site.part.kernel or site.part.expert is not None:
+                kind = "a convolution" if site.part.kernel else "an expert"
                 raise UnsupportedError(
-                    f"targets: layer '{site.name}' is a convolution, which this server does not "
+                    f"targets: layer '{site.name}' is {kind}, which this server does not "
                     "serve; name linear layers"
                 )
 

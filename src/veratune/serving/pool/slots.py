@@ -153,9 +153,10 @@ class SlotGroup:
         """Give each site its place in a slot's values; return how many values there are."""
         end = 0
         for site in sites:
-            if site.part.kernel:
+            if site.part.kernel or site.part.expert is not None:
+                kind = "a convolution" if site.part.kernel else "an expert"
                 raise UnsupportedError(
-                    f"layer '{site.name}' is a convolution; a pool serves adapters of linear layers"
+                    f"layer '{site.name}' is {kind}; a pool serves adapters of linear layers"
                 )
             places: dict[str, slice | None] = {"d": None, "b": None}
             sizes = {"d": site.rank, "b": site.shape[0]}

@@ -125,7 +125,9 @@ def wrap(
     wrappers: dict[nn.Module, ModuleWrapper] = {}
     for path, parts in by_module.items():
         base = model.get_submodule(path)
-        if parts[0].part.kernel or isinstance(base, nn.MultiheadAttention):
+        part = parts[0].part
+        fits = not part.kernel and part.expert is None
+        if not fits or isinstance(base, nn.MultiheadAttention):
             raise UnsupportedError(
                 f"layer '{path}' is a {type(base).__name__}; a fleet adapts linear layers. "
                 "Exclude it, or train its tenants one by one with veratune train"
