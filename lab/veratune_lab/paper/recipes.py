@@ -161,6 +161,8 @@ class Recipes(Tuned):
             "model": smollm2(place.out.parent / "smollm2"), "data": place.dataset("e2e_nlg"), "keep": "last", "save_steps": 10**6, "batch_size": 8,
             "epochs": 1, "mixed_precision": "bf16", "group_by_length": True, **trial.settings,
         }  # fmt: skip
+        if not trial.vera.head:
+            del settings["head_lr"]  # a language model has no head to train
         key = {
             **trial.settings,
             "task": "recipe-e2e",

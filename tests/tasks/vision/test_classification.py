@@ -39,7 +39,9 @@ def test_a_folder_of_classes_is_learned_and_scored_again(place, tmp_path):
     shown = []
     vera = vt.VeraConfig(rank=16, targets=["all-linear"])
     result = train(
-        settings(place, tmp_path / "run", preview=1, lr=5e-2, epochs=16), vera, show=shown.append
+        settings(place, tmp_path / "run", preview=1, lr=5e-2, epochs=16),
+        vera,
+        on_preview=shown.append,
     )
     assert result.after["accuracy"] >= 0.9 > 0.6 > result.before["accuracy"]
     assert shown[0][0] == ("an image of 16 x 16 pixels", False)

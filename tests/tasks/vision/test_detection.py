@@ -170,7 +170,7 @@ def test_a_detector_is_trained_scored_and_drawn(tmp_path, kind, targets):
         head_lr=5e-3, batch_size=2, epochs=12, device="cpu", augment="flip", preview=1, save_steps=100, keep="last",
     )  # fmt: skip
     shown = []
-    result = train(run, vt.VeraConfig(rank=8, targets=targets), show=shown.append)
+    result = train(run, vt.VeraConfig(rank=8, targets=targets), on_preview=shown.append)
     assert shown[0][1][1]
     assert result.after["loss"] < result.before["loss"]
     assert {"map", "map_50", "map_75", "recall"} <= set(result.after)
