@@ -7,7 +7,7 @@ import pytest
 from hypothesis import strategies
 
 from tests.serving.http.fakes import RunningServer
-from veratune.serving.engine.engine import OutputDelta
+from veratune.serving.engine.requests import OutputDelta
 from veratune.serving.http.tools import NamedToolParser, family_of, make_parser
 
 CALL = '{"name": "light", "arguments": {"on": true}}'

@@ -47,7 +47,7 @@ class PromptEncoder:
         tokenizer = self.engine.tokenizer
         try:
             text = tokenizer.apply_chat_template(
-                conversation,
+                conversation,  # type: ignore[arg-type]  # messages may hold lists and None
                 tools=[tool.model_dump(exclude_none=True) for tool in tools] or None,
                 chat_template=None if tokenizer.chat_template else PLAIN_TEMPLATE,
                 tokenize=False,
