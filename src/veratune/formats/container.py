@@ -122,7 +122,7 @@ def parse_header(data: bytes) -> Header:
 
 
 def pack(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
-    """A file of these metadata, with the digest added, and these tensors in the order of their names."""
+    """A file of these metadata, the digest added, and these tensors sorted by name."""
     ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
     labels = [_label(name, t.dtype, tuple(t.shape)) for name, t in ordered.items()]
     contents = [t.reshape(-1).view(torch.uint8).numpy().data for t in ordered.values()]

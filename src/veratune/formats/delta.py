@@ -1,4 +1,4 @@
-"""Weight differences of two checkpoints of one architecture, read layer by layer from safetensors."""
+"""Weight differences of two checkpoints of one architecture, read layer by layer."""
 
 import json
 from pathlib import Path

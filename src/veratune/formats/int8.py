@@ -2,8 +2,8 @@
 
     value = code * scale,  code in -127 .. 127,  scale = max |value| of the block / 127
 
-A scale has 8 significant bits and a code 7, so code * scale is exact in float32. Quantizing what was
-read gives the same codes and scales again.
+A scale has 8 significant bits and a code 7, so code * scale is exact in float32. Quantizing what
+was read gives the same codes and scales again.
 """
 
 import torch

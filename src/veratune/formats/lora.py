@@ -50,7 +50,7 @@ class _Stored:
 
 
 def read_lora(path: str | Path, model: nn.Module) -> LoraBasis:
-    """Read the matrices of a trained LoRA, for `attach(model, VeraConfig(basis="lora"), basis=...)`.
+    """Read a trained LoRA, for `attach(model, VeraConfig(basis="lora"), basis=...)`.
 
     Args:
         path: A PEFT folder or a .safetensors file.
@@ -92,7 +92,7 @@ def read_lora(path: str | Path, model: nn.Module) -> LoraBasis:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
-    """The configuration (empty for a single file), and the tensors by the layer's name in the file."""
+    """The configuration (empty for a single file), and the tensors by layer as stored."""
     config: dict[str, Any] = {}
     file = path
     if path.is_dir():
@@ -133,7 +133,7 @@ class _Names:
         self._flat = {name.replace(".", "_"): name for name in self.paths}
 
     def find(self, stored: str) -> str | None:
-        """The path of a layer: as stored, without a tool's prefix, or inside or outside a wrapper."""
+        """The path of a layer: as stored, without a prefix, or inside or outside a wrapper."""
         forms = [stored, *(stored.removeprefix(p) for p in _PREFIXES if stored.startswith(p))]
         forms += [
             form.partition(".")[2]

@@ -42,8 +42,8 @@ def read(folder: str | Path, model: nn.Module) -> Adapter:
         The adapter.
 
     Raises:
-        AdapterFileError: The checkpoint is damaged, not VeRA, a pickle, or its A and B are not those
-            that its seed draws.
+        AdapterFileError: The checkpoint is damaged, not VeRA, a pickle, or its A and B are not
+            those that its seed draws.
         UnsupportedError: It has settings that veratune does not have.
         BaseModelError: The model lacks a layer.
     """
@@ -63,7 +63,7 @@ def write_vera(adapter: Adapter, folder: str | Path, model: nn.Module | None = N
     Args:
         adapter: The adapter.
         folder: The checkpoint's folder; absent or empty.
-        model: The base model, if at hand: it tells PEFT how the weights are stored (GPT-2's Conv1D).
+        model: The base model, if at hand: it tells PEFT how weights are stored (GPT-2's Conv1D).
 
     Raises:
         UnsupportedError: PEFT's VeRA cannot express the adapter.

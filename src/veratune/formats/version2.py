@@ -1,7 +1,7 @@
 """Adapter files of version 2: all d in one tensor, all b in another, and an index.
 
 Tensors: `d`, `b` (1-D, the layers' vectors one after another, in the order of the index), and
-`head/<name>`. With int8 storage also `d_scale` and `b_scale` (see `veratune.formats.int8`). Metadata:
+`head/<name>`. int8 storage adds `d_scale` and `b_scale` (see `veratune.formats.int8`). Metadata:
 
     version   2
     config    every setting of VeraConfig; its patterns are a record and never evaluated on reading

@@ -1,8 +1,8 @@
 """vLLM adapter folders: a PEFT LoRA within what vLLM's checks allow.
 
 vLLM takes linear layers of a causal language model, one alpha / r for all layers, no
-`modules_to_save` of a language model, and ranks up to the largest of `RANKS`. Source: vllm 0.33.0, config/lora.py and
-lora/peft_helper.py.
+`modules_to_save` of a language model, and ranks up to the largest of `RANKS`.
+Source: vllm 0.33.0, config/lora.py and lora/peft_helper.py.
 """
 
 from collections.abc import Mapping
