@@ -215,7 +215,7 @@ def detach(model: M, *, keep_merged: bool = False) -> M:
             layer.unmerge(restore=not keep_merged)
 
     def plain(layer: VeraLayer) -> nn.Module:
-        if keep_merged and isinstance(layer, VeraHead) and merged in layer.vera:
+        if keep_merged and isinstance(layer, VeraHead) and str(merged) in layer.vera:
             return layer.vera[str(merged)]
         return layer.base
 

@@ -99,7 +99,7 @@ def _save_pretrained(model: nn.Module, save_directory: str | Path, **options: An
             "save_pretrained(push_to_hub=True) would push the base model without its adapters; "
             "save to a folder and upload that, or detach first"
         )
-    result = type(model).save_pretrained(model, save_directory, state_dict=state, **options)  # type: ignore[operator]
+    result = type(model).save_pretrained(model, save_directory, state_dict=state, **options)  # type: ignore[attr-defined]
     folder = Path(save_directory) / FOLDER
     if merged is not None:
         (folder / INDEX).unlink(missing_ok=True)
@@ -166,7 +166,7 @@ def _file(path: str | Path, name: str) -> Path | None:
     if Path(path).is_dir():
         file = Path(path) / FOLDER / name
         return file if file.is_file() else None
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     found = cached_file(
         str(path),

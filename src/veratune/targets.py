@@ -7,13 +7,14 @@ import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import cast
 
 from torch import nn
 
 from veratune.config import ALL_CONV, ALL_LINEAR, VeraConfig
 from veratune.errors import TargetError, near
 from veratune.families import DEFAULT_TARGETS, default_targets, language_tower, output_heads
-from veratune.layers.conv import check_conv, conv_part
+from veratune.layers.conv import ConvModule, check_conv, conv_part
 from veratune.layers.experts import check_experts, expert_parts, is_experts
 from veratune.layers.fused import attention_parts, fused_parts
 from veratune.layers.head import VeraHead
@@ -219,7 +220,7 @@ def parts_of(
     if isinstance(module, nn.MultiheadAttention):
         return attention_parts(module)
     if is_conv(module):
-        return (conv_part(module, "matrix"),)
+        return (conv_part(cast(ConvModule, module), "matrix"),)
     if is_experts(module):
         return expert_parts(module)
     out_features, in_features = linear_shape(module)
@@ -284,7 +285,7 @@ def _site(
     check_weight(module, part.parameter, path)
     if part.kernel:
         check_conv(module, path, config)
-        part = conv_part(module, config.conv_layout)
+        part = conv_part(cast(ConvModule, module), config.conv_layout)
     elif part.expert is not None:
         check_experts(module, path)
     return Site(name, path, part, rank)

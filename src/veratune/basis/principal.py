@@ -88,7 +88,8 @@ class PrincipalBasis(Basis):
             self._matrices[f"{kind}/{layer}", device, dtype] = made.to(device, dtype)
 
     def generate(self, role: str, out: Tensor) -> None:
-        out.copy_(self.matrix(role, *out.shape, torch.device("cpu"), out.dtype))
+        rows, columns = out.shape
+        out.copy_(self.matrix(role, rows, columns, torch.device("cpu"), out.dtype))
 
     def fingerprint(self) -> str:
         """Numbers that depend on every A and B of a sample of layers, as text; see `matches`."""

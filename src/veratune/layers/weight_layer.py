@@ -90,7 +90,7 @@ class VeraWeightLayer(VeraLayer):
         """
         if self.training or self.rows is not None:
             return None
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return None
         for vectors in self.vectors(adapter):
             weight = self.weight_of(vectors.part.parameter)

@@ -69,7 +69,7 @@ def vera_linear(
     >>> vera_linear(torch.ones(2, 3, 8), A, B, torch.ones(4), torch.ones(6)).shape
     torch.Size([2, 3, 6])
     """
-    if torch.compiler.is_compiling() or not torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or not torch.jit.is_tracing():  # type: ignore[attr-defined]
         check_adapter(A, B, d, b)
         check_input(x, A)
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
@@ -123,7 +123,7 @@ def plan_of(
     Returns:
         The plan and whether its intermediate is kept for the backward pass.
     """
-    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():  # type: ignore[attr-defined]
         return PlanChoice("factored", True)  # sizes are tensors there; steps that it can record
     grad = torch.is_grad_enabled()
     call = Call(
