@@ -265,7 +265,8 @@ def _by_adapter(
     x = _first_tensor(args, kwargs)
     assert x is not None
     batch = x.shape[0]
-    positions: dict[str | None, list[int]] = {**rows.positions(batch, path)}
+    positions: dict[str | None, list[int]] = {}
+    positions.update(rows.positions(batch, path))
     taken = {i for found in positions.values() for i in found}
     positions[None] = [i for i in range(batch) if i not in taken]
     layers = vera_layers(block)

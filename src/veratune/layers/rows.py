@@ -86,7 +86,8 @@ def run_by_adapter(
         )
     batch = first.shape[0]
     results, order = [], []
-    groups: dict[str | None, list[int]] = {**layer.rows.positions(batch, layer.name)}
+    groups: dict[str | None, list[int]] = {}
+    groups.update(layer.rows.positions(batch, layer.name))
     named = {i for positions in groups.values() for i in positions}
     rest = [i for i in range(batch) if i not in named]
     for name, positions in (groups | ({None: rest} if rest else {})).items():
