@@ -725,4 +725,7 @@ def test_a_recipe_is_settings_by_name_and_flags_overrule_it(capsys):
     assert (flags.targets, flags.vectors, flags.rank) == (("all-linear",), "d", 64)
     status, _, said = run(capsys, "train", "--recipe", "spraed", *needed)
     assert status == 2
-    assert "no recipe 'spraed'; there are paper, spread; did you mean 'spread'" in said
+    assert (
+        "no recipe 'spraed'; there are balanced, paper, small, spread; did you mean 'spread'"
+        in said
+    )

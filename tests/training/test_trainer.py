@@ -5,6 +5,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 import veratune as vt
+from veratune.errors import UnsupportedError
 from veratune.training.methods import LearningRates, VeraMethod
 from veratune.training.trainer import VeraTrainer
 
@@ -18,6 +19,18 @@ class Reader(nn.Module):
 
     def forward(self, x, labels=None):
         y = nn.functional.linear(self.called(x), self.read.weight)
+        return {"loss": (y - labels[:, None]).square().mean(), "logits": y}
+
+
+class Idle(nn.Module):
+    """Calls one of its layers and never the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.idle = nn.Linear(4, 1), nn.Linear(4, 1)
+
+    def forward(self, x, labels=None):
+        y = self.called(x)
         return {"loss": (y - labels[:, None]).square().mean(), "logits": y}
 
 
@@ -45,9 +58,11 @@ def trainer(model, folder):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_layer_that_is_passed_by_is_named(tmp_path):
     torch.manual_seed(0)
-    model = vt.attach(Reader(), vt.VeraConfig(rank=2, targets=["called", "read"]))
+    with pytest.raises(UnsupportedError, match="'read' cannot be adapted: Reader.forward reads"):
+        vt.attach(Reader(), vt.VeraConfig(rank=2, targets=["called", "read"]))
+    model = vt.attach(Idle(), vt.VeraConfig(rank=2, targets=["called", "idle"]))
     with pytest.warns(
-        UserWarning, match="1 adapted layers, the first 'read', took no part in the first step"
+        UserWarning, match="1 adapted layers, the first 'idle', took no part in the first step"
     ):
         trainer(model, tmp_path).train()
     model = vt.attach(Reader(), vt.VeraConfig(rank=2, targets=["called"]))

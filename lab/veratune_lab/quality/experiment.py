@@ -84,7 +84,7 @@ class Quality(Tuned):
     def page(self, lines: Sequence[Line], scale: Scale) -> str:
         from veratune_lab.quality.report import page
 
-        return page(self, lines)
+        return "\n\n".join([f"{self.about}.", page(self, lines)])
 
     def draw(self, lines: Sequence[Line], place: Place) -> list[Path]:
         from veratune_lab.quality.report import draw

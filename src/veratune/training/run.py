@@ -81,8 +81,8 @@ def train(
     if is_first_process():
         check_out(settings, vera)
     if method is None:
-        check_method_settings(settings, vera)
         method = build_method(settings.method, vera, settings.options)
+        check_method_settings(settings, vera)
     if settings.label_smoothing and not task.cross_entropy:
         raise ConfigError(
             f"label_smoothing is {settings.label_smoothing}, but the loss of task {task.name!r} "

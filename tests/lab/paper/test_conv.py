@@ -43,7 +43,7 @@ def test_all_convolutions_of_a_resnet_50():
     assert len(vt.extract(model).shapes) == 53
     other, lora = Classifier(ResNet(FIFTY)), Loralib(whole, RANK)
     lora.prepare(other, ("net.fc",), {})
-    assert sum(p.numel() for p in lora.inside(other)) == 450_892
+    assert sum(p.numel() for p in lora.adapter_parameters(other)) == 450_892
 
 
 def test_a_lora_of_zeros_has_no_gradient_and_one_at_random_has():
