@@ -93,7 +93,7 @@ def _before_merge(model: nn.Module, site: Site) -> Tensor | None:
 
 
 def _stored(model: nn.Module) -> Any:
-    """What gives a site's stored weight."""
+    """Return a function that reads a site's stored weight."""
 
     def stored(site: Site) -> Tensor:
         weight = _before_merge(model, site)

@@ -1,4 +1,4 @@
-"""What attach checks before it touches a model: each check raises with the layer and the way out."""
+"""Checks that attach runs before it changes a model. Each raises with the layer and the way out."""
 
 import ast
 import importlib.util

@@ -170,7 +170,7 @@ class VeraConfig:
         return 1.0 if self.basis == "lora" else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """What an adapter is, as JSON types; the defaults too, so that a file means the same when a default changes.
+        """Return the configuration as JSON types, defaults included.
 
         How it is computed (`plan`) is no part of it.
         """

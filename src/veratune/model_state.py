@@ -28,7 +28,7 @@ ON_PLAIN: list[Callable[[nn.Module], None]] = []
 
 @dataclasses.dataclass
 class AdapterState:
-    """What attach remembers of a model.
+    """State that attach keeps on a model.
 
     Attributes:
         configs: The adapters, by name.

@@ -1,4 +1,4 @@
-"""What a method trains, stores and needs, from a model's configuration alone: no weights are read or made."""
+"""Count parameters, bytes and memory of a method from a model's configuration, without weights."""
 
 import dataclasses
 from pathlib import Path
@@ -24,7 +24,7 @@ _META = torch.device("meta")
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-    """What fine-tuning one model with one method takes. Bytes are bytes, not KiB.
+    """The cost of fine-tuning one model with one method. Sizes are in bytes.
 
     trainable: the method's own values, the task head apart (for method "head": the head); head: values of
     the task head; layers: adapted matrices; bytes_fp32, bytes_bf16: of the trainable values; file_bytes: of

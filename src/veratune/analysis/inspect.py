@@ -1,4 +1,4 @@
-"""What is in an adapter: figures by layer, and a picture of them."""
+"""Inspect an adapter: figures per layer, and a plot of them."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""What A and B are for a layer: one object answers for every layer, adapter, device and dtype.
+"""Basis: the frozen A and B of every layer, for every adapter, device and dtype.
 
 A basis holds each matrix once for every (device, dtype), at the largest size anyone asked for, and hands
 out views. It is immutable as seen from outside, shared between adapters, copied by nobody (deepcopy
@@ -248,7 +248,7 @@ class MonarchBasis(RandomBasis):
 
 
 class PeftBasis(Basis):
-    """What Hugging Face PEFT's VeRA draws, bit for bit: A (r, max_in), then B (max_out, r), from one generator.
+    """The matrices of Hugging Face PEFT's VeRA, bit for bit: A (r, max_in), then B (max_out, r).
 
     seed: PEFT's projection_prng_key. max_in, max_out: the largest sizes among the adapted layers; PEFT's
     values and their scale depend on them. Source: peft 0.21.2, tuners/vera/model.py.

@@ -29,7 +29,7 @@ def values(bits: Bits, init: Init) -> Values:
 
 
 def gain(init: Init, fan_in: int) -> float:
-    """What a matrix of unscaled values is multiplied with.
+    """Return the gain of a matrix of unscaled values.
 
     Kaiming uniform: sqrt(6 / fan_in). Kaiming normal: sqrt(2 / fan_in). Uniform on [0, 0.1]: 0.1.
     Source: He, Zhang, Ren, Sun, ICCV 2015, with the gain of a rectifier, as torch.nn.init has it.

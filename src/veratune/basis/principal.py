@@ -120,7 +120,7 @@ class PrincipalBasis(Basis):
 
     @functools.cached_property
     def _numbers(self) -> np.ndarray:
-        """What a fingerprint holds: samples of layers spread evenly over all, by name."""
+        """Return the numbers of the fingerprint: samples of layers spread evenly over all, by name."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
             for layer in self._sampled:
                 if layer not in self._samples:

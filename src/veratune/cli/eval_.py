@@ -104,7 +104,7 @@ def add_loading(out: Parser) -> None:
 
 
 def load(flags: Namespace, **more: Any) -> "LoadedModel":
-    """What the flags of `add_loading` ask for."""
+    """Load the model and adapter that the flags of `add_loading` name."""
     from veratune.inference.adapted import load_with_adapter
 
     return load_with_adapter(

@@ -144,7 +144,7 @@ def _value(text: str) -> Any:
 
 
 def preview_on(console: Console) -> Any:
-    """What prints a training example, the part that the loss is on in green."""
+    """Return a function that prints a training example, tokens with loss in green."""
 
     def show(pieces: list[tuple[str, bool]]) -> None:
         text = (

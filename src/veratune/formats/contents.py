@@ -32,7 +32,7 @@ class Vectors:
 
 
 class Contents(abc.ABC):
-    """What a header says, checked; `adapter` adds one file's tensors."""
+    """A checked file header; `adapter` adds one file's tensors."""
 
     config: VeraConfig
     shapes: dict[str, tuple[int, int]]

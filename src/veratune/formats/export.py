@@ -28,7 +28,7 @@ EXACT_ONLY = ("safetensors", "peft")  # formats that hold vectors, whose rank is
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What an export wrote.
+    """The result of an export.
 
     Attributes:
         errors: Each layer's error, if ranks were reduced.

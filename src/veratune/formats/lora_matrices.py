@@ -130,7 +130,7 @@ def vectors_of_layer(adapter: Adapter, layer: str) -> tuple[Tensor, Tensor]:
 
 
 def _matrices(adapter: Adapter, layer: str) -> tuple[tuple[str, int, int], Tensor, Tensor]:
-    """What identifies a layer's A, then its lora_A and lora_B."""
+    """Return a key of the layer's A, then its lora_A and lora_B."""
     (m, n), rank = adapter.shapes[layer], adapter.ranks[layer]
     basis = adapter.basis
     A, B = (dense(matrix) for matrix in basis.pair(layer, m, n, rank, _CPU, torch.float32))

@@ -1,1 +1,1 @@
-"""What chat, eval, merge, sample and serve share."""
+"""Loading, generation and evaluation, shared by chat, eval, merge, sample and serve."""

@@ -1,4 +1,4 @@
-"""What a checkpoint of an adapted model holds: the trained tensors, never the base weights."""
+"""Checkpoints of adapted models: the trained tensors, never the base weights."""
 
 from torch import Tensor, nn
 

@@ -48,7 +48,7 @@ class AdapterRef:
 
 
 class RequestFields(TypedDict, total=False):
-    """What a request to an engine takes from the caller and the model's name."""
+    """Return the request fields that come from the caller and the model's name."""
 
     tenant: str
     key: Key

@@ -112,7 +112,7 @@ def set_class_bias(layer: nn.Linear, targets: Sequence[int]) -> None:
 
 
 def output_heads(model: nn.Module) -> tuple[str, ...]:
-    """What stands beside a Hugging Face model's backbone and has parameters: "classifier", "score", a pooler."""
+    """Modules with parameters beside a Hugging Face model's backbone: a classifier, a pooler."""
     backbone = getattr(model, "base_model_prefix", "")
     return tuple(
         name

@@ -55,10 +55,10 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def head(self, model: nn.Module) -> list[nn.Parameter]:
-        """What is trained at the head's learning rate."""
+        """Parameters trained at the head's learning rate."""
 
     def adapter_parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        """What is trained at the learning rate of the vectors: all else that asks for gradients."""
+        """Parameters trained at the vectors' learning rate: all others that require gradients."""
         head = {id(p) for p in self.head(model)}
         return [p for p in model.parameters() if p.requires_grad and id(p) not in head]
 
@@ -190,7 +190,7 @@ class BaselineMethod(Method):
             ) from None
 
     def _state(self, model: nn.Module) -> dict[str, Tensor]:
-        """What is trained, with the batch statistics that go with it, each tensor once."""
+        """Trained parameters and their batch statistics by name, each tensor once."""
         kept: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         whole = [("", model)] if self.method == "full" else find_heads(model, self._heads)
         for path, module in whole:

@@ -15,7 +15,7 @@ from veratune.errors import UnsupportedError
 
 @dataclasses.dataclass
 class Window:
-    """What one forward pass reads and writes.
+    """The rows and positions of one forward pass.
 
     Args:
         first: First row.

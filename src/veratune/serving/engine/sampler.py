@@ -10,7 +10,7 @@ from veratune.serving.engine.sampling import SampledToken, SamplingParams
 
 
 class SamplingState:
-    """What the sampler keeps of one sequence between steps.
+    """Sampling state of one sequence between steps.
 
     Args:
         params: How the sequence is sampled.

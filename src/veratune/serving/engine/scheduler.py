@@ -14,7 +14,7 @@ from veratune.errors import ConfigError, QueueFullError
 
 
 class Schedulable(Protocol):
-    """What the scheduler reads of a request: its tenant, and the most tokens that it may take."""
+    """The part of a request that the scheduler reads: its tenant and its token limit."""
 
     @property
     def tenant(self) -> str: ...

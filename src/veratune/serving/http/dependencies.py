@@ -1,4 +1,4 @@
-"""What routes depend on: the caller, the service, the jobs, and the application's context."""
+"""Dependencies of routes: the caller, the service, the jobs, the application context."""
 
 import dataclasses
 import logging
@@ -25,7 +25,7 @@ _MAX_NOTED = 1000  # field names; clients may send any
 
 @dataclasses.dataclass
 class Context:
-    """What the application owns besides its routes."""
+    """Objects that the application owns besides its routes."""
 
     service: Service
     jobs: Jobs | None

@@ -158,7 +158,7 @@ class ChatFormat(ResponseFormat):
         )
 
     def _parse(self, index: int, delta: OutputDelta) -> tuple[ToolOutput, str | None]:
-        """What a delta means, and its finish reason."""
+        """Return a delta's content and its finish reason."""
         if self._make_parser is None:
             return ToolOutput(delta.text), delta.finish_reason
         if index not in self._parsers:

@@ -37,7 +37,7 @@ class ToolCall:
 
 @dataclasses.dataclass(frozen=True)
 class ToolOutput:
-    """What new text means: content, and calls that it completed."""
+    """Parse new text: return its content and the tool calls that it completed."""
 
     content: str = ""
     calls: tuple[ToolCall, ...] = ()

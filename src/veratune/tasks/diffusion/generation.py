@@ -35,7 +35,7 @@ class Pixels:
 
 
 class ImageGeneration(ImageTask):
-    """What tasks that generate images have in common. The score is the loss; grids of samples are drawn at every checkpoint."""
+    """Base of image-generation tasks. The score is the loss; each checkpoint draws a sample grid."""
 
     accepted_settings = ImageTask.accepted_settings | {"min_snr", "sample_steps"}
 

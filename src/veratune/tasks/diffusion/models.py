@@ -40,11 +40,11 @@ class Diffusion(nn.Module, abc.ABC):
         """The noise (or the velocity) in `noisy` (N, C, H, W) at steps t (N,)."""
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """What is noised: the images in [-1, 1], or what a VAE makes of them."""
+        """The tensor that is noised: images in [-1, 1], or their VAE latents."""
         return pixels
 
     def condition(self, captions: Sequence[str] | None, size: tuple[int, int]) -> Any:
-        """What `predict` is told beside the step."""
+        """The conditioning of `predict`, such as text embeddings."""
         return None
 
     def forward(

@@ -29,7 +29,7 @@ Message = dict[str, str]
 
 
 class LanguageTask(TextTask):
-    """What all language modelling has in common: a causal model, padded batches, the loss as the score."""
+    """Base of language-modelling tasks: a causal model, padded batches, the loss as the score."""
 
     loss_per_token = True
     cross_entropy = True

@@ -191,7 +191,7 @@ class ObjectDetection(ImageTask):
     def found(
         self, logits: Tensor, boxes: Tensor, sizes: list[tuple[int, int]], threshold: float
     ) -> list[dict[str, np.ndarray]]:
-        """What a detector found in each image of a batch: boxes (x0, y0, x1, y1), labels, scores.
+        """Detections in each image of a batch: boxes (x0, y0, x1, y1), labels, scores.
 
         sizes: (height, width) in pixels that the boxes are given in.
         """

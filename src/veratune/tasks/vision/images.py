@@ -36,7 +36,7 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class ImageTask(Task):
-    """What all tasks on images have in common: their size, what is done to training images, and to unreadable ones."""
+    """Base of image tasks: image size, augmentation, and the policy for unreadable images."""
 
     accepted_settings = frozenset({"image_size", "augment", "bad_images"})
     augments: ClassVar[tuple[str, ...]] = ("none", "flip", "crop")

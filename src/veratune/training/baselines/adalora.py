@@ -1,4 +1,4 @@
-"""What AdaLoRA needs beside its layers: its penalty in the loss, and its budget moved after every step.
+"""AdaLoRA's orthogonality penalty in the loss, and its rank budget, updated after every step.
 
 Source: Zhang et al., "Adaptive budget allocation for parameter-efficient fine-tuning", 2023; the layers and the allocation are PEFT's.
 """

@@ -47,7 +47,7 @@ class ResultLog:
 
 @dataclasses.dataclass
 class ActiveState:
-    """What a checkpoint holds of one active tenant.
+    """One active tenant in a checkpoint.
 
     Attributes:
         run: The run's counters and scores, as JSON types.

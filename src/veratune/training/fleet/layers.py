@@ -44,7 +44,7 @@ class TenantBatch:
 
 
 class BatchHolder:
-    """What all wrappers of one model share: the batch that is running, or None for the base model."""
+    """The running batch, shared by all wrappers of one model; None for the base model."""
 
     def __init__(self) -> None:
         self.batch: TenantBatch | None = None

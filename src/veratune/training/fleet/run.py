@@ -72,7 +72,7 @@ class TenantRun:
         return [self.examples[i] for i in chosen]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the run, as JSON types."""
+        """The run's counters and scores for a checkpoint, as JSON types."""
         kept = ("name", "step", "before", "best", "best_step", "bad_evaluations", "after")
         return {key: getattr(self, key) for key in kept} | {"loss_sum": self.loss_sum}
 

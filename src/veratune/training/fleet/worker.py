@@ -45,7 +45,7 @@ class FolderSink:
 
 @dataclasses.dataclass(frozen=True)
 class FleetResult:
-    """What a fleet's run gave.
+    """The result of a fleet's run.
 
     Attributes:
         out: Its folder.
