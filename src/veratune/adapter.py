@@ -154,7 +154,8 @@ class Adapter:
             return self.bound
         if self.config.basis == "principal":
             raise UnsupportedError(
-                "an adapter with basis='principal' needs its base model's weights: load it into the "
+                "an adapter with basis='principal' needs its base model's weights: load it into "
+                "the "
                 "model, and take it from there"
             )
         if self.config.basis == "lora":

@@ -124,7 +124,8 @@ def attach_sites(
 ) -> M:
     """Add an adapter at the given sites; `attach` and adapter files come together here.
 
-    Args: as of `attach`; sites: the adapted matrices, which the config's patterns are not asked for.
+    Args: as of `attach`; sites: the adapted matrices, which the config's patterns are not asked
+    for.
     """
     state = _state_for(model)
     check_new_name(model, state, name)

@@ -82,7 +82,8 @@ def _weight_in(model: "weakref.ref[nn.Module]", site: Site) -> Tensor:
     alive = model()
     if alive is None:
         raise BasisError(
-            f"layer '{site.name}': basis='principal' reads the base model's weight, and the model is gone"
+            f"layer '{site.name}': basis='principal' reads the base model's weight, and the model "
+            "is gone"
         )
     return site_weight(alive, site)
 

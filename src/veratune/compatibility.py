@@ -33,8 +33,8 @@ _QUESTIONS = frozenset({"isinstance", "hasattr", "getattr", "id", "type"})
 # Kernels of state space models that take the weights of layers; without their packages,
 # transformers calls the layers instead.
 _FUSED_KERNELS = frozenset({"mamba_inner_fn", "mamba_split_conv1d_scan_combined"})
-# transformers' DeBERTa v1 reads in_proj.weight only for `query_states`, which it passes when z_steps
-# is over 1; it sets z_steps to 0.
+# transformers' DeBERTa v1 reads in_proj.weight only for `query_states`, which it passes when
+# z_steps is over 1; it sets z_steps to 0.
 _NEVER_READ = frozenset({("DisentangledSelfAttention", "in_proj")})
 _KERNEL_PACKAGES = ("mamba_ssm", "kernels")
 

@@ -28,33 +28,36 @@ class VeraConfig:
     Args:
         rank: r, the rows of A and the columns of B. VeRA wants it high: 256 to 1024.
         targets: the layers to adapt. Each entry is a layer's name or the end of one ("q_proj",
-            "c_attn.q"), a glob ("*.attn.*"), a regular expression for the whole name ("re:.*[qv]_proj"), or one of the
-            words "query", "key", "value", which stand for that projection under any family's name for
-            it. "all-linear" is every linear layer but the output head, "all-conv" every convolution. None: query and
-            value.
+            "c_attn.q"), a glob ("*.attn.*"), a regular expression for the whole name
+            ("re:.*[qv]_proj"), or one of the words "query", "key", "value", which stand for that
+            projection under any family's name for it. "all-linear" is every linear layer but the
+            output head, "all-conv" every convolution. None: query and value.
         exclude: layers left out, in the same language.
         layers: indices of the blocks to adapt (the first number in a layer's name). None: all.
         rank_pattern: another rank for the layers that a pattern matches; the first match counts.
         vectors: "both", or only "d" (b stays 1) or only "b" (d stays 1): the paper's Table 6a.
-        d_init: start value of d. None: 0.1, or 0 with vectors="d", so that ΔW starts at 0 either way; 1 over a LoRA, where b starts
-            at 1 too and ΔW is the LoRA's.
+        d_init: start value of d. None: 0.1, or 0 with vectors="d", so that ΔW starts at 0 either
+            way; 1 over a LoRA, where b starts at 1 too and ΔW is the LoRA's.
         dropout: probability with which an input of the adapter is dropped in training, in [0, 1).
-        basis: "random" (full matrices of the counter-based generator), "monarch" (small blocks of it, which multiply
-            in a fraction of the work), "peft" (what Hugging Face PEFT draws), "principal" (the leading singular vectors
-            of each layer's frozen weight, recomputed from the base model) or "lora" (A and B of a trained LoRA, which
-            `attach` is given; targets None are then all its layers, and the rank is its own).
+        basis: "random" (full matrices of the counter-based generator), "monarch" (small blocks of
+            it, which multiply in a fraction of the work), "peft" (what Hugging Face PEFT draws),
+            "principal" (the leading singular vectors of each layer's frozen weight, recomputed from
+            the base model) or "lora" (A and B of a trained LoRA, which `attach` is given; targets
+            None are then all its layers, and the rank is its own).
         init: distribution of A and B.
-        sharing: one pair for all layers ("shared"), one for each layer shape ("per_shape"), or one for
-            each layer ("unique").
+        sharing: one pair for all layers ("shared"), one for each layer shape ("per_shape"), or one
+            for each layer ("unique").
         seed: of the basis, 0 to 2**64 - 1.
-        fused: a fused projection such as GPT-2's c_attn is adapted in its "parts" (q, k, v, each with
-            its own d and b) or as one "whole" matrix, as PEFT does.
-        conv_layout: the matrix that a convolution is: "matrix" is (out, in / groups * kernel), "loralib" is (out / groups * k,
-            in * k) with rank * k rows in A, as loralib's LoRA has it, for square kernels of side k.
+        fused: a fused projection such as GPT-2's c_attn is adapted in its "parts" (q, k, v, each
+            with its own d and b) or as one "whole" matrix, as PEFT does.
+        conv_layout: the matrix that a convolution is: "matrix" is (out, in / groups * kernel),
+            "loralib" is (out / groups * k, in * k) with rank * k rows in A, as loralib's LoRA has
+            it, for square kernels of side k.
         head: modules trained in full and stored with the adapter, such as "classifier".
         dtype: of the trained vectors.
-        plan: the order in which the products are taken (the table in `veratune.ops.plans`). "auto" takes the
-            cheapest for each call; the numbers are the same. It is not stored in an adapter's file.
+        plan: the order in which the products are taken (the table in `veratune.ops.plans`). "auto"
+            takes the cheapest for each call; the numbers are the same. It is not stored in an
+            adapter's file.
 
     Raises:
         ConfigError: naming the setting, what was found and what is allowed.
@@ -105,7 +108,8 @@ class VeraConfig:
             value = getattr(self, field)
             if value not in choices:
                 raise ConfigError(
-                    f"{field} is {value!r}; it must be one of {', '.join(choices)}{near(str(value), choices)}"
+                    f"{field} is {value!r}; it must be one of "
+                    f"{', '.join(choices)}{near(str(value), choices)}"
                 )
         if self.d_init is not None and not (_is_number(self.d_init) and math.isfinite(self.d_init)):
             raise ConfigError(f"d_init is {self.d_init!r}; it must be a finite number")
@@ -124,7 +128,8 @@ class VeraConfig:
             raise ConfigError(f"seed is {self.seed!r}; it must be an integer from 0 to 2**64 - 1")
         if self.dropout and self.plan in ("projected", "merged"):
             raise ConfigError(
-                f"plan={self.plan!r} computes (W + ΔW) x, but with dropout={self.dropout} ΔW reads another x than W; "
+                f"plan={self.plan!r} computes (W + ΔW) x, but with dropout={self.dropout} ΔW reads "
+                "another x than W; "
                 "use plan='factored' or 'dense', or leave it at 'auto'"
             )
         if self.basis == "peft":
@@ -138,7 +143,8 @@ class VeraConfig:
             ):
                 if getattr(self, field) != only:
                     raise ConfigError(
-                        f"basis={self.basis!r} takes its matrices from {source}, so {field}={getattr(self, field)!r} has no meaning; leave it out"
+                        f"basis={self.basis!r} takes its matrices from {source}, so "
+                        f"{field}={getattr(self, field)!r} has no meaning; leave it out"
                     )
 
     def _check_peft(self) -> None:

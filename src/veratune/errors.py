@@ -6,9 +6,9 @@
     ├── ShapeError           a tensor has the wrong shape
     ├── AdapterError         an adapter cannot do what was asked
     │   ├── AdapterNotFoundError  the model or the store has no adapter of this name or version
-    │   ├── AdapterStateError     the adapter or the model is in the wrong state: merged, attached twice
+    │   ├── AdapterStateError     wrong state: merged, attached twice, ...
     │   └── InvalidNameError      an adapter or a tenant cannot have this name
-    ├── UnsupportedError     the request is valid but veratune cannot do it; the message gives the reason
+    ├── UnsupportedError     valid, but veratune cannot do it; the message says why
     ├── AdapterFileError     a file is not a readable adapter
     │   ├── BasisError       the frozen matrices A and B differ from those of training
     │   └── BaseModelError   the adapter was trained on another base model

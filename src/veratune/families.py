@@ -21,13 +21,42 @@ FAMILY_TARGETS: dict[str, tuple[str, ...]] = {
         ("bloom", "falcon", "fuyu", "gpt_neox", "gpt_neox_japanese", "persimmon"), _FUSED
     ),
     **dict.fromkeys(
-        ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_k25",
-         "longcat_flash", "minicpm3", "mistral4", "youtu", "axk1", "axk2", "hy_v4"), _MLA,
+        (
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+            "kimi_k25",
+            "longcat_flash",
+            "minicpm3",
+            "mistral4",
+            "youtu",
+            "axk1",
+            "axk2",
+            "hy_v4",
+        ),
+        _MLA,
     ),
     "deepseek_v4": ("q_a_proj", "q_b_proj", "kv_proj"),
     **dict.fromkeys(
-        ("mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "falcon_h1", "granitemoehybrid",
-         "nemotron_h", "zamba", "zamba2", "lfm2", "lfm2_moe", "lfm3", "recurrent_gemma"), _MIXER,
+        (
+            "mamba",
+            "mamba2",
+            "falcon_mamba",
+            "jamba",
+            "bamba",
+            "falcon_h1",
+            "granitemoehybrid",
+            "nemotron_h",
+            "zamba",
+            "zamba2",
+            "lfm2",
+            "lfm2_moe",
+            "lfm3",
+            "recurrent_gemma",
+        ),
+        _MIXER,
     ),
     **dict.fromkeys(
         ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text"),
@@ -41,23 +70,46 @@ FAMILY_TARGETS: dict[str, tuple[str, ...]] = {
         ("moshi", "kyutai_speech_to_text", "gemma4_vision", "gemma4_audio"),
         ("q_proj.linear", "v_proj.linear"),
     ),
-    **dict.fromkeys(
-        ("fnet", "focalnet", "levit", "patchtsmixer", "swiftformer"), (ALL_LINEAR,)
-    ),
+    **dict.fromkeys(("fnet", "focalnet", "levit", "patchtsmixer", "swiftformer"), (ALL_LINEAR,)),
     **dict.fromkeys(("convnext", "convnextv2", "dinov3_convnext"), (ALL_LINEAR, ALL_CONV)),
     **dict.fromkeys(
-        ("bit", "dac", "efficientnet", "encodec", "hgnet_v2", "mobilenet_v1", "mobilenet_v2",
-         "mobilevitv2", "poolformer", "regnet", "resnet", "textnet", "univnet", "uvdoc"), _CONV,
+        (
+            "bit",
+            "dac",
+            "efficientnet",
+            "encodec",
+            "hgnet_v2",
+            "mobilenet_v1",
+            "mobilenet_v2",
+            "mobilevitv2",
+            "poolformer",
+            "regnet",
+            "resnet",
+            "textnet",
+            "univnet",
+            "uvdoc",
+        ),
+        _CONV,
     ),
-}  # fmt: skip
+}
 
 # The usual names of an output head, for models that do not say which module it is.
 HEAD_NAMES = frozenset(
     {
-        "classifier", "cls", "embed_out", "fc", "head", "heads", "lm_head", "output_layer",
-        "output_projection", "prediction_head", "qa_outputs", "score",
+        "classifier",
+        "cls",
+        "embed_out",
+        "fc",
+        "head",
+        "heads",
+        "lm_head",
+        "output_layer",
+        "output_projection",
+        "prediction_head",
+        "qa_outputs",
+        "score",
     }
-)  # fmt: skip
+)
 
 # The children of a multimodal model that hold its language model, in the order they are tried.
 LANGUAGE_TOWERS = ("language_model", "text_model", "llm")

@@ -14,8 +14,9 @@ from veratune.formats.peft_files import CONFIG_NAME, is_checkpoint
 def save(model: nn.Module, path: str | Path, name: str | None = None) -> int:
     """Write one adapter of a model to a file of its own. Returns the file's size in bytes.
 
-    name: default the active adapter, or the only one. Saving while merged saves the adapter all the same.
-    Raises AdapterNotFoundError for an unknown name, OutputError if the file cannot be written; then nothing changed.
+    name: default the active adapter, or the only one. Saving while merged saves the adapter all the
+    same. Raises AdapterNotFoundError for an unknown name, OutputError if the file cannot be
+    written; then nothing changed.
     """
     path = Path(path)
     if path.suffix != native.SUFFIX:
@@ -34,11 +35,12 @@ def load(
 ) -> str:
     """Put an adapter from a file into a model and make it the active one. Returns its name.
 
-    path: a veratune file, the folder of a PEFT VeRA checkpoint, or hf://user/repo@revision. name: default
-    the file's own, without its suffix (the repository's name for the hub). trainable: whether to train it further. check_base: see `veratune.adapter.install`.
-    basis: the LoRA that the adapter was trained over, from `read_lora`.
-    Raises AdapterFileError (damaged, tampered with, another basis), BaseModelError (another base model) or
-    AdapterStateError (the name is taken); then the model is as it was.
+    path: a veratune file, the folder of a PEFT VeRA checkpoint, or hf://user/repo@revision. name:
+    default the file's own, without its suffix (the repository's name for the hub). trainable:
+    whether to train it further. check_base: see `veratune.adapter.install`. basis: the LoRA that
+    the adapter was trained over, from `read_lora`. Raises AdapterFileError (damaged, tampered with,
+    another basis), BaseModelError (another base model) or AdapterStateError (the name is taken);
+    then the model is as it was.
     """
     name = name or default_name(path)
     install(
@@ -60,7 +62,9 @@ def default_name(path: str | Path) -> str:
 
 
 def read(path: str | Path, model: nn.Module) -> Adapter:
-    """Read an adapter from a veratune file, a PEFT folder or the hub; `model` gives a PEFT checkpoint its sizes."""
+    """Read an adapter from a veratune file, a PEFT folder or the hub; `model` gives a PEFT
+    checkpoint its sizes.
+    """
     path = hub.download(str(path)) if hub.is_address(path) else Path(path)
     if path.is_dir():
         if not is_checkpoint(path):

@@ -1,4 +1,6 @@
-"""Base models from a folder, a GGUF file or a hub id, and one clear error when they cannot be had."""
+"""Base models from a folder, a GGUF file or a hub id, and one clear error when they cannot be
+had.
+"""
 
 import contextlib
 from collections.abc import Iterator

@@ -6,7 +6,8 @@ import re2
 
 from veratune.errors import ConfigError
 
-# Between a fused layer's path and the name of its part: torch allows no module to have it in its name.
+# Between a fused layer's path and the name of its part: torch allows no module to have it in its
+# name.
 PART = ":"
 
 REGEX = "re:"
@@ -17,11 +18,19 @@ ROLES: dict[str, tuple[str, ...]] = {
     # BERT, RoBERTa, ViT; Llama, Qwen, CLIP; DistilBERT; T5, fused parts; DeBERTa v2; diffusers;
     # wav2vec 2.0 conformers; CPM-Ant; CTRL; CvT
     role: (
-        role, f"{letter}_proj", f"{letter}_lin", letter, f"{role}_proj", f"to_{letter}",
-        f"linear_{letter}", f"project_{letter}", f"W{letter}", f"projection_{role}",
+        role,
+        f"{letter}_proj",
+        f"{letter}_lin",
+        letter,
+        f"{role}_proj",
+        f"to_{letter}",
+        f"linear_{letter}",
+        f"project_{letter}",
+        f"W{letter}",
+        f"projection_{role}",
     )
     for role, letter in (("query", "q"), ("key", "k"), ("value", "v"))
-}  # fmt: skip
+}
 
 
 def matches(pattern: str, name: str) -> bool:

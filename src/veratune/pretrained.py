@@ -115,7 +115,8 @@ def _save_pretrained(model: nn.Module, save_directory: str | Path, **options: An
     index = json.dumps({"version": 1, "adapters": names, "active": active(model)})
     write_atomic(folder / INDEX, index.encode())
     warnings.warn(
-        f"save_pretrained wrote the base model, and {len(names)} adapters in {folder}; transformers "
+        f"save_pretrained wrote the base model, and {len(names)} adapters in {folder}; "
+        "transformers "
         "alone loads the bare base model, veratune.from_pretrained loads both",
         stacklevel=2,
     )

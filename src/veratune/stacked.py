@@ -1,7 +1,7 @@
 """VectorLayout: where the trained vectors of one adapter stand in a row of a stacked tensor.
 
-Adapters that share their sites, ranks and basis differ only in numbers. Stacked, they are one tensor of shape
-(adapters, values), and a mixed batch gathers its rows.
+Adapters that share their sites, ranks and basis differ only in numbers. Stacked, they are one
+tensor of shape (adapters, values), and a mixed batch gathers its rows.
 """
 
 import dataclasses
@@ -16,7 +16,9 @@ from veratune.targets import Site
 
 @dataclasses.dataclass(frozen=True)
 class VectorSlices:
-    """The slices of one site in a row. None: the adapter does not train that vector, which is all ones."""
+    """The slices of one site in a row. None: the adapter does not train that vector, which is all
+    ones.
+    """
 
     site: Site
     d: slice | None

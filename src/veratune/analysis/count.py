@@ -26,12 +26,13 @@ _META = torch.device("meta")
 class Count:
     """The cost of fine-tuning one model with one method. Sizes are in bytes.
 
-    trainable: the method's own values, the task head apart (for method "head": the head); head: values of
-    the task head; layers: adapted matrices; bytes_fp32, bytes_bf16: of the trainable values; file_bytes: of
-    the adapter's file (vera; None otherwise); basis_bytes: of A and B in memory, fp32; base_parameters,
-    base_bytes: of the frozen model in `dtype`; state_bytes: weights, gradients and both Adam moments of the
-    trained values, fp32; activation_bytes: estimated, at `batch` x `length` tokens; train_bytes: their sum;
-    flops_per_token: multiply-adds times two of one training step, estimated.
+    trainable: the method's own values, the task head apart (for method "head": the head); head:
+    values of the task head; layers: adapted matrices; bytes_fp32, bytes_bf16: of the trainable
+    values; file_bytes: of the adapter's file (vera; None otherwise); basis_bytes: of A and B in
+    memory, fp32; base_parameters, base_bytes: of the frozen model in `dtype`; state_bytes: weights,
+    gradients and both Adam moments of the trained values, fp32; activation_bytes: estimated, at
+    `batch` x `length` tokens; train_bytes: their sum; flops_per_token: multiply-adds times two of
+    one training step, estimated.
     """
 
     model: str
@@ -63,8 +64,8 @@ def count(
 ) -> Count:
     """Count for a model given by its config.json, a folder that holds one, or a Hugging Face id.
 
-    vera: rank and targets, for vera and lora. batch, length: sequences and tokens of a training step.
-    Raises DataError if there is no configuration, TargetError if the targets do not fit.
+    vera: rank and targets, for vera and lora. batch, length: sequences and tokens of a training
+    step. Raises DataError if there is no configuration, TargetError if the targets do not fit.
     """
     vera = vera or VeraConfig()
     empty = empty_model(model)
@@ -133,7 +134,9 @@ def count(
 
 
 def empty_model(model: str) -> PreTrainedModel:
-    """A model on the meta device, with the architecture that its configuration names, or its backbone."""
+    """A model on the meta device, with the architecture that its configuration names, or its
+    backbone.
+    """
     path = Path(model)
     if path.suffix == ".json" and not path.is_file():
         raise DataError(f"{model}: no such file")
@@ -145,7 +148,8 @@ def empty_model(model: str) -> PreTrainedModel:
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"no model configuration at {model!r}: {reason}. Give a config.json or a folder that holds one"
+            f"no model configuration at {model!r}: {reason}. Give a config.json or a folder that "
+            "holds one"
         ) from error
     named = getattr(transformers, (config.architectures or [""])[0], None)
     with _META:
@@ -153,7 +157,9 @@ def empty_model(model: str) -> PreTrainedModel:
 
 
 def _heads(model: PreTrainedModel) -> list[nn.Module]:
-    """The task head of a classifier: what stands beside the backbone and is not the language model's output."""
+    """The task head of a classifier: what stands beside the backbone and is not the language
+    model's output.
+    """
     prefix = getattr(model, "base_model_prefix", "")
     if not prefix or not hasattr(model, prefix) or model.get_output_embeddings() is not None:
         return []
@@ -174,11 +180,12 @@ def _blank(vera: VeraConfig, sites: list[Site], model: str, sample: tuple[int, i
 
 
 def _activations(config: PreTrainedConfig, batch: int, length: int, itemsize: int) -> int:
-    """Bytes kept for the backward pass: per layer 17 values a token and hidden unit, attention not kept whole.
+    """Bytes kept for the backward pass: per layer 17 values a token and hidden unit, attention not
+    kept whole.
 
-    Source: Korthikanti et al., "Reducing activation recomputation in large transformer models", 2022, section
-    4.1, without the attention matrix, which fused attention does not store. An estimate: it leaves out the
-    logits, and knows nothing of other architectures.
+    Source: Korthikanti et al., "Reducing activation recomputation in large transformer models",
+    2022, section 4.1, without the attention matrix, which fused attention does not store. An
+    estimate: it leaves out the logits, and knows nothing of other architectures.
     """
     text: Any = config.get_text_config()
     hidden = getattr(text, "hidden_size", 0) or 0

@@ -14,7 +14,9 @@ from veratune.errors import OutputError
 
 @dataclasses.dataclass(frozen=True)
 class LayerFigures:
-    """One adapted matrix: its size m x n, rank, the norms |d| and |b|, and the mean absolute value of b."""
+    """One adapted matrix: its size m x n, rank, the norms |d| and |b|, and the mean absolute value
+    of b.
+    """
 
     layer: str
     out_features: int
@@ -26,7 +28,9 @@ class LayerFigures:
 
 
 def figures(adapter: Adapter) -> list[LayerFigures]:
-    """Figures of each layer, blocks in the order of their numbers; None for a vector that is not trained."""
+    """Figures of each layer, blocks in the order of their numbers; None for a vector that is not
+    trained.
+    """
     out = []
     for layer in sorted(adapter.shapes, key=_natural):
         m, n = adapter.shapes[layer]
@@ -87,7 +91,8 @@ def plot(adapter: Adapter, path: str | Path) -> None:
     axes[1].xaxis.get_major_locator().set_params(integer=True)
     config = adapter.config
     axes[0].set_title(
-        f"Trained vectors by block: rank {config.rank}, {len(adapter.shapes)} layers, d starts at {config.start_d:g}"
+        f"Trained vectors by block: rank {config.rank}, {len(adapter.shapes)} layers, d starts at "
+        f"{config.start_d:g}"
     )
     try:
         figure.savefig(path, dpi=120)

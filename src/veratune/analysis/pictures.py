@@ -1,4 +1,6 @@
-"""Pictures of what a model does, as PNG files: confusion matrices, grids of images, boxes, curves."""
+"""Pictures of what a model does, as PNG files: confusion matrices, grids of images, boxes,
+curves.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +19,9 @@ _COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#
 
 
 def draw_confusion(counts: np.ndarray, labels: Sequence[str], path: Path) -> Path:
-    """A confusion matrix (true classes in rows, guesses in columns), each row in shares of its class. Returns the path."""
+    """A confusion matrix (true classes in rows, guesses in columns), each row in shares of its
+    class. Returns the path.
+    """
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     few = len(labels) <= 20
     side = max(4.0, 0.55 * len(labels)) if few else 9.0
@@ -46,7 +50,9 @@ def draw_confusion(counts: np.ndarray, labels: Sequence[str], path: Path) -> Pat
 
 
 def draw_grid(rows: Mapping[str, Sequence[Image.Image]], path: Path, zoom: int = 1) -> Path:
-    """Images in rows, each with its name on the left. zoom: pixels drawn for each pixel. Returns the path."""
+    """Images in rows, each with its name on the left. zoom: pixels drawn for each pixel. Returns
+    the path.
+    """
     lists = {
         name: [
             im.resize((im.width * zoom, im.height * zoom), Image.Resampling.NEAREST) for im in ims
@@ -96,7 +102,9 @@ def draw_against(
     ylabel: str,
     title: str = "",
 ) -> Path:
-    """One mark for each (x, y, group), x on a logarithmic scale: a colour for each method, a shape for each group. Returns the path."""
+    """One mark for each (x, y, group), x on a logarithmic scale: a colour for each method, a shape
+    for each group. Returns the path.
+    """
     figure, axes = plt.subplots(figsize=(6.4, 4.0))
     groups = list(dict.fromkeys(group for marks in points.values() for _, _, group in marks))
     for i, (name, marks) in enumerate(points.items()):
@@ -126,7 +134,9 @@ def draw_lines(
     title: str = "",
     log: bool = False,
 ) -> Path:
-    """One line with marks for each name, through its (x, y); log: x on a logarithmic scale. Returns the path."""
+    """One line with marks for each name, through its (x, y); log: x on a logarithmic scale. Returns
+    the path.
+    """
     figure, axes = plt.subplots(figsize=(6.4, 4.0))
     for i, (name, points) in enumerate(series.items()):
         axes.plot(

@@ -1,8 +1,8 @@
 """Basis: the frozen A and B of every layer, for every adapter, device and dtype.
 
-A basis holds each matrix once for every (device, dtype), at the largest size anyone asked for, and hands
-out views. It is immutable as seen from outside, shared between adapters, copied by nobody (deepcopy
-returns the same object), and freed with the last layer that uses it.
+A basis holds each matrix once for every (device, dtype), at the largest size anyone asked for, and
+hands out views. It is immutable as seen from outside, shared between adapters, copied by nobody
+(deepcopy returns the same object), and freed with the last layer that uses it.
 """
 
 import abc
@@ -24,7 +24,8 @@ from veratune.ops.matrix import ColumnBlocks, Matrix, RowBlocks, grid_rows
 
 _CHUNK = 2**14  # Philox counters at a time: what stays in a core's cache
 
-# Sampled by the fingerprint: the corner that every layer uses, and far places that only large ones do.
+# Sampled by the fingerprint: the corner that every layer uses, and far places that only large ones
+# do.
 _SAMPLE_ROWS = (0, 1, 2, 3, 255, 1023, 65535)
 _SAMPLE_COLUMNS = 4096
 
@@ -49,7 +50,9 @@ class Basis(abc.ABC):
 
     @abc.abstractmethod
     def generate(self, role: str, out: Tensor) -> None:
-        """Fill `out`, a CPU matrix, with the values of the matrix `role` from row 0 and column 0 on."""
+        """Fill `out`, a CPU matrix, with the values of the matrix `role` from row 0 and column 0
+        on.
+        """
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
@@ -70,9 +73,11 @@ class Basis(abc.ABC):
         device: torch.device,
         dtype: torch.dtype,
     ) -> tuple[Matrix, Matrix]:
-        """(A, B) of a layer, of shape (rank, in_features) and (out_features, rank): views, or blocks.
+        """(A, B) of a layer, of shape (rank, in_features) and (out_features, rank): views, or
+        blocks.
 
-        Source of the cut: VeRA's shared matrices are sliced to each layer's size, arXiv 2310.11454 section 3.1.
+        Source of the cut: VeRA's shared matrices are sliced to each layer's size, arXiv 2310.11454
+        section 3.1.
         """
         roles = self.roles(layer, out_features, in_features)
         first, second = self.sizes(out_features, in_features, rank)
@@ -83,7 +88,9 @@ class Basis(abc.ABC):
     def matrix(
         self, role: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """The first `rows` and `columns` of a matrix: a view of the one copy, made or enlarged when needed."""
+        """The first `rows` and `columns` of a matrix: a view of the one copy, made or enlarged when
+        needed.
+        """
         held = self._matrices.get((role, device, dtype))
         if held is None or held.shape[0] < rows or held.shape[1] < columns:
             held = self._grow(role, rows, columns, device, dtype)
@@ -92,7 +99,9 @@ class Basis(abc.ABC):
     def reserve(
         self, layers: Iterable[tuple[str, int, int, int]], device: torch.device, dtype: torch.dtype
     ) -> None:
-        """Make what these layers will ask for, (name, out_features, in_features, rank) each, once and at full size."""
+        """Make what these layers will ask for, (name, out_features, in_features, rank) each, once
+        and at full size.
+        """
         for role, (rows, columns) in self._wanted(layers).items():
             self.matrix(role, rows, columns, device, dtype)
 
@@ -159,7 +168,8 @@ class Basis(abc.ABC):
 
 
 class RandomBasis(Basis):
-    """Values of a counter-based generator: element (i, j) of a matrix is a function of (seed, role, i, j).
+    """Values of a counter-based generator: element (i, j) of a matrix is a function of (seed, role,
+    i, j).
 
     Args as in VeraConfig. The Kaiming gains follow each layer's own fan-in: n for A and r for B.
     """
@@ -206,10 +216,11 @@ class RandomBasis(Basis):
 
 
 class MonarchBasis(RandomBasis):
-    """The same generator's values as small blocks (see `basis.blocks`): products in about √r times less work.
+    """The same generator's values as small blocks (see `basis.blocks`): products in about √r times
+    less work.
 
-    Each row of A and of B has as many values as its block is wide; the Kaiming gains follow that width, so that ΔW starts at
-    the size that it has with full matrices.
+    Each row of A and of B has as many values as its block is wide; the Kaiming gains follow that
+    width, so that ΔW starts at the size that it has with full matrices.
     """
 
     def roles(self, layer: str, out_features: int, in_features: int) -> tuple[str, str]:
@@ -250,8 +261,8 @@ class MonarchBasis(RandomBasis):
 class PeftBasis(Basis):
     """The matrices of Hugging Face PEFT's VeRA, bit for bit: A (r, max_in), then B (max_out, r).
 
-    seed: PEFT's projection_prng_key. max_in, max_out: the largest sizes among the adapted layers; PEFT's
-    values and their scale depend on them. Source: peft 0.21.2, tuners/vera/model.py.
+    seed: PEFT's projection_prng_key. max_in, max_out: the largest sizes among the adapted layers;
+    PEFT's values and their scale depend on them. Source: peft 0.21.2, tuners/vera/model.py.
     """
 
     def __init__(self, seed: int, rank: int, max_in: int, max_out: int) -> None:

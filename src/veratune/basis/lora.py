@@ -10,11 +10,13 @@ from veratune.errors import ShapeError
 
 
 class LoraBasis(Basis):
-    """ΔW = diag(b) B diag(d) A with A (r, n) and B (m, r) of a LoRA, by layer; at d = b = 1 it is that LoRA.
+    """ΔW = diag(b) B diag(d) A with A (r, n) and B (m, r) of a LoRA, by layer; at d = b = 1 it is
+    that LoRA.
 
-    pairs: (A, B) by the layer's path, its factor alpha / r multiplied into B. Layers may have different ranks. Many pairs of
-    vectors may be trained over one LoRA: each is an adapter of kilobytes.
-    Raises ShapeError where a pair does not multiply. Source of the idea: "VeRA on Images", its conclusion.
+    pairs: (A, B) by the layer's path, its factor alpha / r multiplied into B. Layers may have
+    different ranks. Many pairs of vectors may be trained over one LoRA: each is an adapter of
+    kilobytes. Raises ShapeError where a pair does not multiply. Source of the idea: "VeRA on
+    Images", its conclusion.
     """
 
     def __init__(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -22,7 +24,8 @@ class LoraBasis(Basis):
         for layer, (A, B) in pairs.items():
             if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
                 raise ShapeError(
-                    f"layer '{layer}': A {tuple(A.shape)} and B {tuple(B.shape)} are no (r, n) and (m, r) of one rank"
+                    f"layer '{layer}': A {tuple(A.shape)} and B {tuple(B.shape)} are no (r, n) and "
+                    "(m, r) of one rank"
                 )
         self.pairs = {
             layer: (A.detach().cpu(), B.detach().cpu()) for layer, (A, B) in pairs.items()

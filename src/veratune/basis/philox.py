@@ -43,7 +43,8 @@ def philox4x32(
 
 
 def random_words(seed: int, role: int, rows: range, columns: int) -> NDArray[np.uint32]:
-    """The 32-bit words of `rows` x `columns` of the matrix (seed, role), shape (len(rows), columns).
+    """The 32-bit words of `rows` x `columns` of the matrix (seed, role), shape (len(rows),
+    columns).
 
     Element (i, j) is word j mod 4 of Philox at counter (j // 4, i, low(role), high(role)) under the
     key (low(seed), high(seed)). seed, role: below 2**64; rows, columns: below 2**32.

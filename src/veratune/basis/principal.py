@@ -78,7 +78,8 @@ class PrincipalBasis(Basis):
             held = self._matrices[role, device, dtype]
         if held.shape != (rows, columns):
             raise BasisError(
-                f"layer '{role.partition('/')[2]}': the principal directions are {tuple(held.shape)}, "
+                f"layer '{role.partition('/')[2]}': the principal directions are "
+                f"{tuple(held.shape)}, "
                 f"({rows}, {columns}) is wanted; attach the adapter anew"
             )
         return held
@@ -120,7 +121,9 @@ class PrincipalBasis(Basis):
 
     @functools.cached_property
     def _numbers(self) -> np.ndarray:
-        """Return the numbers of the fingerprint: samples of layers spread evenly over all, by name."""
+        """Return the numbers of the fingerprint: samples of layers spread evenly over all, by
+        name.
+        """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             for layer in self._sampled:
                 if layer not in self._samples:
@@ -134,7 +137,9 @@ class PrincipalBasis(Basis):
         return tuple(dict.fromkeys(names[int(place)] for place in places))
 
     def _made(self, layer: str) -> tuple[Tensor, Tensor]:
-        """(A, B) of a layer: another device's copy in full precision, or computed from the weight."""
+        """(A, B) of a layer: another device's copy in full precision, or computed from the
+        weight.
+        """
         for role, device, dtype in list(self._matrices):
             if role == f"A/{layer}" and device.type != "meta" and dtype.itemsize >= 4:
                 return self._matrices[role, device, dtype], self._matrices[
@@ -142,7 +147,8 @@ class PrincipalBasis(Basis):
                 ]
         if layer not in self._weights:
             raise BasisError(
-                f"layer '{layer}': a principal basis needs the base model's weights, and there are none "
+                f"layer '{layer}': a principal basis needs the base model's weights, and there are "
+                "none "
                 "here; put the adapter into its base model first"
             )
         weight, rank = self._weights[layer](), self.ranks[layer]
@@ -210,7 +216,8 @@ def principal_directions(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, 
     most = min(W.shape)
     if rank > most:
         raise ValueError(
-            f"rank is {rank}, but a weight of shape {tuple(W.shape)} has {most} principal directions; "
+            f"rank is {rank}, but a weight of shape {tuple(W.shape)} has {most} principal "
+            "directions; "
             "set a rank of at most that many (rank_pattern sets it for some layers)"
         )
     if not bool(torch.isfinite(W).all()):

@@ -49,7 +49,8 @@ def run(argv: Sequence[str]) -> int:
     loaded = load(flags)
     if not isinstance(loaded.task, Instruction):
         raise ConfigError(
-            f"the adapter was trained for {loaded.task.name}, which does not converse; pass --task instruction to insist"
+            f"the adapter was trained for {loaded.task.name}, which does not converse; pass --task "
+            "instruction to insist"
         )
     if flags.system is not None:
         loaded.task.system = flags.system
@@ -58,9 +59,12 @@ def run(argv: Sequence[str]) -> int:
     def reply(text: str) -> None:
         conversation.append({"role": "user", "content": text})
         answer = stream_completion(
-            loaded.model, loaded.processor, loaded.task.with_system(conversation),  # type: ignore[attr-defined]
-            max_new_tokens=flags.max_new_tokens, temperature=flags.temperature,
-        )  # fmt: skip
+            loaded.model,
+            loaded.processor,
+            loaded.task.with_system(conversation),  # type: ignore[attr-defined]
+            max_new_tokens=flags.max_new_tokens,
+            temperature=flags.temperature,
+        )
         conversation.append({"role": "assistant", "content": answer})
 
     if flags.prompt is not None:

@@ -108,9 +108,15 @@ def load(flags: Namespace, **more: Any) -> "LoadedModel":
     from veratune.inference.adapted import load_with_adapter
 
     return load_with_adapter(
-        flags.model, flags.adapter, task=flags.task, dtype=flags.base_dtype, quantize=flags.quantize,
-        check_base=flags.check_base, device=flags.device, **more,
-    )  # fmt: skip
+        flags.model,
+        flags.adapter,
+        task=flags.task,
+        dtype=flags.base_dtype,
+        quantize=flags.quantize,
+        check_base=flags.check_base,
+        device=flags.device,
+        **more,
+    )
 
 
 def run(argv: Sequence[str]) -> int:

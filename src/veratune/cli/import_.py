@@ -30,7 +30,7 @@ def parser() -> Parser:
         "--model",
         type=str | None,
         default=None,
-        help="the base model's config.json, folder or id. Default: the one that the checkpoint names",
+        help="the base model's config.json, folder or id. Default: the checkpoint's own",
     )
     out.add_argument(
         "--from-delta",
@@ -75,7 +75,8 @@ def run(argv: Sequence[str]) -> int:
         adapter = native.read(source)
     size = native.write(adapter, flags.out)
     print(
-        f"{flags.out}: {len(adapter.shapes)} layers, {adapter.trained_values:,} values, {size:,} bytes"
+        f"{flags.out}: {len(adapter.shapes)} layers, {adapter.trained_values:,} values, {size:,} "
+        "bytes"
     )
     return 0
 

@@ -11,7 +11,8 @@ def parser() -> Parser:
     out = new_parser(
         "key",
         "Make an API key for the server. The key is printed once; the file keeps its hash. Without "
-        "--tenants and --revoke: list the keys. A running server sees the change at the next request.",
+        "--tenants and --revoke: list the keys. A running server sees the change at the next "
+        "request.",
     )
     out.add_argument(
         "--key_file",

@@ -13,7 +13,8 @@ from veratune.errors import ConfigError
 def parser() -> Parser:
     out = new_parser(
         "sample",
-        "Draw images with a diffusion pipeline and an adapter, and with the bare pipeline from the same noise.",
+        "Draw images with a diffusion pipeline and an adapter, and with the bare pipeline from the "
+        "same noise.",
     )
     add_loading(out)
     out.add_argument(
@@ -45,7 +46,8 @@ def run(argv: Sequence[str]) -> int:
     loaded = load(flags)
     if not isinstance(loaded.task, ImageGeneration) or not isinstance(loaded.model, Diffusion):
         raise ConfigError(
-            f"sample draws images, but the adapter's task is {loaded.task.name!r}; give --task text-to-image or another adapter"
+            f"sample draws images, but the adapter's task is {loaded.task.name!r}; give --task "
+            "text-to-image or another adapter"
         )
     prompts = flags.prompts or loaded.task.prompts
     if loaded.task.name == "text-to-image" and not prompts:

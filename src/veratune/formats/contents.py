@@ -89,7 +89,8 @@ class Contents(abc.ABC):
             return
         if basis_of(self.config, self.shapes).fingerprint() != fingerprint:
             raise BasisError(
-                f"the basis drawn here (seed {self.config.seed}, basis={self.config.basis!r}) is not "
+                f"the basis drawn here (seed {self.config.seed}, basis={self.config.basis!r}) is "
+                "not "
                 "the one the adapter was trained with: its fingerprint differs. The file is of "
                 "another version, or was changed"
             )

@@ -86,7 +86,8 @@ def weight_differences(
         pair = before.tensor(name), after.tensor(name)
         if pair[0].shape != pair[1].shape:
             raise BaseModelError(
-                f"weight '{name}' is {tuple(pair[0].shape)} in {base} and {tuple(pair[1].shape)} in "
+                f"weight '{name}' is {tuple(pair[0].shape)} in {base} and {tuple(pair[1].shape)} "
+                "in "
                 f"{tuned}; both must be of one architecture"
             )
         transposed = is_conv1d(base_module(model, site.module))

@@ -82,7 +82,8 @@ def lora_pairs(adapter: Adapter, model: nn.Module | None = None) -> dict[str, Lo
             )
         if layers is not None and path not in layers:
             raise BaseModelError(
-                f"the adapter has layer '{path}', {type(model).__name__} has not{near(path, layers)}"
+                f"the adapter has layer '{path}', {type(model).__name__} has "
+                f"not{near(path, layers)}"
             )
         if kernel:
             assert model is not None

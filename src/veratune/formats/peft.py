@@ -221,7 +221,8 @@ def _shapes(d: dict[str, Tensor], model: nn.Module) -> dict[str, tuple[int, int]
     for layer in d:
         if layer not in layers or is_attention(layers[layer]):
             raise BaseModelError(
-                f"it adapts '{layer}', which {type(model).__name__} does not have{near(layer, layers)}"
+                f"it adapts '{layer}', which {type(model).__name__} does not "
+                f"have{near(layer, layers)}"
             )
     return {layer: linear_shape(layers[layer]) for layer in d}
 
@@ -235,7 +236,8 @@ def _check_basis(adapter: Adapter, A: Tensor | None, B: Tensor | None) -> None:
     if A.shape != (rank, max_in) or B.shape != (max_out, rank):
         raise AdapterFileError(
             f"its vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} do not fit the layers, which "
-            f"want {(rank, max_in)} and {(max_out, rank)}. PEFT lets a second adapter share the first "
+            f"want {(rank, max_in)} and {(max_out, rank)}. PEFT lets a second adapter share the "
+            "first "
             "one's matrices; train it alone to move it"
         )
     drawn = [
@@ -244,7 +246,9 @@ def _check_basis(adapter: Adapter, A: Tensor | None, B: Tensor | None) -> None:
     ]
     if not (torch.equal(A, drawn[0].to(A.dtype)) and torch.equal(B, drawn[1].to(B.dtype))):
         raise AdapterFileError(
-            f"its vera_A and vera_B are not what seed {adapter.config.seed} draws, so they came from "
-            "elsewhere (another adapter in the same PEFT model, another torch, or an export): a seed "
+            f"its vera_A and vera_B are not what seed {adapter.config.seed} draws, so they came "
+            "from "
+            "elsewhere (another adapter in the same PEFT model, another torch, or an export): a "
+            "seed "
             "cannot reproduce them"
         )

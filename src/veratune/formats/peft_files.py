@@ -52,7 +52,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load((folder / WEIGHTS_NAME).read_bytes())
     except OSError as error:
-        hint = f"; it holds {_PICKLE_NAME}, a pickle, which is never read: save it again as safetensors"
+        hint = f"; it holds {_PICKLE_NAME}, a pickle, which is never read: save it as safetensors"
         raise AdapterFileError(
             f"{WEIGHTS_NAME}: {error.strerror}{hint if (folder / _PICKLE_NAME).exists() else ''}"
         ) from None

@@ -62,12 +62,14 @@ def refuse_heads_and_convolutions(
     """Raise UnsupportedError for what a language-model program cannot hold."""
     if adapter.head:
         raise UnsupportedError(
-            f"{program} loads no trained head, and the adapter has {', '.join(adapter.config.head)}; "
+            f"{program} loads no trained head, and the adapter has "
+            f"{', '.join(adapter.config.head)}; "
             "merge the adapter instead"
         )
     for layer, pair in pairs.items():
         if pair.kernel:
             raise UnsupportedError(
-                f"{program} adapts linear layers, and '{layer}' is a convolution; merge the adapter "
+                f"{program} adapts linear layers, and '{layer}' is a convolution; merge the "
+                "adapter "
                 "instead"
             )

@@ -147,7 +147,11 @@ def evaluate_with_base(
 def clean_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Trainer's metrics without the prefix "eval_" and without timings."""
     timings = (
-        "runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch",
-    )  # fmt: skip
+        "runtime",
+        "samples_per_second",
+        "steps_per_second",
+        "model_preparation_time",
+        "epoch",
+    )
     named = {k.removeprefix("eval_"): v for k, v in metrics.items()}
     return {k: v for k, v in named.items() if k not in timings}

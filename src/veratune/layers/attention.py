@@ -1,8 +1,8 @@
 """VeraMultiheadAttention: torch's nn.MultiheadAttention.
 
-That module reads `in_proj_weight` and `out_proj.weight` itself and never calls a layer, so it is called
-with W + ΔW as its weights. The sum is taken in float32. Where the base has fewer bits, the whole block
-computes in float32, so that a small ΔW is not rounded away.
+That module reads `in_proj_weight` and `out_proj.weight` itself and never calls a layer, so it is
+called with W + ΔW as its weights. The sum is taken in float32. Where the base has fewer bits, the
+whole block computes in float32, so that a small ΔW is not rounded away.
 """
 
 import inspect

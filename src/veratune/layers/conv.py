@@ -70,7 +70,8 @@ def conv_part(module: ConvModule, layout: str) -> Part:
 def check_conv(module: nn.Module, path: str, config: VeraConfig) -> None:
     """Raise UnsupportedError if the config does not fit a convolution with its own forward.
 
-    Such a layer (padding to size, a standardized weight) can only be called with W + ΔW as its weight.
+    Such a layer (padding to size, a standardized weight) can only be called with W + ΔW as its
+    weight.
     """
     if not _has_custom_forward(module):
         return

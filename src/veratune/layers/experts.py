@@ -2,8 +2,8 @@
 
 transformers stores the experts of a layer as `gate_up_proj` (or `up_proj`) and `down_proj` of shape
 (experts, out, in), or (experts, in, out) for GPT-OSS, and DBRX as 2-D matrices with the experts one
-below the other. Each expert's matrix has its own d and b; A and B are those of one matrix of its size,
-shared by all experts. Sites are called "path.gate_up_proj:3" for expert 3.
+below the other. Each expert's matrix has its own d and b; A and B are those of one matrix of its
+size, shared by all experts. Sites are called "path.gate_up_proj:3" for expert 3.
 """
 
 import dataclasses
@@ -199,7 +199,9 @@ class VeraExperts(VeraWeightLayer):
         return y + vectors(x).to(y.dtype)
 
     def deltas(self, adapter: str) -> dict[str, Tensor]:
-        """ΔW of each fused weight, in its layout; zero for experts that the adapter leaves alone."""
+        """ΔW of each fused weight, in its layout; zero for experts that the adapter leaves
+        alone.
+        """
         out: dict[str, Tensor] = {}
         for vectors in self.vectors(adapter):
             layout = self.layouts[vectors.part.parameter]

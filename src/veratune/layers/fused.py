@@ -28,7 +28,8 @@ def fused_parts(
 
     Args:
         name: Path of the layer.
-        parent: The module that holds it; its config gives the head counts where k and v are smaller.
+        parent: The module that holds it; its config gives the head counts where k and v are
+            smaller.
         rows: m, output features.
         columns: n, input features.
 

@@ -1,8 +1,8 @@
 """VeraLinear: nn.Linear, Hugging Face's Conv1D, their fused parts, and quantized linears.
 
 The weight of a plain base layer is read, so that its product and the adapter's are taken in the
-cheapest order. Any other layer (quantized, hooked, offloaded) is called, and the update is added to its
-output.
+cheapest order. Any other layer (quantized, hooked, offloaded) is called, and the update is added to
+its output.
 """
 
 from collections.abc import Sequence
@@ -100,7 +100,9 @@ class VeraLinear(VeraWeightLayer):
         return torch.cat(pieces, dim=-1)
 
     def _mixed_forward(self, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
-        """Each row with its own adapter: one product for rows with the same basis, rank and part."""
+        """Each row with its own adapter: one product for rows with the same basis, rank and
+        part.
+        """
         groups: dict[tuple[object, ...], list[tuple[VeraVectors, list[int]]]] = {}
         for name, positions in rows.positions(x.shape[0], self.name).items():
             for vectors in self.vectors(name):

@@ -1,7 +1,7 @@
 """Quantized linear layers: their weights as floating-point matrices.
 
-VeraLinear calls the linears of bitsandbytes and torchao as any other linear. What differs is that their
-stored weight is not the matrix W.
+VeraLinear calls the linears of bitsandbytes and torchao as any other linear. What differs is that
+their stored weight is not the matrix W.
 """
 
 from typing import Any

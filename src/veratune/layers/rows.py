@@ -67,7 +67,8 @@ def run_by_adapter(
 
     Args:
         layer: The layer, in a `rows` block.
-        args: Its arguments; tensors whose dimension 0 is the batch are split, all else is passed on.
+        args: Its arguments; tensors whose dimension 0 is the batch are split, all else is passed
+            on.
         kwargs: Its keyword arguments, likewise.
         module_of: Returns the callable of an adapter; None is the base.
 

@@ -1,8 +1,8 @@
 """W + ΔW of adapters in evaluation, kept between calls: the frozen layer's price without merging.
 
-Each use compares the vectors value by value and W by its memory, its count of writes and a sample of
-its values. torch does not count writes through `.data`; the sample has a value of every row and every
-column, so that a write of whole rows, columns or the matrix is seen.
+Each use compares the vectors value by value and W by its memory, its count of writes and a sample
+of its values. torch does not count writes through `.data`; the sample has a value of every row and
+every column, so that a write of whole rows, columns or the matrix is seen.
 """
 
 import dataclasses

@@ -86,7 +86,8 @@ class VeraWeightLayer(VeraLayer):
         """`merged_weights` from the weight cache; None where the cache may not be used.
 
         That is in training, for mixed batches, where gradients of the vectors are wanted, with a
-        `plan` set, in compiled or traced code, and for weights that are not dense float32 or float64.
+        `plan` set, in compiled or traced code, and for weights that are not dense float32 or
+        float64.
         """
         if self.training or self.rows is not None:
             return None

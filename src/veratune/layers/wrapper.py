@@ -9,8 +9,9 @@
             ├── VeraExperts             the fused weights of a mixture of experts
             └── VeraMultiheadAttention  torch's attention block, which never calls its projections
 
-The wrapped layer stays whole under `base`; detaching puts the same module back. Its tensors keep their
-names in `state_dict`, so that checkpoints of the base model load and `save_pretrained` writes them.
+The wrapped layer stays whole under `base`; detaching puts the same module back. Its tensors keep
+their names in `state_dict`, so that checkpoints of the base model load and `save_pretrained` writes
+them.
 """
 
 import abc
@@ -81,7 +82,9 @@ class VeraLayer(ModuleWrapper, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the base layer's output with the adapter's update; called as the base layer is."""
+        """Compute the base layer's output with the adapter's update; called as the base layer
+        is.
+        """
 
     @property
     def current(self) -> str | None:

@@ -18,8 +18,8 @@ CHUNK_VALUES = 2**20  # values of the largest tensor that are computed at a time
 class BlockLinear(Function):
     """y = W x + scale * b * (B (d * (A x))) for block matrices A and B.
 
-    Block products take little more time than the memory for their results. They are computed for some
-    rows at a time and again in the backward pass; only x is kept.
+    Block products take little more time than the memory for their results. They are computed for
+    some rows at a time and again in the backward pass; only x is kept.
     """
 
     @staticmethod

@@ -41,7 +41,8 @@ def vera_linear(
     plan: str = "auto",
     layer_id: int | None = None,
 ) -> Float[Tensor, "*T m"]:
-    """Apply a linear layer's VeRA update: y = scale * b * (B (d * (A x))), plus W x + bias if given.
+    """Apply a linear layer's VeRA update: y = scale * b * (B (d * (A x))), plus W x + bias if
+    given.
 
     Args:
         x: Activations, shape (*T, n).
@@ -159,8 +160,8 @@ def _step_by_step(
 class _VeraLinear(Function):
     """Every plan of `plans`, forward and backward.
 
-    The second output is A x (nothing for the plans that keep x). Callers drop it; it is an output so
-    that a second backward pass can reach x through it, without x being kept.
+    The second output is A x (nothing for the plans that keep x). Callers drop it; it is an output
+    so that a second backward pass can reach x through it, without x being kept.
     """
 
     @staticmethod

@@ -5,8 +5,8 @@ A and B made of blocks are a Monarch matrix with d between its factors (Dao et a
 
     x: (q, n / q)        z = A x: (q, k)        y = B z: (m / k, k)
 
-A mixes each row of the grid by itself, B each column. Every output still depends on every input, each
-through its own d. Where a size is no multiple, the grid is larger and the excess is cut off.
+A mixes each row of the grid by itself, B each column. Every output still depends on every input,
+each through its own d. Where a size is no multiple, the grid is larger and the excess is cut off.
 """
 
 import abc
@@ -95,8 +95,8 @@ class ColumnBlocks(BlockMatrix):
 def grid_rows(rank: int, in_features: int) -> int:
     """Choose q, the rows of the grid of inner values.
 
-    q is near the root of r, so that both factors are small, and a divisor of n and r where one is near
-    enough.
+    q is near the root of r, so that both factors are small, and a divisor of n and r where one is
+    near enough.
 
     >>> grid_rows(768, 768), grid_rows(1024, 768), grid_rows(256, 768), grid_rows(5, 7)
     (24, 32, 32, 1)

@@ -12,8 +12,8 @@ gradients come from one small matrix P = Gᵀ (x Aᵀ) of shape (m, r):
     dense       W x + ΔW x                   G W + G ΔW                  (Gᵀ x) Aᵀ     x, ΔW
 
 Nothing of size (T, m) is kept for the backward pass, with one exception: where it is small beside W
-(`FEW`), "factored" keeps x Aᵀ and B (d (A x)), which saves the product for P. W + ΔW is computed again
-in the backward pass where keeping it takes too much memory (`KEEP`) or saves too little time
+(`FEW`), "factored" keeps x Aᵀ and B (d (A x)), which saves the product for P. W + ΔW is computed
+again in the backward pass where keeping it takes too much memory (`KEEP`) or saves too little time
 (`CHEAP`). "projected" and "merged" add ΔW to W: they need a readable W in the precision of the
 product, and 32 bits or more, since fewer would round a small ΔW away.
 """
@@ -25,9 +25,9 @@ import torch
 from veratune.config import PLANS
 from veratune.ops.calibration import ACCELERATOR, CPU, Machine, read_calibration
 
-# W + ΔW is kept for the backward pass while it is at most this part of T (r + m), which the textbook
-# order keeps, and unless computing it again takes less than CHEAP of the frozen layer's own time:
-# m n r beside 2 T m n.
+# W + ΔW is kept for the backward pass while it is at most this part of T (r + m), which the
+# textbook order keeps, and unless computing it again takes less than CHEAP of the frozen layer's
+# own time: m n r beside 2 T m n.
 KEEP = 0.5
 CHEAP = 0.05
 

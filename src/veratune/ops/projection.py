@@ -14,8 +14,8 @@ class ProjectionCache(threading.local):
     """The last projection A x of each thread.
 
     It is used again only for the same x and A (the same tensor objects, with no write in between;
-    torch counts the writes of every tensor) and only once per layer: a layer that asks a second time
-    belongs to another forward pass. It is freed with x.
+    torch counts the writes of every tensor) and only once per layer: a layer that asks a second
+    time belongs to another forward pass. It is freed with x.
     """
 
     def __init__(self) -> None:

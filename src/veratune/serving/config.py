@@ -92,9 +92,11 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         """Check numbers and combinations. Raises ConfigError."""
-        counts = ("max_loaded_adapters max_rank max_num_seqs max_queue max_queue_per_tenant "
-                  "max_model_len max_num_batched_tokens max_requests_per_minute "
-                  "max_tokens_per_minute max_jobs_per_tenant replicas threads")  # fmt: skip
+        counts = (
+            "max_loaded_adapters max_rank max_num_seqs max_queue max_queue_per_tenant "
+            "max_model_len max_num_batched_tokens max_requests_per_minute "
+            "max_tokens_per_minute max_jobs_per_tenant replicas threads"
+        )
         bounds = dict.fromkeys(counts.split(), (1, 2**53)) | {
             "port": (0, 65535),
             "refresh_seconds": (0, 10**7),

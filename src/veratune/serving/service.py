@@ -1,4 +1,6 @@
-"""Service: what the server does apart from HTTP. It resolves model names and moves adapters in and out of the store."""
+"""Service: what the server does apart from HTTP. It resolves model names and moves adapters in and
+out of the store.
+"""
 
 import contextlib
 import dataclasses

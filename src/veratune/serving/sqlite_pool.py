@@ -1,4 +1,5 @@
-"""A bounded pool of connections to one SQLite file, shared by the adapter store and the job repository.
+"""A bounded pool of connections to one SQLite file, shared by the adapter store and the job
+repository.
 
 A connection for each thread would keep one file descriptor open for every worker thread that ever
 ran. Here at most `size` connections exist, and a thread waits for one no longer than the time-out.
@@ -17,7 +18,9 @@ Value = str | int | float | bytes | None
 
 
 class ConnectionPool:
-    """Connections to one SQLite file in write-ahead mode. All methods may be called from any thread."""
+    """Connections to one SQLite file in write-ahead mode. All methods may be called from any
+    thread.
+    """
 
     def __init__(self, path: Path, size: int = 8, timeout: float = 5.0) -> None:
         """Open no connection yet.
@@ -84,7 +87,9 @@ class ConnectionPool:
             return db.execute(sql, values).fetchall()
 
     def execute(self, sql: str, values: Sequence[Value] = ()) -> int:
-        """Run one statement in a transaction. Returns the number of changed rows. Raises StoreError."""
+        """Run one statement in a transaction. Returns the number of changed rows. Raises
+        StoreError.
+        """
         with self.write() as db:
             return db.execute(sql, values).rowcount
 

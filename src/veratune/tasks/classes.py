@@ -1,4 +1,6 @@
-"""Classes: their names from training rows, their numbers, their scores, and the part of a model that tells them apart."""
+"""Classes: their names from training rows, their numbers, their scores, and the part of a model
+that tells them apart.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +18,8 @@ from veratune.tasks.base import Metrics
 def label_names(
     examples: Dataset, column: str, otherwise: str = "class numbers or names are wanted"
 ) -> list[str]:
-    """The names of the classes: those that the data set declares, integers from 0, or all names in alphabetical order.
+    """The names of the classes: those that the data set declares, integers from 0, or all names in
+    alphabetical order.
 
     otherwise: what an error says to do with values that are no classes. Raises DataError.
     """
@@ -43,7 +46,9 @@ def label_names(
 
 
 def class_ids(examples: Dataset, column: str, labels: list[str]) -> list[int]:
-    """The class of every row as its place in `labels`. Raises DataError naming the first row of a class that is not there."""
+    """The class of every row as its place in `labels`. Raises DataError naming the first row of a
+    class that is not there.
+    """
     index = {name: i for i, name in enumerate(labels)}
     declared = getattr(examples.features[column], "names", None)
     numbers = []
@@ -59,14 +64,17 @@ def class_ids(examples: Dataset, column: str, labels: list[str]) -> list[int]:
         )
         if not 0 <= found < len(labels):
             raise DataError(
-                f"row {row}: label {value!r} in column {column!r} is none of {', '.join(labels[:20])}"
+                f"row {row}: label {value!r} in column {column!r} is none of "
+                f"{', '.join(labels[:20])}"
             )
         numbers.append(found)
     return numbers
 
 
 def classification_scores(classes: int) -> Metrics:
-    """Accuracy, F1 (of class 1, or the mean over three classes and more) and Matthews correlation, each from -1 or 0 to 1."""
+    """Accuracy, F1 (of class 1, or the mean over three classes and more) and Matthews correlation,
+    each from -1 or 0 to 1.
+    """
     average = "binary" if classes == 2 else "macro"
 
     def score(prediction: Any) -> dict[str, float]:
@@ -87,7 +95,9 @@ def logits_of(prediction: Any) -> np.ndarray:
 
 
 def output_layer(model: nn.Module, outputs: int) -> tuple[str, nn.Linear] | None:
-    """The path and the module of the head's last linear layer with so many outputs; None without one."""
+    """The path and the module of the head's last linear layer with so many outputs; None without
+    one.
+    """
     found = None
     for head in output_heads(model):
         for name, module in model.get_submodule(head).named_modules(prefix=head):

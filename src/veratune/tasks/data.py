@@ -26,9 +26,10 @@ SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "te
 def load_examples(source: str, split: str = "train", config: str | None = None) -> Dataset:
     """The rows of one split.
 
-    source: a file (jsonl, json, csv, tsv, parquet, txt), a folder of such files named after their splits,
-    or the id of a Hugging Face data set. config: that data set's configuration, such as "mrpc" of "glue".
-    Raises DataError: not found, another format, no such split, unreadable, or empty.
+    source: a file (jsonl, json, csv, tsv, parquet, txt), a folder of such files named after their
+    splits, or the id of a Hugging Face data set. config: that data set's configuration, such as
+    "mrpc" of "glue". Raises DataError: not found, another format, no such split, unreadable, or
+    empty.
     """
     path = Path(source)
     if path.is_dir():
@@ -45,7 +46,8 @@ def load_examples(source: str, split: str = "train", config: str | None = None) 
         examples = _from_hub(source, split, config)
     if len(examples) == 0:
         raise DataError(
-            f"{path if path.is_file() else source}: the data set is empty; at least one row is wanted"
+            f"{path if path.is_file() else source}: the data set is empty; at least one row is "
+            "wanted"
         )
     return examples
 
@@ -84,14 +86,16 @@ def pick_columns(
 ) -> dict[str, str]:
     """The column for each role: the one that was asked for, or the first usual name that is there.
 
-    roles: usual column names by role; wanted: columns by role, as the user said. Returns column by role;
-    optional roles may be absent. Raises DataError naming the missing column and the columns there are.
+    roles: usual column names by role; wanted: columns by role, as the user said. Returns column by
+    role; optional roles may be absent. Raises DataError naming the missing column and the columns
+    there are.
     """
     there = examples.column_names
     for role in wanted:
         if role not in roles:
             raise DataError(
-                f"columns names the role {role!r}; this task has {', '.join(roles)}{near(role, roles)}"
+                f"columns names the role {role!r}; this task has "
+                f"{', '.join(roles)}{near(role, roles)}"
             )
     found = {}
     for role, names in roles.items():
@@ -99,7 +103,8 @@ def pick_columns(
         if role in wanted:
             if wanted[role] not in there:
                 raise DataError(
-                    f"no column {wanted[role]!r} for {role}; the data has {', '.join(there)}{near(wanted[role], there)}"
+                    f"no column {wanted[role]!r} for {role}; the data has "
+                    f"{', '.join(there)}{near(wanted[role], there)}"
                 )
             found[role] = wanted[role]
         else:
@@ -110,7 +115,8 @@ def pick_columns(
                 found[role] = column
             elif role not in optional:
                 raise DataError(
-                    f"no column for {role} (looked for {', '.join(usual)}); the data has {', '.join(there)}: say which with "
+                    f"no column for {role} (looked for {', '.join(usual)}); the data has "
+                    f"{', '.join(there)}: say which with "
                     f"--columns.{role} NAME"
                 )
     return found
@@ -166,7 +172,8 @@ def _from_hub(source: str, split: str, config: str | None) -> Dataset:
     except (DatasetNotFoundError, HfHubHTTPError, ConnectionError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(
-            f"{source!r} is no local file or folder, and as a data set id it could not be fetched: {reason}. "
+            f"{source!r} is no local file or folder, and as a data set id it could not be fetched: "
+            f"{reason}. "
             "Without network, pass the path of a local file or folder"
         ) from error
     except ValueError as error:

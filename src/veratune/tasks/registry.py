@@ -34,7 +34,9 @@ def task_class(name: str) -> type[Task]:
 
 
 def task_from_metadata(description: Mapping[str, Any]) -> Task:
-    """The task that an adapter's file remembers. Raises AdapterFileError if it is none that is known here."""
+    """The task that an adapter's file remembers. Raises AdapterFileError if it is none that is
+    known here.
+    """
     settings = dict(description)
     try:
         return task_class(settings.pop("name"))(**settings)

@@ -2,7 +2,7 @@
 
 Method (abstract)
 ├── Vera     the vectors of an adapter, and the head; the file is the adapter's
-└── BaselineMethod    parameters of the model itself: all, biases, or what PEFT and `veratune.training.baselines.registry` add
+└── BaselineMethod    parameters of the model itself: all, biases, or those of a baseline
 """
 
 import abc
@@ -36,7 +36,9 @@ from veratune.training.baselines.registry import BASELINES, add_baseline
 
 @dataclasses.dataclass(frozen=True)
 class LearningRates:
-    """Peak learning rates: adapter (d and b, or what else the method trains), of the head, of b where it has its own."""
+    """Peak learning rates: adapter (d and b, or what else the method trains), of the head, of b
+    where it has its own.
+    """
 
     adapter: float
     head: float
@@ -44,14 +46,18 @@ class LearningRates:
 
 
 class Method(abc.ABC):
-    """One way to train a model. `file` is the name of what it writes; callbacks: what it wants to do while the model is trained."""
+    """One way to train a model. `file` is the name of what it writes; callbacks: what it wants to
+    do while the model is trained.
+    """
 
     file: ClassVar[str]
     callbacks: Sequence[TrainerCallback] = ()
 
     @abc.abstractmethod
     def prepare(self, model: nn.Module, heads: tuple[str, ...], task: Mapping[str, Any]) -> None:
-        """Change the model in place: freeze, add, and ask for gradients. heads: modules trained in full, by path."""
+        """Change the model in place: freeze, add, and ask for gradients. heads: modules trained in
+        full, by path.
+        """
 
     @abc.abstractmethod
     def head(self, model: nn.Module) -> list[nn.Parameter]:
@@ -70,7 +76,9 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def write(self, model: nn.Module, folder: Path, is_main: bool = True) -> int:
-        """Write what was trained into a folder, if it is this process' turn. Returns the file's bytes."""
+        """Write what was trained into a folder, if it is this process' turn. Returns the file's
+        bytes.
+        """
 
     @abc.abstractmethod
     def read(self, model: nn.Module, folder: Path) -> None:
@@ -125,12 +133,16 @@ class VeraMethod(Method):
 
 
 class BaselineMethod(Method):
-    """Parameters of the model itself. The file holds them by name, and the head's batch statistics."""
+    """Parameters of the model itself. The file holds them by name, and the head's batch
+    statistics.
+    """
 
     file = "trained.safetensors"
 
     def __init__(self, method: str, config: VeraConfig, options: Mapping[str, Any]) -> None:
-        """method: as `build_method` knows it, but vera; config: its targets are those of LoRAs; options: the method's own settings."""
+        """method: as `build_method` knows it, but vera; config: its targets are those of LoRAs;
+        options: the method's own settings.
+        """
         self.method, self.config, self.options = method, config, dict(options)
         self.callbacks: list[TrainerCallback] = []
         self._heads: tuple[str, ...] = ()
@@ -139,7 +151,8 @@ class BaselineMethod(Method):
         self._heads = heads
         if self.method == "head" and not heads:
             raise ConfigError(
-                "method is 'head', but the task has no output of its own to train; use another method"
+                "method is 'head', but the task has no output of its own to train; use another "
+                "method"
             )
         for parameter in model.parameters():
             parameter.requires_grad_(
@@ -174,7 +187,8 @@ class BaselineMethod(Method):
         stored, own = safetensors.torch.load_file(folder / self.file), self._state(model)
         if {k: v.shape for k, v in stored.items()} != {k: v.shape for k, v in own.items()}:
             raise AdapterFileError(
-                f"{folder / self.file}: its tensors are not those that {self.method} trains on this model"
+                f"{folder / self.file}: its tensors are not those that {self.method} trains on "
+                "this model"
             )
         with torch.no_grad():
             for name, tensor in own.items():
@@ -213,7 +227,8 @@ class BaselineMethod(Method):
         name = self.method.removeprefix("peft:").lower()
         if name not in kinds:
             raise ConfigError(
-                f"PEFT has no method {name!r}{near(name, kinds) or '; it has ' + ', '.join(sorted(kinds))}"
+                "PEFT has no method "
+                f"{name!r}{near(name, kinds) or '; it has ' + ', '.join(sorted(kinds))}"
             )
         paths = list(dict.fromkeys(site.module for site in find_sites(model, self.config)))
         own: dict[str, Any] = {"target_modules": "|".join(map(re.escape, paths))}
@@ -276,7 +291,8 @@ def build_method(name: str, config: VeraConfig, options: Mapping[str, Any]) -> M
     known = ("vera", "head", "bitfit", "full", *BASELINES)
     if name not in known and not name.startswith("peft:"):
         raise ConfigError(
-            f"unknown method {name!r}; there are {', '.join(known)} and peft:NAME{near(name, (*known, 'peft:lora'))}"
+            f"unknown method {name!r}; there are {', '.join(known)} and "
+            f"peft:NAME{near(name, (*known, 'peft:lora'))}"
         )
     return BaselineMethod(name, config, options)
 

@@ -13,11 +13,12 @@ class TrainSettings:
 
     Args:
         model: the base model: a folder, a .gguf file, or a Hugging Face id.
-        task: text-classification, text-regression, instruction, causal-lm, image-classification, object-detection,
-            text-to-image or unconditional-image.
-        data: training rows: a file (jsonl, json, csv, tsv, parquet, txt), a folder of files named after
-            their splits, or a Hugging Face data set id.
-        out: folder for the adapter, checkpoints, logs and results; it must be empty unless resume is set.
+        task: text-classification, text-regression, instruction, causal-lm, image-classification,
+            object-detection, text-to-image or unconditional-image.
+        data: training rows: a file (jsonl, json, csv, tsv, parquet, txt), a folder of files named
+            after their splits, or a Hugging Face data set id.
+        out: folder for the adapter, checkpoints, logs and results; it must be empty unless resume
+            is set.
         data_config: configuration of the data set id, such as mrpc.
         split: split of `data` to train on.
         eval_data: rows to evaluate on after each epoch, in the same forms. Default: the split
@@ -26,47 +27,60 @@ class TrainSettings:
         columns: the data's column for each role of the task, such as {"text": "sentence1"}.
         ignore_columns: columns of the data that are left out without a warning.
         max_length: longest example, in tokens (tasks on text; default 512).
-        on_overflow: what is done with an example longer than max_length: "drop" it (default of task instruction), "truncate" it
-            (default of text-classification and text-regression), or "fail". The number of such examples is reported.
+        on_overflow: what is done with an example longer than max_length: "drop" it (default of task
+            instruction), "truncate" it (default of text-classification and text-regression), or
+            "fail". The number of such examples is reported.
         system: system message before every conversation (task instruction).
         image_size: side of the images, in pixels (tasks on images). Default: the processor's own.
-        augment: what is done to training images: nothing, "flip" (left and right, at random), or "crop" (a random part of at
-            least 0.35 of the image, and flip).
-        bad_images: "fail" at an image that cannot be read, or "skip" it with a warning that names it.
-        bad_boxes: "fail" at an empty box or one outside its image, or "clip" it (task object-detection).
-        prompts: what the sample grids are drawn for (task text-to-image); default: the first four captions.
-        caption: the text of images that have none, such as "a photo of a sks dog" (task text-to-image).
+        augment: what is done to training images: nothing, "flip" (left and right, at random), or
+            "crop" (a random part of at least 0.35 of the image, and flip).
+        bad_images: "fail" at an image that cannot be read, or "skip" it with a warning that names
+            it.
+        bad_boxes: "fail" at an empty box or one outside its image, or "clip" it (task
+            object-detection).
+        prompts: what the sample grids are drawn for (task text-to-image); default: the first four
+            captions.
+        caption: the text of images that have none, such as "a photo of a sks dog" (task
+            text-to-image).
         sample_steps: denoising steps for the sample grids (tasks that generate images; default 25).
         min_snr: gamma of the min-SNR weights of the loss (tasks that generate images); 0 for none.
         train_text_encoder: adapt the text encoder too, with the same targets (task text-to-image).
-        method: what is trained: "vera"; "head" (the task's output alone), "bitfit" (all biases and the head), "full"; "houlsby", "pfeiffer",
-            "lin" or "adapterdrop" (adapter layers), "dylora", "lora-fa"; or "peft:" and a method of PEFT, such as peft:lora.
-        options: settings of such a method, such as {"r": 8}; the layers of a LoRA or a PEFT method are those of `targets`.
-        batch_norm: "frozen" keeps the base model's batch statistics, and their scale and shift; "train" trains a copy of these
-            layers, which is stored as a part of the head. Default: frozen, or train with method full.
-        lr: peak learning rate of the vectors d and b (of what the method trains beside the head), per step.
+        method: what is trained: "vera"; "head" (the task's output alone), "bitfit" (all biases and
+            the head), "full"; "houlsby", "pfeiffer", "lin" or "adapterdrop" (adapter layers),
+            "dylora", "lora-fa"; or "peft:" and a method of PEFT, such as peft:lora.
+        options: settings of such a method, such as {"r": 8}; the layers of a LoRA or a PEFT method
+            are those of `targets`.
+        batch_norm: "frozen" keeps the base model's batch statistics, and their scale and shift;
+            "train" trains a copy of these layers, which is stored as a part of the head. Default:
+            frozen, or train with method full.
+        lr: peak learning rate of the vectors d and b (of what the method trains beside the head),
+            per step.
         b_lr: peak learning rate of the vectors b alone (method vera); default: lr.
-        head_lr: peak learning rate of the head, per step. Default: 1e-2 for tasks on text with a head, else 1e-3. Regression
-            multiplies it by the standard deviation of the targets.
+        head_lr: peak learning rate of the head, per step. Default: 1e-2 for tasks on text with a
+            head, else 1e-3. Regression multiplies it by the standard deviation of the targets.
         weight_decay: of AdamW, on vectors and head.
         batch_size: examples in one forward pass of one process.
-        group_by_length: make batches of examples of like length: less padding, so faster, and less random.
+        group_by_length: make batches of examples of like length: less padding, so faster, and less
+            random.
         gradient_accumulation_steps: forward passes per optimizer step.
         epochs: passes over the data.
         max_steps: optimizer steps; over 0 it goes before epochs.
         warmup_ratio: share of all steps in which the learning rate rises, in [0, 1).
         warmup_steps: their number; over 0 it goes before warmup_ratio.
         lr_scheduler: how the learning rate falls after that.
-        ema: decay of an exponential moving average of the trained values, which is what is kept in the end; 0 for none.
+        ema: decay of an exponential moving average of the trained values, which is what is kept in
+            the end; 0 for none.
         max_grad_norm: largest norm of the gradient; 0 for none.
-        keep: the adapter of the "best" evaluation, or the "last" one. Default: best with evaluation data and without ema.
+        keep: the adapter of the "best" evaluation, or the "last" one. Default: best with evaluation
+            data and without ema.
         patience: evaluations without a better score before the run stops; 0: never stops early.
         seed: of data order, dropout and the head's start.
         basis_seed: of the frozen matrices A and B.
-        label_smoothing: weight of the uniform distribution in the targets of the cross entropy, in [0, 1).
+        label_smoothing: weight of the uniform distribution in the targets of the cross entropy, in
+            [0, 1).
         base_dtype: of the frozen weights.
-        mixed_precision: "bf16" computes matrix products in bfloat16 by autocast, about twice as fast where the processor can;
-            "auto" does so on a GPU with a bfloat16 base, "no" never.
+        mixed_precision: "bf16" computes matrix products in bfloat16 by autocast, about twice as
+            fast where the processor can; "auto" does so on a GPU with a bfloat16 base, "no" never.
         quantize: load the base with bitsandbytes in 4 or 8 bits.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         save_steps: optimizer steps between checkpoints; 0: one after each epoch.
@@ -147,8 +161,14 @@ class TrainSettings:
                     f"{field} is {value}; it must be a finite number of at least {least}"
                 )
         for field, least in (
-            ("batch_size", 1), ("gradient_accumulation_steps", 1), ("max_steps", 0), ("patience", 0), ("save_steps", 0), ("preview", 0), ("warmup_steps", 0),
-        ):  # fmt: skip
+            ("batch_size", 1),
+            ("gradient_accumulation_steps", 1),
+            ("max_steps", 0),
+            ("patience", 0),
+            ("save_steps", 0),
+            ("preview", 0),
+            ("warmup_steps", 0),
+        ):
             if getattr(self, field) < least:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least {least}")
         if not 0 <= self.ema < 1:
@@ -168,15 +188,18 @@ class TrainSettings:
             )
         if self.b_lr is not None and self.method != "vera":
             raise ConfigError(
-                f"b_lr is set, but method {self.method!r} has no vectors b; leave it out or use method vera"
+                f"b_lr is set, but method {self.method!r} has no vectors b; leave it out or use "
+                "method vera"
             )
         if self.lr == 0 and self.method != "head":
             raise ConfigError(
-                f"lr is 0, with which method {self.method!r} trains nothing beside the head; for the head alone take method head"
+                f"lr is 0, with which method {self.method!r} trains nothing beside the head; for "
+                "the head alone take method head"
             )
         if self.options and self.method in ("vera", "head", "bitfit", "full"):
             raise ConfigError(
-                f"options is set to {self.options}, but method {self.method!r} takes none; leave it out"
+                f"options is set to {self.options}, but method {self.method!r} takes none; leave "
+                "it out"
             )
         if self.epochs == 0 and self.max_steps == 0:
             raise ConfigError("epochs and max_steps are both 0; one of them says how long to train")
@@ -193,6 +216,15 @@ class TrainSettings:
 
 TASK_SETTINGS = (
     "max_length",
-    "on_overflow", "system", "image_size", "augment", "bad_images", "bad_boxes", "caption", "prompts", "sample_steps", "min_snr",
+    "on_overflow",
+    "system",
+    "image_size",
+    "augment",
+    "bad_images",
+    "bad_boxes",
+    "caption",
+    "prompts",
+    "sample_steps",
+    "min_snr",
     "train_text_encoder",
-)  # fmt: skip
+)

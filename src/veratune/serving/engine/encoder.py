@@ -1,4 +1,6 @@
-"""Encoder: embeddings and class logits of many tenants' texts, each with its own adapter and head."""
+"""Encoder: embeddings and class logits of many tenants' texts, each with its own adapter and
+head.
+"""
 
 import dataclasses
 import time

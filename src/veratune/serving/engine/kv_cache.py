@@ -1,6 +1,7 @@
 """KVCache: keys and values of running sequences, one row each, every row of its own length.
 
-Running sequences stand in contiguous rows from 0 on, so a batch is a view of the memory, not a copy.
+Running sequences stand in contiguous rows from 0 on, so a batch is a view of the memory, not a
+copy.
 """
 
 import dataclasses
@@ -120,7 +121,9 @@ class KVCache(Cache):
         *args: object,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor]:
-        """Write new keys and values, (rows, heads, queries, width); return all of the pass's rows."""
+        """Write new keys and values, (rows, heads, queries, width); return all of the pass's
+        rows.
+        """
         window = self._opened()
         while len(self._keys) <= layer_idx:
             self._keys.append(key_states.new_empty(0, 0, 0, 0))

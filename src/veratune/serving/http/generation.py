@@ -1,4 +1,6 @@
-"""GenerationCall: one HTTP call to an engine, answered whole or as a stream of server-sent events."""
+"""GenerationCall: one HTTP call to an engine, answered whole or as a stream of server-sent
+events.
+"""
 
 import asyncio
 import contextlib
@@ -29,7 +31,9 @@ class ClientGoneError(Exception):
 
 
 class GenerationCall:
-    """The requests of one HTTP call. The first one that fails fails the call and cancels the rest."""
+    """The requests of one HTTP call. The first one that fails fails the call and cancels the
+    rest.
+    """
 
     def __init__(
         self,

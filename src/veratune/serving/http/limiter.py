@@ -1,4 +1,6 @@
-"""TenantLimiter: requests and tokens a tenant may use in a minute, and bad keys an address may try."""
+"""TenantLimiter: requests and tokens a tenant may use in a minute, and bad keys an address may
+try.
+"""
 
 import time
 

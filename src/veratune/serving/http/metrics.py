@@ -1,4 +1,6 @@
-"""Metrics for Prometheus: this server's own names, and vLLM's for existing dashboards and gateways."""
+"""Metrics for Prometheus: this server's own names, and vLLM's for existing dashboards and
+gateways.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator

@@ -18,7 +18,9 @@ _PUBLIC = ("/", "/health", "/ready", "/metrics", "/openapi.json")
 
 
 class AccessLog:
-    """Log a line for each request: who, what, status and duration; never a prompt or a completion."""
+    """Log a line for each request: who, what, status and duration; never a prompt or a
+    completion.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -1,4 +1,6 @@
-"""From request bodies to token ids: bounds on the size first, then the chat template and the tokenizer in a thread."""
+"""From request bodies to token ids: bounds on the size first, then the chat template and the
+tokenizer in a thread.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,6 @@
-"""HttpServer: uvicorn with a socket without delays, time-outs for slow clients, and draining on SIGTERM."""
+"""HttpServer: uvicorn with a socket without delays, time-outs for slow clients, and draining on
+SIGTERM.
+"""
 
 import asyncio
 import socket

@@ -1,4 +1,5 @@
-"""Tool calls: from a model's text to calls, whole or as a stream, for the formats of three families.
+"""Tool calls: from a model's text to calls, whole or as a stream, for the formats of three
+families.
 
     Hermes, Qwen     <tool_call>{"name": ..., "arguments": {...}}</tool_call>, any number of them
     Mistral          [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]
@@ -189,7 +190,9 @@ def make_parser(family: Family, names: Sequence[str]) -> ToolParser:
 
 
 def _json_values(text: str) -> list[object]:
-    """The JSON values in a text, separated by ";" or white space; lists are opened. [] for others."""
+    """The JSON values in a text, separated by ";" or white space; lists are opened. [] for
+    others.
+    """
     decoder, values, at = json.JSONDecoder(), [], 0
     while at < len(text):
         if text[at] in "; \n\r\t,":

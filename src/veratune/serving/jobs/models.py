@@ -1,4 +1,6 @@
-"""Records of fine-tuning jobs: training files, jobs, events, and the base models they may train on."""
+"""Records of fine-tuning jobs: training files, jobs, events, and the base models they may train
+on.
+"""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,4 +1,6 @@
-"""TrainingProcess: one `veratune train` in a process of its own, with its log lines and its progress."""
+"""TrainingProcess: one `veratune train` in a process of its own, with its log lines and its
+progress.
+"""
 
 import contextlib
 import json
@@ -42,7 +44,8 @@ class TrainingProcess:
         words += ["--out", str(folder / "run"), "--json", "true", "--preview", "0"]
         words += ["--resume", "true"] if self.resumed else []
         env = {
-            # Half of the processors: more, and the threads of training and serving wait for each other.
+            # Half of the processors: more, and the threads of training and serving wait for each
+            # other.
             "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)),
             **os.environ,
             "TQDM_DISABLE": "1",
@@ -119,7 +122,8 @@ class TrainingProcess:
 
 
 def without_paths(text: str) -> str:
-    """A message with absolute paths cut to their last part: clients must not see the server's folders.
+    """A message with absolute paths cut to their last part: clients must not see the server's
+    folders.
 
     >>> without_paths("/srv/jobs/files/file-1.jsonl: line 3 has no label")
     'file-1.jsonl: line 3 has no label'
@@ -134,7 +138,9 @@ def kill_group(pid: int) -> None:
 
 
 def kill_orphans(folder: Path) -> None:
-    """End runs that a killed server left behind: two runs in one folder would overwrite each other."""
+    """End runs that a killed server left behind: two runs in one folder would overwrite each
+    other.
+    """
     for path in folder.glob("*/pid"):
         with contextlib.suppress(psutil.Error, ValueError, OSError):
             process = psutil.Process(int(path.read_text()))

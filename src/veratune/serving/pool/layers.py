@@ -46,7 +46,9 @@ class PoolLayer(ModuleWrapper):
 
 
 class PoolLinear(PoolLayer):
-    """A linear layer: y = W x + scale * b[slot] * (B (d[slot] * (A x))) for rows with an adapter."""
+    """A linear layer: y = W x + scale * b[slot] * (B (d[slot] * (A x))) for rows with an
+    adapter.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, each row with its own adapter."""

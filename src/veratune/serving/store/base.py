@@ -50,8 +50,8 @@ class Entry:
 class Store(abc.ABC):
     """Adapters by tenant and name.
 
-    Methods may be called from any thread. All of them raise InvalidNameError for an invalid name and
-    StoreError when the store cannot be reached. What `put` returned for survives a crash.
+    Methods may be called from any thread. All of them raise InvalidNameError for an invalid name
+    and StoreError when the store cannot be reached. What `put` returned for survives a crash.
     """
 
     @abc.abstractmethod

@@ -1,4 +1,6 @@
-"""Rows with images and, for some tasks, a text for each: from folders as the tools of the field leave them, and from data sets."""
+"""Rows with images and, for some tasks, a text for each: from folders as the tools of the field
+leave them, and from data sets.
+"""
 
 import json
 from pathlib import Path
@@ -17,9 +19,10 @@ def load_caption_examples(
 ) -> Dataset:
     """The rows of one split: image and, where there is one, text.
 
-    source: a folder of images (or of folders named after splits), each image with a text file of its name beside it, or all in
-    metadata.jsonl ({"file_name", "text"} a line), or without texts, as DreamBooth's subject folders are; else what
-    `load_image_examples` takes. caption: the text of images that have none. Raises DataError.
+    source: a folder of images (or of folders named after splits), each image with a text file of
+    its name beside it, or all in metadata.jsonl ({"file_name", "text"} a line), or without texts,
+    as DreamBooth's subject folders are; else what `load_image_examples` takes. caption: the text of
+    images that have none. Raises DataError.
     """
     folder = Path(source)
     if folder.is_dir() and not has_split(source, split):
@@ -79,7 +82,8 @@ def _from_folder(folder: Path, caption: str | None) -> Dataset:
     )
     if silent is not None:
         raise DataError(
-            f"{folder}: {silent} has no text; put one beside it, or give --caption for images without"
+            f"{folder}: {silent} has no text; put one beside it, or give --caption for images "
+            "without"
         )
     return examples.add_column("text", texts)
 

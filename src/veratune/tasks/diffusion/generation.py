@@ -35,7 +35,9 @@ class Pixels:
 
 
 class ImageGeneration(ImageTask):
-    """Base of image-generation tasks. The score is the loss; each checkpoint draws a sample grid."""
+    """Base of image-generation tasks. The score is the loss; each checkpoint draws a sample
+    grid.
+    """
 
     accepted_settings = ImageTask.accepted_settings | {"min_snr", "sample_steps"}
 
@@ -50,7 +52,8 @@ class ImageGeneration(ImageTask):
         super().__init__(columns, **options)
         if min_snr < 0 or sample_steps < 1:
             raise ConfigError(
-                f"min_snr is {min_snr} and sample_steps {sample_steps}; at least 0 and at least 1 are wanted"
+                f"min_snr is {min_snr} and sample_steps {sample_steps}; at least 0 and at least 1 "
+                "are wanted"
             )
         self.min_snr, self.sample_steps = min_snr, sample_steps
         self.prompts: list[str] = []
@@ -128,7 +131,8 @@ class ImageGeneration(ImageTask):
 class TextToImage(ImageGeneration):
     """Captions to images, on Stable Diffusion 1.x, 2.x and XL pipelines.
 
-    Targets query and value are the attention projections of the U-Net; "all-conv" adds its convolutions.
+    Targets query and value are the attention projections of the U-Net; "all-conv" adds its
+    convolutions.
     """
 
     name = "text-to-image"
@@ -181,7 +185,8 @@ class TextToImage(ImageGeneration):
         pipe = load_pipeline(model, **options)
         if not hasattr(pipe, "unet") or not hasattr(pipe, "encode_prompt"):
             raise UnsupportedError(
-                f"{model} is a {type(pipe).__name__}; pipelines with a U-Net and a text encoder can be adapted (SD 1.x, 2.x, XL)"
+                f"{model} is a {type(pipe).__name__}; pipelines with a U-Net and a text encoder "
+                "can be adapted (SD 1.x, 2.x, XL)"
             )
         return TextToImageModel(pipe, self.train_text_encoder, self.min_snr, model)
 
@@ -202,6 +207,7 @@ class UnconditionalImage(ImageGeneration):
         pipe = load_pipeline(model, **options)
         if not hasattr(pipe, "unet") or hasattr(pipe, "text_encoder"):
             raise UnsupportedError(
-                f"{model} is a {type(pipe).__name__}; a pipeline of a U-Net and a scheduler alone is wanted"
+                f"{model} is a {type(pipe).__name__}; a pipeline of a U-Net and a scheduler alone "
+                "is wanted"
             )
         return Unconditional(pipe.unet, pipe.scheduler, processor.channels, self.min_snr, model)

@@ -4,8 +4,8 @@
     ├── Unconditional      epsilon from a noisy image and its step
     └── TextToImageModel   a pipeline's U-Net with its captions, and optionally its text encoders
 
-The loss is the mean of |target - f(x_t, t)|² over pixels. The target is the noise or, for a scheduler
-with v-prediction, the velocity. Min-SNR weights are optional.
+The loss is the mean of |target - f(x_t, t)|² over pixels. The target is the noise or, for a
+scheduler with v-prediction, the velocity. Min-SNR weights are optional.
 
 Source: Ho et al. (arXiv 2006.11239), equation 14; velocity: arXiv 2202.00512; min-SNR: arXiv
 2303.09556.
@@ -25,8 +25,9 @@ from transformers import PretrainedConfig
 class Diffusion(nn.Module, abc.ABC):
     """A denoising model as a trainer calls it: {"loss"} of a batch of images.
 
-    scheduler: diffusers', for the noise and the steps. min_snr: gamma of the min-SNR weights; 0 for none. Rows with an index draw
-    their step and noise from it in evaluation, so that its loss is comparable from one evaluation to the next.
+    scheduler: diffusers', for the noise and the steps. min_snr: gamma of the min-SNR weights; 0 for
+    none. Rows with an index draw their step and noise from it in evaluation, so that its loss is
+    comparable from one evaluation to the next.
     """
 
     def __init__(self, scheduler: Any, min_snr: float = 0.0, name: str = "") -> None:
@@ -132,9 +133,11 @@ class Unconditional(Diffusion):
 
 
 class TextToImageModel(Diffusion):
-    """The parts of a Stable Diffusion pipeline (1.x, 2.x or XL) that are adapted; the others stay out of the module tree.
+    """The parts of a Stable Diffusion pipeline (1.x, 2.x or XL) that are adapted; the others stay
+    out of the module tree.
 
-    pipe: the pipeline; it computes with whatever adapter is active here. text_encoder: adapt it too.
+    pipe: the pipeline; it computes with whatever adapter is active here. text_encoder: adapt it
+    too.
     """
 
     pipe: Any

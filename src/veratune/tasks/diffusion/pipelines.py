@@ -13,9 +13,11 @@ from veratune.tasks.diffusion.models import TextToImageModel
 
 
 def load_style(pipe: Any, path: str | Path, name: str = "style") -> TextToImageModel:
-    """Put an adapter of the task text-to-image into a diffusers pipeline, which draws with it from then on.
+    """Put an adapter of the task text-to-image into a diffusers pipeline, which draws with it from
+    then on.
 
-    Returns the model that holds it: give that to `veratune.use`, `rows`, `merge` and `detach`. Raises AdapterFileError, BaseModelError.
+    Returns the model that holds it: give that to `veratune.use`, `rows`, `merge` and `detach`.
+    Raises AdapterFileError, BaseModelError.
 
     >>> model = load_style(pipe, "style.safetensors")  # doctest: +SKIP
     >>> pipe("a photo of a sks dog").images[0]  # doctest: +SKIP

@@ -32,7 +32,9 @@ from veratune.tasks.text.base import OnOverflow, TextTask
 
 
 class TextClassification(TextTask):
-    """Labels are integers from 0 or names; the names' order is alphabetical and stored with the adapter."""
+    """Labels are integers from 0 or names; the names' order is alphabetical and stored with the
+    adapter.
+    """
 
     name = "text-classification"
     roles = {

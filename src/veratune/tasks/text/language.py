@@ -21,7 +21,8 @@ IGNORED = -100  # the label that torch's cross entropy leaves out
 
 # For tokenizers without a chat template, such as GPT-2's.
 PLAIN_TEMPLATE = (
-    "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}{{ eos_token if m.role == 'assistant' else '' }}{{ '\n' }}"
+    "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}{{ eos_token if m.role == "
+    "'assistant' else '' }}{{ '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}### assistant:{{ '\n' }}{% endif %}"
 )
 
@@ -53,10 +54,11 @@ class LanguageTask(TextTask):
 
 
 class Instruction(LanguageTask):
-    """A question and its answer, or a whole conversation; the loss is on the assistant's words only.
+    """A question and its answer, or a whole conversation; the loss is on the assistant's words
+    only.
 
-    Rows have `messages` (a list of {role, content}), or a prompt (with an optional input behind it) and a
-    completion. The tokenizer's chat template puts them together.
+    Rows have `messages` (a list of {role, content}), or a prompt (with an optional input behind it)
+    and a completion. The tokenizer's chat template puts them together.
     """
 
     name = "instruction"
@@ -113,7 +115,8 @@ class Instruction(LanguageTask):
                 prompt, answer = row[columns["prompt"]], row[columns["completion"]]
                 if not isinstance(prompt, str) or not isinstance(answer, str):
                     raise DataError(
-                        f"row {number}: prompt and completion must be text, not {prompt!r} and {answer!r}"
+                        f"row {number}: prompt and completion must be text, not {prompt!r} and "
+                        f"{answer!r}"
                     )
                 more = row.get(columns.get("input", "")) or ""
                 content = f"{prompt}\n\n{more}" if more else prompt
@@ -130,7 +133,8 @@ class Instruction(LanguageTask):
         if "messages" not in columns and not {"prompt", "completion"} <= set(columns):
             raise DataError(
                 "no column for messages, nor a pair of prompt and completion; the data has "
-                f"{', '.join(examples.column_names)}: say which with --columns.prompt NAME --columns.completion NAME"
+                f"{', '.join(examples.column_names)}: say which with --columns.prompt NAME "
+                "--columns.completion NAME"
             )
         return columns
 
@@ -180,7 +184,8 @@ class Instruction(LanguageTask):
             whole = render(conversation[: turn + 1], tokenizer)
             if not whole.startswith(prompt) or not prompt.startswith(text):
                 raise ConfigError(
-                    "the tokenizer's chat template rewrites earlier turns when later ones come, so the answers cannot be "
+                    "the tokenizer's chat template rewrites earlier turns when later ones come, so "
+                    "the answers cannot be "
                     "told from the rest; give each answer as a row of its own"
                 )
             # Prompt and answer are tokenized apart, as they are when the model answers.
@@ -193,7 +198,9 @@ class Instruction(LanguageTask):
 
 
 class CausalLM(LanguageTask):
-    """Plain text, row after row, cut into blocks of max_length tokens; the loss is on every token."""
+    """Plain text, row after row, cut into blocks of max_length tokens; the loss is on every
+    token.
+    """
 
     name = "causal-lm"
     roles = {"text": ("text", "content")}
@@ -227,7 +234,9 @@ def render(
     tokenizer: PreTrainedTokenizerBase,
     add_generation_prompt: bool = False,
 ) -> str:
-    """A conversation as the text that the model sees; add_generation_prompt: up to where its next answer starts."""
+    """A conversation as the text that the model sees; add_generation_prompt: up to where its next
+    answer starts.
+    """
     template = None if tokenizer.chat_template else PLAIN_TEMPLATE
     return str(
         tokenizer.apply_chat_template(
@@ -255,6 +264,7 @@ def _check_conversation(number: int, conversation: Any) -> list[Message]:
             )
     if not any(message["role"] == "assistant" for message in conversation):
         raise DataError(
-            f"row {number}: the conversation has no turn of the assistant; there is nothing to learn"
+            f"row {number}: the conversation has no turn of the assistant; there is nothing to "
+            "learn"
         )
     return [{"role": message["role"], "content": message["content"]} for message in conversation]

@@ -1,4 +1,6 @@
-"""Rows with boxes: from COCO and VOC folders and from columns, as one form: image, boxes (x0, y0, x1, y1 in pixels), labels (names)."""
+"""Rows with boxes: from COCO and VOC folders and from columns, as one form: image, boxes (x0, y0,
+x1, y1 in pixels), labels (names).
+"""
 
 import json
 import warnings
@@ -21,9 +23,10 @@ _SLACK = 1.0  # pixels by which a box may leave its image: annotation tools coun
 def load_box_examples(source: str, split: str = "train", config: str | None = None) -> Dataset:
     """The rows of one split: image, boxes, labels.
 
-    source: a folder in COCO's form (annotations/instances_SPLIT.json beside images, or SPLIT/_annotations.coco.json), in VOC's
-    (Annotations, JPEGImages, ImageSets/Main/SPLIT.txt), or rows as `load_image_examples` takes them with columns boxes and labels, or
-    objects {bbox (x, y, width, height), category}. Names of numbered classes may stand in labels.json. Raises DataError.
+    source: a folder in COCO's form (annotations/instances_SPLIT.json beside images, or
+    SPLIT/_annotations.coco.json), in VOC's (Annotations, JPEGImages, ImageSets/Main/SPLIT.txt), or
+    rows as `load_image_examples` takes them with columns boxes and labels, or objects {bbox (x, y,
+    width, height), category}. Names of numbered classes may stand in labels.json. Raises DataError.
     """
     folder = Path(source)
     if folder.is_dir() and not has_split(source, split):
@@ -64,8 +67,8 @@ def validate_boxes(
     row: int,
     bad: BadBoxes = "fail",
 ) -> tuple[list[list[float]], list[Any]]:
-    """Boxes inside their image, cut to it. bad: "fail" raises DataError for a box that is empty or lies over a pixel outside, "clip"
-    cuts it and leaves out what is empty.
+    """Boxes inside their image, cut to it. bad: "fail" raises DataError for a box that is empty or
+    lies over a pixel outside, "clip" cuts it and leaves out what is empty.
     """
     if len(boxes) != len(labels):
         raise DataError(f"row {row}: {len(boxes)} boxes and {len(labels)} labels")
@@ -80,7 +83,8 @@ def validate_boxes(
         if bad == "fail" and (empty or outside > _SLACK):
             state = "is empty" if x1 <= x0 or y1 <= y0 else "lies outside it"
             raise DataError(
-                f"row {row}: the image is {width} x {height} and the box {[round(v, 1) for v in box]} {state}; mend it, or cut such boxes to the "
+                f"row {row}: the image is {width} x {height} and the box "
+                f"{[round(v, 1) for v in box]} {state}; mend it, or cut such boxes to the "
                 "image with --bad-boxes clip"
             )
         if not empty:
@@ -140,13 +144,16 @@ def _coco(file: Path) -> Dataset:
     missing = next((images[key] for key, path in paths.items() if path is None), None)
     if missing is not None:
         raise DataError(
-            f"{file}: it names the image {missing!r}, which is in none of {', '.join(dict.fromkeys(str(r) for r in roots))}"
+            f"{file}: it names the image {missing!r}, which is in none of "
+            f"{', '.join(dict.fromkeys(str(r) for r in roots))}"
         )
     return _rows([(str(paths[key]), *objects[key]) for key in images], file)
 
 
 def _voc(folder: Path, split: str) -> Dataset:
-    """Source of the form: host.robots.ox.ac.uk/pascal/VOC, development kit; its pixels count from 1."""
+    """Source of the form: host.robots.ox.ac.uk/pascal/VOC, development kit; its pixels count from
+    1.
+    """
     lists = [folder / "ImageSets" / "Main" / f"{name}.txt" for name in SPLITS.get(split, (split,))]
     chosen = next((file for file in lists if file.is_file()), None)
     if chosen is None:

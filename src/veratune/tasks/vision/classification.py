@@ -33,7 +33,8 @@ from veratune.tasks.vision.images import (
 class ImageClassification(ImageTask):
     """Images of any form and size; labels are integers from 0, names, or the folders' names.
 
-    The model's own processor resizes and normalises. After training a confusion matrix is drawn into the run's folder.
+    The model's own processor resizes and normalises. After training a confusion matrix is drawn
+    into the run's folder.
     """
 
     name = "image-classification"
@@ -66,9 +67,13 @@ class ImageClassification(ImageTask):
     def load_model(self, model: str, processor: Any, **options: Any) -> nn.Module:
         names = dict(enumerate(self.labels))
         loaded = load_pretrained(
-            AutoModelForImageClassification, model, id2label=names, label2id={v: k for k, v in names.items()},
-            ignore_mismatched_sizes=True, **options,
-        )  # fmt: skip
+            AutoModelForImageClassification,
+            model,
+            id2label=names,
+            label2id={v: k for k, v in names.items()},
+            ignore_mismatched_sizes=True,
+            **options,
+        )
         if (
             self.image_size is not None
             and "interpolate_pos_encoding" in inspect.signature(loaded.forward).parameters

@@ -27,10 +27,11 @@ _DRAWN = 6  # images with boxes, drawn after training
 
 
 class ObjectDetection(ImageTask):
-    """Images with boxes and their classes. The score is COCO's mean average precision, through pycocotools.
+    """Images with boxes and their classes. The score is COCO's mean average precision, through
+    pycocotools.
 
-    What the base model's checkpoint lacks (class and box layers of another number of classes) is trained in full. After training
-    some evaluation images are drawn with the boxes that were found.
+    What the base model's checkpoint lacks (class and box layers of another number of classes) is
+    trained in full. After training some evaluation images are drawn with the boxes that were found.
     """
 
     name = "object-detection"
@@ -54,7 +55,9 @@ class ObjectDetection(ImageTask):
         labels: list[str] | None = None,
         **options: Any,
     ) -> None:
-        """bad_boxes: see `TrainSettings`; labels: names of the classes; options: see `ImageTask`."""
+        """bad_boxes: see `TrainSettings`; labels: names of the classes; options: see
+        `ImageTask`.
+        """
         super().__init__(columns, **options)
         if bad_boxes not in ("fail", "clip"):
             raise ConfigError(f"bad_boxes is {bad_boxes!r}; it must be one of fail, clip")
@@ -88,9 +91,14 @@ class ObjectDetection(ImageTask):
     def load_model(self, model: str, processor: Any, **options: Any) -> nn.Module:
         names = dict(enumerate(self.labels))
         loaded: Any = load_pretrained(
-            AutoModelForObjectDetection, model, id2label=names, label2id={v: k for k, v in names.items()},
-            ignore_mismatched_sizes=True, output_loading_info=True, **options,
-        )  # fmt: skip
+            AutoModelForObjectDetection,
+            model,
+            id2label=names,
+            label2id={v: k for k, v in names.items()},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
         network, report = loaded
         fresh = [*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])]
         self._fresh = tuple(sorted({key.rpartition(".")[0] for key in fresh}))
@@ -114,7 +122,8 @@ class ObjectDetection(ImageTask):
             unknown = next((name for name in names if str(name) not in index), None)
             if unknown is not None:
                 raise DataError(
-                    f"row {row}: class {unknown!r} is none of {', '.join(self.labels[:20])}, the classes of the training rows"
+                    f"row {row}: class {unknown!r} is none of {', '.join(self.labels[:20])}, the "
+                    "classes of the training rows"
                 )
             clean["_boxes"].append(kept)
             clean["_classes"].append([index[str(name)] for name in names])
@@ -214,7 +223,9 @@ class ObjectDetection(ImageTask):
 
     @torch.no_grad()
     def draw(self, model: nn.Module, examples: Dataset, processor: Any, folder: Path) -> list[Path]:
-        """boxes.png: evaluation images with the boxes that are there and those that were found (score over 0.3)."""
+        """boxes.png: evaluation images with the boxes that are there and those that were found
+        (score over 0.3).
+        """
         from veratune.analysis.pictures import draw_grid, with_boxes  # matplotlib is slow to import
 
         encoded = self.encode(examples.select(range(min(_DRAWN, len(examples)))), processor)
@@ -268,9 +279,11 @@ def mean_average_precision(
     found: list[dict[str, np.ndarray]],
     labels: list[str],
 ) -> dict[str, float]:
-    """COCO's mAP (over IoU 0.5 to 0.95), at IoU 0.5 and 0.75, and its recall with 100 boxes; by pycocotools.
+    """COCO's mAP (over IoU 0.5 to 0.95), at IoU 0.5 and 0.75, and its recall with 100 boxes; by
+    pycocotools.
 
-    truth: (boxes, classes) of each image; found: {boxes, labels, scores} of each image; boxes x0, y0, x1, y1.
+    truth: (boxes, classes) of each image; found: {boxes, labels, scores} of each image; boxes x0,
+    y0, x1, y1.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -297,9 +310,11 @@ def mean_average_precision(
         warnings.simplefilter("ignore")
         coco = COCO()
         coco.dataset = {
-            "info": {}, "images": [{"id": i} for i in range(len(truth))], "annotations": notes,
+            "info": {},
+            "images": [{"id": i} for i in range(len(truth))],
+            "annotations": notes,
             "categories": [{"id": i, "name": name} for i, name in enumerate(labels)],
-        }  # fmt: skip
+        }
         coco.createIndex()
         judge = COCOeval(coco, coco.loadRes(results), "bbox")
         judge.evaluate()
@@ -322,8 +337,8 @@ def _coco_note(box: Any, kind: int) -> dict[str, Any]:
 
 
 def _corners(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
-    """(center x, center y, width, height) in shares of the image to corners in pixels. Shares of a padded image stay shares of it: IoU
-    does not change with the scale of an axis.
+    """(center x, center y, width, height) in shares of the image to corners in pixels. Shares of a
+    padded image stay shares of it: IoU does not change with the scale of an axis.
     """
     boxes = boxes.reshape(-1, 4)
     half = boxes[:, 2:] / 2

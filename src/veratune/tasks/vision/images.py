@@ -1,4 +1,6 @@
-"""Rows with images: from folders, MNIST's files and data sets, decoded one way, and unreadable ones named."""
+"""Rows with images: from folders, MNIST's files and data sets, decoded one way, and unreadable ones
+named.
+"""
 
 import gzip
 import io
@@ -88,9 +90,9 @@ class ImageTask(Task):
 def load_image_examples(source: str, split: str = "train", config: str | None = None) -> Dataset:
     """The rows of one split, with an `image` column.
 
-    source: a folder with one folder of images for each class (or such folders in one folder for each split), a folder of
-    MNIST's idx files, or what `veratune.tasks.data.load_examples` takes: parquet with encoded images, jsonl with their paths,
-    data set ids. Raises DataError.
+    source: a folder with one folder of images for each class (or such folders in one folder for
+    each split), a folder of MNIST's idx files, or what `veratune.tasks.data.load_examples` takes:
+    parquet with encoded images, jsonl with their paths, data set ids. Raises DataError.
     """
     path = Path(source)
     if path.is_dir() and not has_split(source, split):
@@ -122,17 +124,20 @@ def has_image_split(source: str, split: str) -> bool:
 
 
 def validate_images(examples: Dataset, column: str, bad: BadImages = "fail") -> Dataset:
-    """Rows whose images can be decoded, the column as {bytes, path}. See `validate_images_with_sizes`."""
+    """Rows whose images can be decoded, the column as {bytes, path}. See
+    `validate_images_with_sizes`.
+    """
     return validate_images_with_sizes(examples, column, bad)[0]
 
 
 def validate_images_with_sizes(
     examples: Dataset, column: str, bad: BadImages = "fail"
 ) -> tuple[Dataset, list[tuple[int, int]]]:
-    """Rows whose images can be decoded, the column as {bytes, path}, and the (width, height) of each in pixels.
+    """Rows whose images can be decoded, the column as {bytes, path}, and the (width, height) of
+    each in pixels.
 
-    bad: "fail" raises DataError naming the first unreadable image; "skip" leaves them out and names them in a warning. Every
-    image is decoded once for it.
+    bad: "fail" raises DataError naming the first unreadable image; "skip" leaves them out and names
+    them in a warning. Every image is decoded once for it.
     """
     if not isinstance(examples.features[column], Image | dict) and examples.features[
         column
@@ -141,7 +146,8 @@ def validate_images_with_sizes(
         "string",
     ):
         raise DataError(
-            f"column {column!r} holds {examples.features[column]}; encoded images or their paths are wanted"
+            f"column {column!r} holds {examples.features[column]}; encoded images or their paths "
+            "are wanted"
         )
     examples = examples.cast_column(column, Image(decode=False))
     kept, lost, sizes = [], [], []
@@ -174,9 +180,11 @@ def validate_images_with_sizes(
 
 
 def decode_image(value: Mapping[str, Any], row: int) -> pil.Image:
-    """An encoded image as RGB, upright: grey, 16-bit and palette images too; what is transparent becomes white.
+    """An encoded image as RGB, upright: grey, 16-bit and palette images too; what is transparent
+    becomes white.
 
-    value: {bytes, path} as data sets store it. Raises DataError naming the row and, where there is one, the file.
+    value: {bytes, path} as data sets store it. Raises DataError naming the row and, where there is
+    one, the file.
     """
     name = f"row {row}" + (
         f" ({os.path.basename(value['path'])})" if value and value.get("path") else ""
@@ -256,13 +264,15 @@ def _image_folder(folder: Path) -> Dataset:
     classes = _classes(folder)
     if len(classes) < 2:
         raise DataError(
-            f"{folder}: at least two folders of images, one for each class, are wanted; it has {', '.join(classes) or 'none'}"
+            f"{folder}: at least two folders of images, one for each class, are wanted; it has "
+            f"{', '.join(classes) or 'none'}"
         )
     try:
         return load_dataset("imagefolder", data_dir=str(folder), split="train", drop_labels=False)
     except Exception as error:  # every builder has its own exceptions for bad content
         raise DataError(
-            f"{folder}: cannot be read as a folder of images: {str(error.__cause__ or error).splitlines()[0]}"
+            f"{folder}: cannot be read as a folder of images: "
+            f"{str(error.__cause__ or error).splitlines()[0]}"
         ) from error
 
 

@@ -1,6 +1,7 @@
 """AdaLoRA's orthogonality penalty in the loss, and its rank budget, updated after every step.
 
-Source: Zhang et al., "Adaptive budget allocation for parameter-efficient fine-tuning", 2023; the layers and the allocation are PEFT's.
+Source: Zhang et al., "Adaptive budget allocation for parameter-efficient fine-tuning", 2023; the
+layers and the allocation are PEFT's.
 """
 
 from typing import Any
@@ -11,10 +12,11 @@ from transformers import TrainerCallback
 
 
 class AdaLoraCallback(TrainerCallback):
-    """Tell PEFT's allocator how long the run is, and let it prune after every step; add the penalty to the model's loss.
+    """Tell PEFT's allocator how long the run is, and let it prune after every step; add the penalty
+    to the model's loss.
 
-    The penalty is orth_reg_weight times the mean of |P Pᵀ - 1| and |Qᵀ Q - 1| over all layers. Ranks are pruned between
-    a tenth and eight tenths of the run, unless tinit and tfinal are given.
+    The penalty is orth_reg_weight times the mean of |P Pᵀ - 1| and |Qᵀ Q - 1| over all layers.
+    Ranks are pruned between a tenth and eight tenths of the run, unless tinit and tfinal are given.
     """
 
     def __init__(self, model: nn.Module, tuner: Any, given: bool) -> None:

@@ -92,7 +92,9 @@ def write_state(
 
 
 def read_state(path: Path, width: int) -> dict[str, ActiveState]:
-    """Active tenants of a checkpoint by name; empty if there is none. Raises OutputError for a damaged one."""
+    """Active tenants of a checkpoint by name; empty if there is none. Raises OutputError for a
+    damaged one.
+    """
     if not path.is_file():
         return {}
     try:

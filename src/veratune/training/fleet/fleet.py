@@ -1,8 +1,9 @@
 """Fleet: many adapters of one frozen base model, trained in the same batches.
 
-All values of a tenant (d and b of every layer, and its head) are one row of a stacked tensor. A step takes one
-batch of several tenants, packs their rows by length into few forward passes, and updates the rows of those
-tenants alone. A and B are shared, so each tenant's gradient falls into its own row:
+All values of a tenant (d and b of every layer, and its head) are one row of a stacked tensor. A
+step takes one batch of several tenants, packs their rows by length into few forward passes, and
+updates the rows of those tenants alone. A and B are shared, so each tenant's gradient falls into
+its own row:
 
     loss = Σ_t mean_{rows of t} loss(row)        ∂loss/∂values[t] comes from the rows of t alone
 """
@@ -39,8 +40,8 @@ class FleetOptions:
     """How a fleet trains. The defaults are those of `veratune train`.
 
     Attributes:
-        lr, b_lr, head_lr: Peak learning rates of the vectors, of b (None: lr), and of heads (None: the
-            task's own).
+        lr, b_lr, head_lr: Peak learning rates of the vectors, of b (None: lr), and of heads (None:
+            the task's own).
         weight_decay: Decoupled weight decay.
         max_grad_norm: Largest gradient norm of one tenant; 0 for none.
         lr_scheduler: "linear", "cosine" or "constant_with_warmup".
@@ -136,7 +137,9 @@ class Fleet:
         return rates
 
     def _rates_of(self, factors: Tensor, scales: Tensor) -> Tensor:
-        """Learning rates of some tenants, shape (k, width): a head's grows with its targets' spread."""
+        """Learning rates of some tenants, shape (k, width): a head's grows with its targets'
+        spread.
+        """
         rates = factors.unsqueeze(1) * self._peak_rates
         rates[:, self.layout.size :] *= scales.unsqueeze(1)
         return rates
@@ -235,8 +238,8 @@ class Fleet:
         """One optimizer step of each of these tenants.
 
         Returns:
-            Why a tenant could not take its step, by name: its loss or gradient is not finite. Its values
-            are as before the step. All others have taken theirs.
+            Why a tenant could not take its step, by name: its loss or gradient is not finite. Its
+            values are as before the step. All others have taken theirs.
         """
         start = time.perf_counter()
         slots = torch.tensor([run.slot for run in runs], device=self._device)
@@ -310,7 +313,8 @@ class Fleet:
             rows: The tenants' values, shape (k, width).
 
         Yields:
-            (positions within the tenant, weighted loss of each row, tenant of each row, row outputs).
+            (positions within the tenant, weighted loss of each row, tenant of each row, row
+            outputs).
         """
         owners = [k for k, batch in enumerate(batches) for _ in batch]
         places = [i for batch in batches for i in range(len(batch))]
@@ -345,7 +349,8 @@ class Fleet:
         Two tenants with random vectors are run mixed and alone.
 
         Raises:
-            UnsupportedError: if the results differ, so that this model cannot be trained as a fleet.
+            UnsupportedError: if the results differ, so that this model cannot be trained as a
+                fleet.
         """
         examples = list(examples[:4])
         if len(examples) < 2:

@@ -1,4 +1,6 @@
-"""The modules that replace adapted layers while a fleet trains: every row of a batch has its tenant's vectors."""
+"""The modules that replace adapted layers while a fleet trains: every row of a batch has its
+tenant's vectors.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -55,7 +57,8 @@ class BatchHolder:
         if batch is not None and x.shape[0] != len(batch.index):
             raise ShapeError(
                 f"layer '{layer}' got {x.shape[0]} rows, but the batch has {len(batch.index)}; "
-                "this model does not keep the batch in dimension 0, so its tenants cannot be told apart"
+                "this model does not keep the batch in dimension 0, so its tenants cannot be told "
+                "apart"
             )
         return batch
 
@@ -113,7 +116,8 @@ class FleetHead(ModuleWrapper):
 def wrap(
     model: nn.Module, sites: Sequence[Site], heads: Sequence[str], basis: Basis
 ) -> BatchHolder:
-    """Replace the adapted layers and heads of a model, in place. Returns what holds the running batch.
+    """Replace the adapted layers and heads of a model, in place. Returns what holds the running
+    batch.
 
     Raises:
         UnsupportedError: for layers that a fleet cannot adapt.

@@ -39,8 +39,8 @@ def train_fleet(
         rank, world: This worker and their number; default torchrun's RANK and WORLD_SIZE.
 
     Raises:
-        VeratuneError: for mistakes in settings, model or data. A mistake in one tenant's data refuses that
-            tenant alone, unless `fleet.strict`.
+        VeratuneError: for mistakes in settings, model or data. A mistake in one tenant's data
+            refuses that tenant alone, unless `fleet.strict`.
     """
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     world = int(os.environ.get("WORLD_SIZE", "1")) if world is None else world

@@ -1,4 +1,6 @@
-"""The loss of every row of a batch, so that each tenant's gradient comes from its own rows alone."""
+"""The loss of every row of a batch, so that each tenant's gradient comes from its own rows
+alone.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +18,8 @@ RowLosses = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, Tensor | None
 
 
 def row_losses_of(task: Task, model: nn.Module) -> RowLosses:
-    """A function from (model, inputs) to the summed loss of each row, and the row outputs for metrics.
+    """A function from (model, inputs) to the summed loss of each row, and the row outputs for
+    metrics.
 
     A tenant's loss is the sum over its rows divided by its items: examples, or labelled tokens for
     language models. That is the loss which `veratune train` minimises on the same batch.
@@ -31,7 +34,8 @@ def row_losses_of(task: Task, model: nn.Module) -> RowLosses:
     if task.name == "text-regression":
         return lambda model, inputs: _numbers(model, inputs)
     raise UnsupportedError(
-        f"task {task.name!r} cannot be trained as a fleet; there are text and image classification, "
+        f"task {task.name!r} cannot be trained as a fleet; there are text and image "
+        "classification, "
         "text regression, instruction and causal-lm"
     )
 
@@ -62,7 +66,9 @@ def _numbers(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tenso
 
 
 def _causal(model: nn.Module) -> RowLosses:
-    """The language-model loss; the vocabulary product is computed for labelled positions alone where that is exact."""
+    """The language-model loss; the vocabulary product is computed for labelled positions alone
+    where that is exact.
+    """
     exact: bool | None = None
 
     def losses(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, None]:

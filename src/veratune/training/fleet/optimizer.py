@@ -66,7 +66,9 @@ class StackedAdamW:
 
 
 def clip_rows(grads: Tensor, max_norm: float) -> Tensor:
-    """Scale each row to a norm of at most `max_norm` (0: no limit), in place. Returns the norms before, shape (k,)."""
+    """Scale each row to a norm of at most `max_norm` (0: no limit), in place. Returns the norms
+    before, shape (k,).
+    """
     norms = torch.linalg.vector_norm(grads, dim=1)
     if max_norm:
         grads.mul_((max_norm / (norms + 1e-6)).clamp(max=1.0).unsqueeze(1))
@@ -74,7 +76,8 @@ def clip_rows(grads: Tensor, max_norm: float) -> Tensor:
 
 
 def schedule(name: str, warmup: float) -> Callable[[int, int], float]:
-    """The factor on the peak learning rate at (finished steps, total steps), as transformers schedules it.
+    """The factor on the peak learning rate at (finished steps, total steps), as transformers
+    schedules it.
 
     Args:
         name: "linear", "cosine" or "constant_with_warmup".

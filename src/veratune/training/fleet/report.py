@@ -25,7 +25,9 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def draw_scores(lines: Sequence[dict[str, Any]], metric: str, path: Path) -> Path | None:
-    """Scores per tenant before and after training, sorted by the score after; None without scores."""
+    """Scores per tenant before and after training, sorted by the score after; None without
+    scores.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -43,9 +45,13 @@ def draw_scores(lines: Sequence[dict[str, Any]], metric: str, path: Path) -> Pat
     left.plot(places, after, ".", markersize=3, color="tab:blue", label="after")
     for i in {0, len(scored) - 1}:
         left.annotate(
-            scored[i]["tenant"], (places[i], after[i]), fontsize=8, xytext=(4, 4),
-            textcoords="offset points", ha="left" if i == 0 else "right",
-        )  # fmt: skip
+            scored[i]["tenant"],
+            (places[i], after[i]),
+            fontsize=8,
+            xytext=(4, 4),
+            textcoords="offset points",
+            ha="left" if i == 0 else "right",
+        )
     left.set(xlabel="tenants, sorted by score after training", ylabel=metric)
     left.legend()
     edges = np.histogram_bin_edges(np.concatenate([before[~np.isnan(before)], after]), bins=30)

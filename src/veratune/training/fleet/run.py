@@ -64,7 +64,9 @@ class TenantRun:
         return self.step % self.steps_per_epoch == 0 or self.done
 
     def next_batch(self) -> list[Example]:
-        """The examples of the next step: a shuffled pass per epoch, in the order that `veratune train` takes."""
+        """The examples of the next step: a shuffled pass per epoch, in the order that `veratune
+        train` takes.
+        """
         epoch, at = divmod(self.step, self.steps_per_epoch)
         generator = torch.Generator().manual_seed(self.seed + epoch)
         order = torch.randperm(len(self.examples), generator=generator).tolist()

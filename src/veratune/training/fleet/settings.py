@@ -26,8 +26,8 @@ class FleetSettings:
 
     Args:
         tenant_column: The column that names each example's tenant.
-        eval_fraction: Share of each tenant's examples that is held out for evaluation, when there is
-            no evaluation data; 0 for none.
+        eval_fraction: Share of each tenant's examples that is held out for evaluation, when there
+            is no evaluation data; 0 for none.
         max_active: Tenants whose values and optimizer state are in memory.
         tenants_per_step: Tenants that take a step together.
         max_batch_tokens: Padded tokens (images: rows) of one forward pass.

@@ -1,4 +1,6 @@
-"""Which examples belong to which tenant: a column of one data set, or a folder with a file per tenant."""
+"""Which examples belong to which tenant: a column of one data set, or a folder with a file per
+tenant.
+"""
 
 import abc
 import re
@@ -43,7 +45,9 @@ class TenantData(abc.ABC):
 
 
 class ColumnTenants(TenantData):
-    """Tenants named by a column. The data set stays memory-mapped; an index of row numbers is held."""
+    """Tenants named by a column. The data set stays memory-mapped; an index of row numbers is
+    held.
+    """
 
     def __init__(self, examples: Dataset, column: str) -> None:
         if column not in examples.column_names:
@@ -110,7 +114,8 @@ class FolderTenants(TenantData):
 
 
 def load_tenants(source: str, task: Task, column: str, split: str = "train") -> TenantData:
-    """Tenants from a file with a tenant column, a folder of split files with one, or a file per tenant.
+    """Tenants from a file with a tenant column, a folder of split files with one, or a file per
+    tenant.
 
     A folder is one file per tenant unless it has a file for the split.
     """

@@ -1,4 +1,6 @@
-"""Models in the OpenAI API's shape, and the adapters behind them: upload, download, delete, versions, roll back."""
+"""Models in the OpenAI API's shape, and the adapters behind them: upload, download, delete,
+versions, roll back.
+"""
 
 from typing import Annotated
 
@@ -104,7 +106,9 @@ async def roll_back(
 async def load_adapter(
     body: LoadAdapterBody, caller: CallerDep, context: ContextDep
 ) -> PlainTextResponse:
-    """VLLM's call: adapters load on demand, so this tells only whether one exists. Reads no path."""
+    """VLLM's call: adapters load on demand, so this tells only whether one exists. Reads no
+    path.
+    """
     if body.lora_path and body.lora_path != body.lora_name:
         raise ApiError(
             400,

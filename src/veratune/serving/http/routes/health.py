@@ -40,7 +40,9 @@ async def health() -> dict[str, str]:
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(context: ContextDep) -> dict[str, str]:
-    """Readiness: 503 while draining, or with a problem of an engine, the store, its disk or jobs."""
+    """Readiness: 503 while draining, or with a problem of an engine, the store, its disk or
+    jobs.
+    """
     start = time.monotonic()
     try:
         check = context.pools.health.run(_problem, context)
