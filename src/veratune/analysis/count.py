@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import transformers
@@ -26,13 +26,21 @@ _META = torch.device("meta")
 class Count:
     """The cost of fine-tuning one model with one method. Sizes are in bytes.
 
-    trainable: the method's own values, the task head apart (for method "head": the head); head:
-    values of the task head; layers: adapted matrices; bytes_fp32, bytes_bf16: of the trainable
-    values; file_bytes: of the adapter's file (vera; None otherwise); basis_bytes: of A and B in
-    memory, fp32; base_parameters, base_bytes: of the frozen model in `dtype`; state_bytes: weights,
-    gradients and both Adam moments of the trained values, fp32; activation_bytes: estimated, at
-    `batch` x `length` tokens; train_bytes: their sum; flops_per_token: multiply-adds times two of
-    one training step, estimated.
+    Attributes:
+        model: The model, as given.
+        method: The method.
+        rank: Of VeRA or LoRA; None for other methods.
+        trainable: Trained values without the task head (method "head": the head).
+        head: Values of the task head.
+        layers: Adapted matrices.
+        bytes_fp32, bytes_bf16: Of the trainable values.
+        file_bytes: Of the adapter file; None for methods without one.
+        basis_bytes: Of A and B in memory, in fp32.
+        base_parameters, base_bytes: Of the frozen model, in the dtype that was asked for.
+        state_bytes: Weights, gradients and both Adam moments of the trained values, in fp32.
+        activation_bytes: Estimated for the batch and length that were asked for.
+        train_bytes: The sum of all memory.
+        flops_per_token: Of one training step, estimated: two for each multiply-add.
     """
 
     model: str
@@ -62,74 +70,104 @@ def count(
     length: int = 512,
     dtype: str = "bfloat16",
 ) -> Count:
-    """Count for a model given by its config.json, a folder that holds one, or a Hugging Face id.
+    """Count a method's parameters, bytes and memory for a model.
 
-    vera: rank and targets, for vera and lora. batch, length: sequences and tokens of a training
-    step. Raises DataError if there is no configuration, TargetError if the targets do not fit.
+    Args:
+        model: A config.json, a folder that holds one, or a Hugging Face id.
+        method: The method.
+        vera: Rank and targets, for vera and lora.
+        batch, length: Sequences and tokens of a training step.
+        dtype: Of the frozen weights, by its name in torch.
+
+    Raises:
+        DataError: There is no configuration.
+        TargetError: The targets do not fit the model.
     """
     vera = vera or VeraConfig()
     empty = empty_model(model)
     heads = _heads(empty)
     head = sum(p.numel() for module in heads for p in module.parameters())
     base = sum(p.numel() for p in empty.parameters())
-    layers, extra, file_bytes, basis_bytes = 0, 0, None, 0
-    if method in ("vera", "lora"):
-        sites = find_sites(empty, vera)
-        layers = len(sites)
-        extra = sum(site.rank * sum(site.shape) for site in sites)
-        if method == "lora":
-            trainable = extra
-        else:
-            adapter = _blank(vera, sites, model, fingerprint_shape(empty, []))
-            basis: Basis
-            if vera.basis == "principal":
-                ranks = {site.name: site.rank for site in sites}
-                basis = PrincipalBasis(vera.seed, ranks, {})
-                blank = blank_fingerprint(len(ranks))
-                adapter = dataclasses.replace(adapter, lora_fingerprint=blank)
-            else:
-                basis = new_basis(vera, dict(adapter.shapes))
-            trainable = adapter.trained_values
-            file_bytes = len(native.encode(adapter))
-            basis.reserve([(s.name, *s.shape, s.rank) for s in sites], _META, torch.float32)
-            basis_bytes = basis.allocated_bytes()
-    elif method == "bitfit":
-        inside = {id(p) for module in heads for p in module.parameters()}
-        trainable = sum(
-            p.numel()
-            for n, p in empty.named_parameters()
-            if n.endswith("bias") and id(p) not in inside
-        )
-    elif method == "head":
-        trainable = head
-    elif method == "full":
-        trainable = base - head
-    else:
-        raise ConfigError(f"unknown method {method!r}; there are vera, lora, bitfit, head, full")
-    trained = trainable if method == "head" else trainable + head
-    base_bytes = base * getattr(torch, dtype).itemsize
-    state_bytes = trained * 16
-    activation_bytes = _activations(empty.config, batch, length, getattr(torch, dtype).itemsize)
-    backward = (
-        4 if method == "full" else 2
-    )  # a frozen weight has no gradient: half of the backward pass
+    figures = _method_figures(empty, model, method, vera, heads)
+    trained = figures.trainable if method == "head" else figures.trainable + head
+    size = getattr(torch, dtype).itemsize
+    activation_bytes = _activations(empty.config, batch, length, size)
+    # A frozen weight has no gradient: half of the backward pass.
+    backward = 4 if method == "full" else 2
+    per_value = 4 if method == "vera" else 6
     return Count(
         model=model,
         method=method,
         rank=vera.rank if method in ("vera", "lora") else None,
-        trainable=trainable,
+        trainable=figures.trainable,
         head=head,
-        layers=layers,
-        bytes_fp32=trainable * 4,
-        bytes_bf16=trainable * 2,
-        file_bytes=file_bytes,
-        basis_bytes=basis_bytes,
+        layers=figures.layers,
+        bytes_fp32=figures.trainable * 4,
+        bytes_bf16=figures.trainable * 2,
+        file_bytes=figures.file_bytes,
+        basis_bytes=figures.basis_bytes,
         base_parameters=base,
-        base_bytes=base_bytes,
-        state_bytes=state_bytes,
+        base_bytes=base * size,
+        state_bytes=trained * 16,
         activation_bytes=activation_bytes,
-        train_bytes=base_bytes + basis_bytes + state_bytes + activation_bytes,
-        flops_per_token=(2 + backward) * base + (4 if method == "vera" else 6) * extra,
+        train_bytes=base * size + figures.basis_bytes + trained * 16 + activation_bytes,
+        flops_per_token=(2 + backward) * base + per_value * figures.frozen_values,
+    )
+
+
+class _Figures(NamedTuple):
+    """A method's own figures; frozen_values: of A and B, summed over the layers."""
+
+    trainable: int
+    layers: int = 0
+    frozen_values: int = 0
+    file_bytes: int | None = None
+    basis_bytes: int = 0
+
+
+def _method_figures(
+    empty: PreTrainedModel, model: str, method: str, vera: VeraConfig, heads: list[nn.Module]
+) -> _Figures:
+    inside = {id(p) for module in heads for p in module.parameters()}
+    if method in ("vera", "lora"):
+        sites = find_sites(empty, vera)
+        frozen = sum(site.rank * sum(site.shape) for site in sites)
+        if method == "lora":
+            return _Figures(frozen, len(sites), frozen)
+        return _vera_figures(empty, model, vera, sites, frozen)
+    if method == "bitfit":
+        biases = (
+            p.numel()
+            for name, p in empty.named_parameters()
+            if name.endswith("bias") and id(p) not in inside
+        )
+        return _Figures(sum(biases))
+    if method == "head":
+        return _Figures(sum(p.numel() for module in heads for p in module.parameters()))
+    if method == "full":
+        return _Figures(sum(p.numel() for p in empty.parameters() if id(p) not in inside))
+    raise ConfigError(f"unknown method {method!r}; there are vera, lora, bitfit, head, full")
+
+
+def _vera_figures(
+    empty: PreTrainedModel, model: str, vera: VeraConfig, sites: list[Site], frozen: int
+) -> _Figures:
+    adapter = _blank(vera, sites, model, fingerprint_shape(empty, []))
+    basis: Basis
+    if vera.basis == "principal":
+        ranks = {site.name: site.rank for site in sites}
+        basis = PrincipalBasis(vera.seed, ranks, {})
+        blank = blank_fingerprint(len(ranks))
+        adapter = dataclasses.replace(adapter, lora_fingerprint=blank)
+    else:
+        basis = new_basis(vera, dict(adapter.shapes))
+    basis.reserve([(s.name, *s.shape, s.rank) for s in sites], _META, torch.float32)
+    return _Figures(
+        adapter.trained_values,
+        len(sites),
+        frozen,
+        len(native.encode(adapter)),
+        basis.allocated_bytes(),
     )
 
 
