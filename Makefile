@@ -46,6 +46,7 @@ docs: install
 	$(BIN)/python docs/make_benchmarks.py
 	$(BIN)/python docs/make_reproduced.py
 	$(BIN)/python docs/make_quality.py
+	$(BIN)/python docs/make_readme.py
 
 # The documentation, in out/site. A broken link, a missing anchor or a page outside the menu fails.
 site: install

@@ -1,0 +1,146 @@
+"""Fill the measured blocks of README.md from benchmarks/results: python docs/make_readme.py (a test compares them)."""
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+
+
+def demo() -> str:
+    """The demo's table: one run of each method."""
+    (line,) = read("demo")
+    base, vera, lora = (line["rows"][name] for name in ("base", "vera", "lora"))
+    rows = [
+        ("held-out exact match", [f"{r['scores']['exact_match']:.1%}" for r in (base, vera, lora)]),
+        ("held-out loss", [f"{r['scores']['loss']:.3f}" for r in (base, vera, lora)]),
+        ("trained values", ["", f"{vera['trained']:,}", f"{lora['trained']:,}"]),
+        ("adapter file, bytes", ["", f"{vera['bytes']:,}", f"{lora['bytes']:,}"]),
+        ("training, seconds", ["", f"{vera['seconds']:.0f}", f"{lora['seconds']:.0f}"]),
+    ]
+    table = ["| SmolLM2-135M: sentence -> JSON command | base | VeRA r=256 | LoRA r=8 (PEFT) |"]
+    table += ["|---|---|---|---|"]
+    table += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows]
+    seconds, memory = line["demo_seconds"], line["peak_memory"] / 2**30
+    return "\n".join(
+        [
+            *table,
+            "",
+            f"{line['threads']} CPU cores, {seconds} s in all, {memory:.2f} GiB at most, one seed.",
+        ]
+    )
+
+
+def speed() -> str:
+    """A training step over the frozen model's, for the models of the benchmark."""
+    runs: dict[tuple[str, int], dict[tuple[str, str], dict[str, Any]]] = {}
+    current: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in read("steps"):
+        if line["method"] == "frozen":
+            current = {}
+        current[line["method"], f"{line['basis']} {line['rank']}"] = line
+        if line["method"] == "veratune":
+            runs[line["model"], line["rank"]] = current
+    rows = []
+    for (model, rank), lines in runs.items():
+        cells = []
+        for method, kind in (
+            ("veratune", f"random {rank}"),
+            ("veratune", f"monarch {rank}"),
+            ("peft-vera", f"random {rank}"),
+            ("lora", "random 8"),
+        ):
+            found = lines.get((method, kind))
+            cells.append(f"{found['over_frozen']:.2f}" if found else "")
+        rows.append(f"| {model}, rank {rank} | {' | '.join(cells)} |")
+    head = [
+        "| training step over the frozen model's | veratune | monarch basis | PEFT VeRA | LoRA r=8 |"
+    ]
+    return "\n".join([*head, "|---|---|---|---|---|", *rows])
+
+
+def results() -> str:
+    """Quality and serving, one line each, with the page that has the whole table."""
+    rows = [
+        ("[GLUE MRPC](docs/mrpc.md), MiniLM, three seeds", _mrpc()),
+        ("[Five GLUE tasks](docs/language.md) on few rows, MiniLM, mean score", _glue()),
+        ("[A DDPM of digits adapted to clothes](docs/vision.md), epsilon MSE", _ddpm()),
+        ("[Serving](docs/benchmarks.md#serving) SmolLM2-135M on two cores", _serving()),
+    ]
+    return "\n".join(
+        ["| measured | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows)]
+    )
+
+
+def _mrpc() -> str:
+    scores: dict[str, list[float]] = {}
+    for line in read("mrpc_vera_against_head"):
+        scores.setdefault(line["method"], []).append(100 * line["after"]["accuracy"])
+    texts = [
+        f"{name} {statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+        for name, values in sorted(scores.items(), reverse=True)
+    ]
+    return "accuracy: " + ", ".join(texts)
+
+
+def _glue() -> str:
+    page = (ROOT / "docs" / "language.md").read_text()
+    start = page.index("## table2")
+    measured = page[start : page.index("Printed in the paper for", start)]
+    found = re.findall(r"^\| ([^|]+) \| ([\d,]+) \|.*\| ([\d.]+) \|$", measured, re.M)
+    means = {name: f"{mean} ({values} values)" for name, values, mean in found}
+    names = {
+        "full fine-tuning": "Full",
+        "LoRA r=8": "LoRA",
+        "VeRA": "VeRA",
+        "VeRA, only d, all linear layers": "VeRA, only d, all linear",
+    }
+    return ", ".join(f"{shown} {means[name]}" for shown, name in names.items())
+
+
+def _ddpm() -> str:
+    lines = {line["method"]: line for line in read("reproduce/ddpm")}
+    names = {"VeRA": "VeRA, rank 64", "LoRA": "LoRA, rank 1", "full": "full"}
+    cells = [
+        f"{shown} {lines[name]['after']['loss']:.3f} ({lines[name]['trained']:,} values)"
+        for shown, name in names.items()
+    ]
+    return f"before {lines['full']['before']['loss']:.3f}, " + ", ".join(cells)
+
+
+def _serving() -> str:
+    lines = [line for line in read("serving") if line["dtype"] == "float32"]
+    by = {line.get("workload", line["what"]): line for line in lines}
+    pool, many = by["adapters in memory"], by["32 tenants"]
+    turns = zip(many["turns"], by["one after the other"]["turns"], strict=True)
+    times = statistics.median(a / b for a, b in turns)
+    return (
+        f"32 tenants in one batch: {many['of_one_tenant']:.2f} of one tenant's speed, {times:.1f} times "
+        f"one after the other; {pool['adapters']:,} adapters in {pool['process_bytes'] / 2**20:,.0f} MiB"
+    )
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"demo": demo, "speed": speed, "results": results}
+
+
+def page() -> str:
+    """README.md with its blocks filled."""
+    text = PAGE.read_text()
+    for name, make in BLOCKS.items():
+        pattern = rf"(<!-- measured: {name} -->\n).*?(\n<!-- end -->)"
+        text, count = re.subn(pattern, lambda m: m[1] + make() + m[2], text, flags=re.S)  # noqa: B023
+        assert count == 1, f"README.md has no block {name!r}"
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
