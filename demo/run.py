@@ -31,7 +31,8 @@ RESULTS = HERE.parent / "benchmarks" / "results" / "demo.jsonl"
 PICTURE = HERE.parent / "docs" / "pictures" / "demo.svg"
 MODEL, RUN, LORA_RUN = OUT / "smollm2", OUT / "run", OUT / "lora"
 HELD_OUT = HERE / "heldout.jsonl"
-LORA = {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+LORA_LR = 2e-3
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 console = Console(highlight=False, record=True)
 
 
@@ -113,7 +114,7 @@ def train_lora() -> Row:
     from veratune.training.run import train
 
     console.print("Fine-tuning with LoRA (PEFT, rank 8) on the same sentences ...")
-    settings = settings_for(LORA_RUN, lr=2e-3, method="peft:lora", options=LORA, preview=0)
+    settings = settings_for(LORA_RUN, lr=LORA_LR, method="peft:lora", options=LORA, preview=0)
     result = train(settings, VeraConfig())
     with contextlib.redirect_stderr(io.StringIO()):
         loaded = load_with_adapter(str(MODEL), None, task="instruction", device="cpu")
@@ -152,6 +153,7 @@ def record(base: Row, vera: Row, lora: Row, seconds: float, memory: int) -> None
             name: dataclasses.asdict(row)
             for name, row in (("base", base), ("vera", vera), ("lora", lora))
         },
+        "lora": {"lr": LORA_LR, **LORA},
         "seed": 0,
         "demo_seconds": round(seconds),
         "peak_memory": memory,

@@ -35,7 +35,8 @@ def demo() -> str:
         [
             *table,
             "",
-            f"{line['threads']} CPU cores, {seconds} s in all, {memory:.2f} GiB at most, one seed.",
+            f"{line['threads']} CPU cores, {seconds} s in all, {memory:.2f} GiB at most. One seed; the "
+            f"learning rates (4e-2, {line['lora']['lr']:g}) were not tuned on this data.",
         ]
     )
 
