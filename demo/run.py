@@ -11,6 +11,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -163,7 +164,9 @@ def record(base: Row, vera: Row, lora: Row, seconds: float, memory: int) -> None
         "transformers": transformers.__version__,
     }
     RESULTS.write_text(json.dumps(line) + "\n")
-    PICTURE.write_text(console.export_svg(title="make demo"))
+    picture = console.export_svg(title="make demo")
+    # rich's picture loads its font from another host; any monospaced font will do.
+    PICTURE.write_text(re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.S))
 
 
 def main() -> None:
