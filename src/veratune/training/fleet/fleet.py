@@ -26,6 +26,7 @@ from veratune.attach import attach, detach
 from veratune.basis.basis import Basis
 from veratune.config import VeraConfig
 from veratune.errors import AdapterFileError, UnsupportedError
+from veratune.layers.wrapper import ModuleWrapper, replace_modules
 from veratune.stacked import VectorLayout
 from veratune.targets import find_sites
 from veratune.tasks.base import Task
@@ -379,8 +380,6 @@ class Fleet:
 
     def close(self) -> None:
         """Give the model its own layers back."""
-        from veratune.layers.wrapper import ModuleWrapper, replace_modules
-
         replace_modules(
             self.model, lambda module: module.base if isinstance(module, ModuleWrapper) else module
         )

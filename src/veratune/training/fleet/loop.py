@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -12,10 +11,10 @@ from veratune.errors import ConfigError, OutputError
 from veratune.formats.atomic import refuse_used, write_atomic
 from veratune.training.fleet.settings import FleetSettings, check_settings
 from veratune.training.fleet.worker import Finished, FleetResult, FolderSink, Sink, Worker
+from veratune.training.run_folder import run_settings
 from veratune.training.settings import TrainSettings
 
 SETTINGS = "fleet.yaml"
-_FREE = {"resume", "preview", "out"}
 
 
 def train_fleet(
@@ -52,23 +51,17 @@ def train_fleet(
     return Worker(settings, vera, fleet, sink or FolderSink(out), finished, *names).run()
 
 
-def _record(settings: TrainSettings, vera: VeraConfig, fleet: FleetSettings) -> dict[str, Any]:
-    own = vera.to_dict()
-    del own["seed"], own["dtype"]
-    return settings.to_dict() | own | dataclasses.asdict(fleet)
-
-
 def _open(
     out: Path, settings: TrainSettings, vera: VeraConfig, fleet: FleetSettings, rank: int
 ) -> None:
     """A new run wants an empty folder, a resumed one the settings it was started with."""
-    now, path = _record(settings, vera, fleet), out / SETTINGS
+    now, path = run_settings(settings, vera) | dataclasses.asdict(fleet), out / SETTINGS
     if settings.resume:
         if not path.is_file():
             raise OutputError(f"{out}: there is no fleet to resume (no {SETTINGS})")
         before = yaml.safe_load(path.read_text())
         for key in sorted(set(now) | set(before)):
-            if key not in _FREE and before.get(key) != now.get(key):
+            if before.get(key) != now.get(key):
                 raise ConfigError(
                     f"{out}: the fleet was started with {key} = {before.get(key)!r}, "
                     f"not {now.get(key)!r}; resume it unchanged"

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from veratune.errors import UnsupportedError
 from veratune.tasks.base import Task
-
-IGNORED = -100
+from veratune.tasks.text.language import IGNORED
 
 RowLosses = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, Tensor | None]]
 

@@ -164,8 +164,9 @@ class Worker:
         turn = [self.active.popleft() for _ in range(count)]
         fresh = [run for run in turn if run.step == 0 and run.held_out and not run.before]
         if fresh:
-            for name, scores in self.fleet.evaluate(fresh).items():
-                next(run for run in fresh if run.name == name).before = scores
+            scores = self.fleet.evaluate(fresh)
+            for run in fresh:
+                run.before = scores[run.name]
         failed = self.fleet.step(turn)
         stepped = [run for run in turn if run.name not in failed]
         due = [run for run in stepped if run.at_epoch_end and run.held_out]
@@ -182,8 +183,9 @@ class Worker:
         """Evaluate tenants at the end of an epoch. Returns those whose patience has ended."""
         metric, greater = self.task.metric, self.task.greater_is_better
         stopped = set()
-        for name, scores in self.fleet.evaluate(runs).items():
-            run = next(run for run in runs if run.name == name)
+        evaluated = self.fleet.evaluate(runs)
+        for run in runs:
+            scores = evaluated[run.name]
             score = scores.get(metric, scores["loss"])
             better = run.best is None or (score > run.best if greater else score < run.best)
             if better:
@@ -195,7 +197,7 @@ class Worker:
             if better or self.best_rows is None:
                 run.after = scores
             if self.settings.patience and run.bad_evaluations >= self.settings.patience:
-                stopped.add(name)
+                stopped.add(run.name)
         return stopped
 
     # ------------------------------------------------------------- tenants in and out
