@@ -1,6 +1,5 @@
 """Every command as a user types it, in-process (the exit status is main's return value)."""
 
-import contextlib
 import io
 import json
 import re
@@ -22,6 +21,7 @@ from PIL import Image
 
 import veratune as vt
 from tests import fakes
+from tests.cli.servers import server_of
 from tests.fakes import scramble
 from veratune.cli.main import COMMANDS, main
 from veratune.errors import ConfigError
@@ -533,41 +533,6 @@ def test_sample_wants_images(place, capsys):
     )
     assert status == 2
     assert "sample draws images, but the adapter's task is 'instruction'" in err
-
-
-@contextlib.contextmanager
-def server_of(folder, words, **config):
-    """The server as users start it: a process and a real socket. Gives it and its URL; afterwards it has `said` what it said."""
-    fakes.folder(fakes.llama(**config), folder / "llama")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    words = [
-        "serve",
-        "--model",
-        str(folder / "llama"),
-        "--port",
-        url.rpartition(":")[2],
-        "--store",
-        str(folder / "a.db"),
-        *words,
-    ]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "veratune.cli.main", *words], stderr=subprocess.PIPE, text=True
-    )
-    try:
-        end = time.time() + 90
-        while time.time() < end:
-            try:
-                httpx.get(f"{url}/ready").raise_for_status()
-                break
-            except httpx.HTTPError:
-                assert server.poll() is None, server.stderr.read()
-                time.sleep(0.1)
-        yield server, url
-    finally:
-        if server.poll() is None:
-            server.kill()
-        _, server.said = server.communicate(timeout=60)
 
 
 def test_a_server_that_is_ended_ends_the_job_that_it_runs(tmp_path):

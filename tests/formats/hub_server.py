@@ -5,8 +5,13 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import huggingface_hub.constants
+import pytest
 
 
 class FakeHub:
@@ -116,6 +121,17 @@ class FakeHub:
             "Content-Type": "application/octet-stream",
         }
         return 200, headers, content
+
+
+def hub_in_use(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FakeHub]:
+    """A hub that huggingface_hub talks to, with its token and an empty cache: a fixture's body."""
+    fake = FakeHub()
+    monkeypatch.setenv("HF_ENDPOINT", fake.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setenv("HF_TOKEN", fake.token)
+    yield fake
+    fake.close()
 
 
 def _sha(number: int) -> str:

@@ -7,7 +7,7 @@ import torch
 import veratune as vt
 from tests import fakes
 from tests.fakes import scramble
-from tests.formats.hub_server import FakeHub
+from tests.formats.hub_server import hub_in_use
 from veratune.cli.main import main
 from veratune.errors import ConfigError, DataError
 from veratune.formats import hub, native
@@ -17,13 +17,7 @@ TOKENS = torch.arange(2, 26).view(3, 8)
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    fake = FakeHub()
-    monkeypatch.setenv("HF_ENDPOINT", fake.url)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_TOKEN", fake.token)
-    yield fake
-    fake.close()
+    yield from hub_in_use(monkeypatch, tmp_path / "cache")
 
 
 @pytest.fixture
@@ -95,6 +89,17 @@ def test_a_damaged_file_of_the_hub_is_not_written(server, adapted, tmp_path):
     server.commits["ann/style"][-1]["adapter.safetensors"] = file.read_bytes()[:-1] + b"\1"
     assert main(["pull", "hf://ann/style", "--out", str(tmp_path / "x.safetensors")]) == 1
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_file_too_large_for_an_adapter_is_not_downloaded(server, adapted, monkeypatch, tmp_path):
+    _, file = adapted
+    main(["push", str(file), "ann/style"])
+    monkeypatch.setattr(hub, "MAX_DOWNLOAD_BYTES", file.stat().st_size - 1)
+    with pytest.raises(
+        DataError, match=r"adapter.safetensors has [\d,]+ bytes; an adapter of at mo"
+    ):
+        hub.download("hf://ann/style")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.suffix == ".safetensors"]
 
 
 def test_offline_is_one_line(adapted, monkeypatch, tmp_path):

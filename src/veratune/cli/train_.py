@@ -82,7 +82,7 @@ def run(argv: Sequence[str]) -> int:
                 repo,
                 Path(folder) / "files",
                 private=flags.private,
-                dataset=settings.data,
+                dataset=_dataset_name(settings.data),
             )
         console.print(page, soft_wrap=True)
     if flags.json and os.environ.get("RANK", "0") == "0":
@@ -93,6 +93,11 @@ def run(argv: Sequence[str]) -> int:
         soft_wrap=True,
     )
     return 0
+
+
+def _dataset_name(data: str) -> str:
+    """The data set's name for the model card: a hub id, or a local name without the way there."""
+    return f"{Path(data).name} (local)" if Path(data).exists() else data
 
 
 def report(result: Any) -> Table:

@@ -16,6 +16,7 @@ from veratune.errors import ConfigError, DataError
 
 SCHEME = "hf://"
 FILE_NAME = "adapter.safetensors"
+MAX_DOWNLOAD_BYTES = 2**32  # a trained head may be large; nobody's adapter is larger
 _ADDRESS = re.compile(
     r"(?P<repo>[\w.-]{1,96}/[\w.-]{1,96})(?:@(?P<revision>[\w./-]{1,255}?))?(?:#(?P<file>[\w./-]+))?"
 )
@@ -63,19 +64,24 @@ def download(address: str | HubAddress) -> Path:
         The file in the cache.
 
     Raises:
-        DataError: The repository, revision or file is missing, private, or the hub is unreachable.
+        DataError: The repository, revision or file is missing, private or too large, or the hub is
+            unreachable.
     """
     from huggingface_hub import hf_hub_download
 
     place = parse_address(address) if isinstance(address, str) else address
+    endpoint = os.environ.get("HF_ENDPOINT")
     with hub_errors(place.repo):
-        return Path(
-            hf_hub_download(
-                place.repo,
-                place.file,
-                revision=place.revision,
-                endpoint=os.environ.get("HF_ENDPOINT"),
+        found = hf_hub_download(
+            place.repo, place.file, revision=place.revision, endpoint=endpoint, dry_run=True
+        )
+        if found.file_size is not None and found.file_size > MAX_DOWNLOAD_BYTES:
+            raise DataError(
+                f"{SCHEME}{place.repo}: {place.file} has {found.file_size:,} bytes; an adapter of "
+                f"at most {MAX_DOWNLOAD_BYTES:,} is downloaded"
             )
+        return Path(
+            hf_hub_download(place.repo, place.file, revision=place.revision, endpoint=endpoint)
         )
 
 

@@ -1,10 +1,13 @@
 """The model card (README.md) of an adapter on the hub."""
 
+import re
 from collections.abc import Mapping
 
 import yaml
 
 from veratune.adapter import Adapter
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def model_card(
@@ -23,7 +26,7 @@ def model_card(
         adapter: The adapter.
         repo: "user/repo".
         file_bytes: Size of the adapter's file.
-        dataset: The data set that it was trained on.
+        dataset: The data set that it was trained on. A hub id is linked.
         before: Metrics of the base model.
         after: Metrics with the adapter.
         peft_lora: Whether the repository holds the PEFT LoRA folder too.
@@ -37,7 +40,7 @@ def model_card(
         "library_name": "veratune",
         "tags": ["veratune", "vera"] + (["peft", "lora"] if peft_lora else []),
     }
-    if dataset:
+    if _HUB_ID.fullmatch(dataset):
         header["datasets"] = [dataset]
     config = adapter.config
     rows = [
@@ -58,9 +61,9 @@ def model_card(
         f"| | |\n|---|---|\n{table}",
     ]
     if after:
+        base = {name: f"{value:.4f}" for name, value in (before or {}).items()}
         lines = "\n".join(
-            f"| {name} | {(before or {}).get(name, float('nan')):.4f} | {value:.4f} |"
-            for name, value in after.items()
+            f"| {name} | {base.get(name, '')} | {value:.4f} |" for name, value in after.items()
         )
         parts.append(f"## Metrics\n\n| | base model | with adapter |\n|---|---|---|\n{lines}")
     parts.append(
