@@ -12,7 +12,8 @@ from datasets import Dataset
 from veratune.config import VeraConfig
 from veratune.inference.generate import generate_completions
 from veratune.scoring.judge import mean_rating, read_questions
-from veratune.tasks.text.language import Instruction, Message
+from veratune.tasks.text.conversation import Message
+from veratune.tasks.text.language import Instruction
 from veratune_lab.bench.peers import FROZEN, OURS, Peer
 from veratune_lab.bench.steps import step
 from veratune_lab.paper.experiment import (

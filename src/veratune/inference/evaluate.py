@@ -87,15 +87,17 @@ def evaluate(
     if task.loss_per_token:
         result["perplexity"] = math.exp(min(result["loss"], 700.0))
     if generate and isinstance(task, Instruction):
-        conversations = task.messages(examples)
+        conversations = task.conversations(examples)
+        prompts = [c.messages[: c.assistant_turns[-1]] for c in conversations]
         completions = generate_completions(
             loaded.model,
             loaded.processor,
-            [turns[:-1] for turns in conversations],
+            prompts,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            tools=[conversation.tools for conversation in conversations],
         )
-        references = [turns[-1]["content"] for turns in conversations]
+        references = task.last_completions(conversations, loaded.processor)
         result["exact_match"] = exact_match(completions, references)
     return result
 

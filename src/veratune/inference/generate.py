@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from veratune.tasks.text.language import Message, render
+from veratune.tasks.text.chat_template import render
+from veratune.tasks.text.conversation import Message
 
 
 def generate_completions(
@@ -16,6 +17,7 @@ def generate_completions(
     *,
     max_new_tokens: int = 128,
     batch_size: int = 16,
+    tools: Sequence[Sequence[dict[str, Any]]] | None = None,
     **search: Any,
 ) -> Iterator[str]:
     """Generate the assistant's next turn of each conversation, greedily or by beam search.
@@ -26,6 +28,7 @@ def generate_completions(
         conversations: The prompts, each a list of messages.
         max_new_tokens: Longest completion, in tokens.
         batch_size: Prompts in one batch.
+        tools: The tools of each conversation, as JSON schemas; None for none.
         search: Settings of transformers' `generate`, such as num_beams.
 
     Yields:
@@ -36,8 +39,13 @@ def generate_completions(
     try:
         for start in range(0, len(conversations), batch_size):
             prompts = [
-                render(conversation, tokenizer, add_generation_prompt=True)
-                for conversation in conversations[start : start + batch_size]
+                render(
+                    conversations[i],
+                    tokenizer,
+                    add_generation_prompt=True,
+                    tools=tools[i] if tools is not None else (),
+                )
+                for i in range(start, min(start + batch_size, len(conversations)))
             ]
             inputs = tokenizer(
                 prompts, return_tensors="pt", padding=True, add_special_tokens=False

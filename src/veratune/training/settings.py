@@ -31,6 +31,10 @@ class TrainSettings:
             instruction), "truncate" it (default of text-classification and text-regression), or
             "fail". The number of such examples is reported.
         system: system message before every conversation (task instruction).
+        train_on: the turns of the assistant with the loss (task instruction): "all" (the default),
+            the "last" one of each conversation, or "weights": all whose message has no weight 0.
+        chat_template: a chat template instead of the tokenizer's (task instruction): a Jinja file,
+            or the name of one that TRL ships, such as qwen2_5. The adapter file records it.
         image_size: side of the images, in pixels (tasks on images). Default: the processor's own.
         augment: what is done to training images: nothing, "flip" (left and right, at random), or
             "crop" (a random part of at least 0.35 of the image, and flip).
@@ -103,6 +107,8 @@ class TrainSettings:
     max_length: int | None = None
     on_overflow: Literal["drop", "truncate", "fail"] | None = None
     system: str | None = None
+    train_on: Literal["all", "last", "weights"] | None = None
+    chat_template: str | None = None
     image_size: int | None = None
     augment: Literal["none", "flip", "crop"] | None = None
     bad_images: Literal["fail", "skip"] | None = None
@@ -218,6 +224,8 @@ TASK_SETTINGS = (
     "max_length",
     "on_overflow",
     "system",
+    "train_on",
+    "chat_template",
     "image_size",
     "augment",
     "bad_images",

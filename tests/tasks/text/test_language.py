@@ -3,7 +3,8 @@ from datasets import Dataset
 
 from tests import fakes
 from veratune.errors import ConfigError, DataError
-from veratune.tasks.text.language import IGNORED, CausalLM, Instruction, render
+from veratune.tasks.text.chat_template import render
+from veratune.tasks.text.language import IGNORED, CausalLM, Instruction
 
 PAIR = {"prompt": "turn the light on", "completion": "done"}
 TALK = [
@@ -80,7 +81,7 @@ def test_a_tokenizer_without_a_template_gets_a_plain_one():
 def test_a_template_that_rewrites_history_is_refused():
     tokenizer = fakes.tokenizer()
     tokenizer.chat_template = "{{ messages|length }}" + tokenizer.chat_template
-    with pytest.raises(ConfigError, match="chat template rewrites earlier turns"):
+    with pytest.raises(DataError, match="row 0: .* chat template rewrites earlier turns"):
         encode([{"messages": TALK}], tokenizer)
 
 
@@ -91,15 +92,18 @@ def test_a_template_that_rewrites_history_is_refused():
             [{"a": 1}],
             "no column for messages, nor a pair of prompt and completion; the data has a: say which",
         ),
-        ([{"prompt": "x", "completion": None}], "row 0: prompt and completion must be text"),
+        (
+            [{"prompt": "x", "completion": None}],
+            "row 0, column 'completion': None; text or messages are wanted",
+        ),
         ([{"messages": TALK[:1]}], "row 0: the conversation has no turn of the assistant"),
         (
             [{"messages": [{"role": "user", "text": "x"}]}],
-            "row 0: a message is .*; {role, content} with text is wanted",
+            "row 0, column 'messages': message 0: a message of role user has the field 'text'",
         ),
         (
             [{"messages": "hello"}],
-            "row 0: messages is 'hello'; a list of {role, content} is wanted",
+            "row 0, column 'messages': 'hello'; a list of {role, content} is wanted",
         ),
         (
             [{"prompt": "turn the light " * 30, "completion": "x"}],

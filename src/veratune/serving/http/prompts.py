@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from veratune.serving.engine.engine import Engine
 from veratune.serving.http.errors import ApiError
 from veratune.serving.http.schemas import Message, Tool
-from veratune.tasks.text.language import PLAIN_TEMPLATE
+from veratune.tasks.text.chat_template import PLAIN_TEMPLATE
 
 
 @dataclasses.dataclass

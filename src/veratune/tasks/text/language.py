@@ -1,10 +1,13 @@
 """Language modelling: instruction and chat tuning with the loss on the answers, and plain text."""
 
-from collections.abc import Mapping
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
@@ -16,17 +19,10 @@ from veratune.errors import ConfigError, DataError
 from veratune.loading import load_pretrained
 from veratune.tasks.data import pick_columns
 from veratune.tasks.text.base import OnOverflow, TextTask
+from veratune.tasks.text.chat_template import ConversationRenderer, check_turn, read_chat_template
+from veratune.tasks.text.conversation import Conversation, Message, RowReader, TrainOn
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
-
-# For tokenizers without a chat template, such as GPT-2's.
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}{{ eos_token if m.role == "
-    "'assistant' else '' }}{{ '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}### assistant:{{ '\n' }}{% endif %}"
-)
-
-Message = dict[str, str]
 
 
 class LanguageTask(TextTask):
@@ -54,11 +50,10 @@ class LanguageTask(TextTask):
 
 
 class Instruction(LanguageTask):
-    """A question and its answer, or a whole conversation; the loss is on the assistant's words
-    only.
+    """Conversations, with the loss on the assistant's turns only.
 
-    Rows have `messages` (a list of {role, content}), or a prompt (with an optional input behind it)
-    and a completion. The tokenizer's chat template puts them together.
+    Rows hold messages (OpenAI's or ShareGPT's), or a prompt and a completion (Alpaca's, or TRL's);
+    see `veratune.tasks.text.conversation`. The tokenizer's chat template puts them together.
     """
 
     name = "instruction"
@@ -67,9 +62,17 @@ class Instruction(LanguageTask):
         "prompt": ("prompt", "instruction", "question"),
         "input": ("input", "context"),
         "completion": ("completion", "output", "response", "answer"),
+        "history": ("history",),
+        "system": ("system",),
+        "tools": ("tools",),
     }
     optional = frozenset(roles)
-    accepted_settings = LanguageTask.accepted_settings | {"system", "on_overflow"}
+    accepted_settings = LanguageTask.accepted_settings | {
+        "system",
+        "on_overflow",
+        "train_on",
+        "chat_template",
+    }
 
     def __init__(
         self,
@@ -77,6 +80,8 @@ class Instruction(LanguageTask):
         max_length: int = 512,
         system: str = "",
         on_overflow: OnOverflow = "drop",
+        train_on: TrainOn = "all",
+        chat_template: str = "",
     ) -> None:
         """Bind the task to columns.
 
@@ -86,51 +91,99 @@ class Instruction(LanguageTask):
             system: System message for conversations without one; "" for none.
             on_overflow: What `encode` does with longer examples. A truncated completion has no
                 end-of-sequence token, since it did not end.
+            train_on: The turns of the assistant with the loss: "all", the "last" one of each
+                conversation, or those whose message has no weight of 0 ("weights").
+            chat_template: A chat template instead of the tokenizer's: its text, a Jinja file, or
+                the name of one that TRL ships; "" for the tokenizer's own.
 
         Raises:
-            ConfigError: `max_length` or `on_overflow` has an invalid value.
+            ConfigError: `max_length`, `on_overflow`, `train_on` or `chat_template` is invalid.
         """
         super().__init__(columns, max_length, on_overflow)
-        self.system = system
+        if train_on not in get_args(TrainOn):
+            raise ConfigError(
+                f"train_on is {train_on!r}; it must be one of {', '.join(get_args(TrainOn))}"
+            )
+        self.system, self.train_on = system, train_on
+        self.chat_template = read_chat_template(chat_template) if chat_template else ""
 
     def to_metadata(self) -> dict[str, Any]:
-        return super().to_metadata() | {"system": self.system}
+        template = {"chat_template": self.chat_template} if self.chat_template else {}
+        return super().to_metadata() | {"system": self.system} | template
+
+    def load_processor(self, model: str) -> PreTrainedTokenizerBase:
+        tokenizer = super().load_processor(model)
+        if self.chat_template:
+            tokenizer.chat_template = self.chat_template
+        return tokenizer
 
     def used_columns(self, examples: Dataset) -> set[str]:
-        columns = self._columns(examples)
-        return {columns["messages"]} if "messages" in columns else set(columns.values())
+        return set(self._columns(examples).values())
 
-    def messages(self, examples: Dataset) -> list[list[Message]]:
+    def conversations(self, examples: Dataset) -> list[Conversation]:
         """The conversation of every example.
 
         Raises:
             DataError: A column is missing, or an example is invalid; its row is named.
         """
-        columns = self._columns(examples)
-        conversations = []
-        for number, row in enumerate(examples):
-            if "messages" in columns:
-                conversation = _check_conversation(number, row[columns["messages"]])
-            else:
-                prompt, answer = row[columns["prompt"]], row[columns["completion"]]
-                if not isinstance(prompt, str) or not isinstance(answer, str):
-                    raise DataError(
-                        f"row {number}: prompt and completion must be text, not {prompt!r} and "
-                        f"{answer!r}"
-                    )
-                more = row.get(columns.get("input", "")) or ""
-                content = f"{prompt}\n\n{more}" if more else prompt
-                conversation = [
-                    {"role": "user", "content": content},
-                    {"role": "assistant", "content": answer},
-                ]
-            conversations.append(self.with_system(conversation))
-        return conversations
+        reader = self._reader(examples)
+        return [reader.read(number, row) for number, row in enumerate(examples)]
+
+    def last_completions(
+        self, conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase
+    ) -> list[str]:
+        """The last turn of the assistant as generation decodes it, calls of tools included."""
+        renderer, texts = ConversationRenderer(tokenizer), []
+        for conversation in conversations:
+            last = conversation.assistant_turns[-1]
+            text = next(p.text for p in renderer.pieces(conversation) if p.turn == last)
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+            texts.append(str(tokenizer.decode(tokens, skip_special_tokens=True)).strip())
+        return texts
+
+    def with_system(self, messages: list[Message]) -> list[Message]:
+        """Messages with the task's system message, unless they begin with another."""
+        if self.system and messages[0]["role"] != "system":
+            return [{"role": "system", "content": self.system}, *messages]
+        return messages
+
+    def encode(
+        self, examples: Dataset, processor: PreTrainedTokenizerBase, training: bool = False
+    ) -> Dataset:
+        limit = self.max_length if self.on_overflow == "truncate" else None
+        encoder = _ConversationEncoder(
+            self._reader(examples), processor, self.train_on, limit, _SOURCE
+        )
+        encoded = examples.map(
+            encoder,
+            with_indices=True,
+            remove_columns=examples.column_names,
+            features=_ENCODED,
+            desc="Encoding",
+        )
+        lengths = encoded["length"][:]
+        over = [number for number, length in enumerate(lengths) if length > self.max_length]
+        if over and self.on_overflow == "fail":
+            raise self.overflow_error(over[0], lengths[over[0]])
+        self.report_overflows(len(over), len(examples), self.on_overflow)
+        if over and self.on_overflow == "drop":
+            kept = [n for n, length in enumerate(lengths) if length <= self.max_length]
+            encoded = encoded.select(kept)
+        return encoded.remove_columns("length")
+
+    def _reader(self, examples: Dataset) -> RowReader:
+        return RowReader(self._columns(examples), examples.features, self.system)
 
     def _columns(self, examples: Dataset) -> dict[str, str]:
         """The column of each role, with either messages or prompt and completion."""
         columns = pick_columns(examples, self.roles, self.columns, self.optional)
-        if "messages" not in columns and not {"prompt", "completion"} <= set(columns):
+        if "messages" in columns:
+            return {
+                role: column
+                for role, column in columns.items()
+                if role in ("messages", "system", "tools")
+            }
+        if not {"prompt", "completion"} <= set(columns):
             raise DataError(
                 "no column for messages, nor a pair of prompt and completion; the data has "
                 f"{', '.join(examples.column_names)}: say which with --columns.prompt NAME "
@@ -138,63 +191,71 @@ class Instruction(LanguageTask):
             )
         return columns
 
-    def with_system(self, conversation: list[Message]) -> list[Message]:
-        """A conversation with the task's system message, unless it has one of its own."""
-        if self.system and conversation[0]["role"] != "system":
-            return [{"role": "system", "content": self.system}, *conversation]
-        return conversation
 
-    def encode(
-        self, examples: Dataset, processor: PreTrainedTokenizerBase, training: bool = False
-    ) -> Dataset:
-        out: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-        overflows = 0
-        for number, conversation in enumerate(self.messages(examples)):
-            tokens, labels = self._encode_conversation(conversation, processor)
-            if len(tokens) > self.max_length:
-                overflows += 1
-                if self.on_overflow == "fail":
-                    raise self.overflow_error(number, len(tokens))
-                if self.on_overflow == "drop":
-                    continue
-                tokens, labels = tokens[: self.max_length], labels[: self.max_length]
+@dataclasses.dataclass
+class _ConversationEncoder:
+    """Encodes rows for Dataset.map, which keys its cache by this object's values."""
+
+    reader: RowReader
+    tokenizer: PreTrainedTokenizerBase
+    train_on: TrainOn
+    max_length: int | None  # tokens to cut at; None: nothing is cut
+    source: str  # digest of the code, so that the cache of another version is not read
+
+    def __post_init__(self) -> None:
+        self.renderer = ConversationRenderer(self.tokenizer)
+
+    def __call__(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
+        conversation = self.reader.read(number, row)
+        try:
+            tokens, labels = self._encode(conversation)
+        except ValueError as error:
+            raise DataError(f"row {number}: {error}") from error
+        length = len(tokens)
+        if self.max_length is not None:
+            tokens, labels = tokens[: self.max_length], labels[: self.max_length]
             if all(label == IGNORED for label in labels):
                 raise DataError(
                     f"row {number}: no token of the answer is within max_length = "
                     f"{self.max_length}; raise it or shorten the prompt"
                 )
-            out["input_ids"].append(tokens)
-            out["attention_mask"].append([1] * len(tokens))
-            out["labels"].append(labels)
-        self.report_overflows(overflows, len(examples), self.on_overflow)
-        return Dataset.from_dict(out)
+        return {
+            "input_ids": tokens,
+            "attention_mask": [1] * len(tokens),
+            "labels": labels,
+            "length": length,
+        }
 
-    @staticmethod
-    def _encode_conversation(
-        conversation: list[Message], tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[list[int], list[int]]:
-        """Token ids and labels; the labels of all but the assistant's turns are IGNORED."""
-        text, at = "", 0
+    def _encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
+        """Token ids and labels; the labels of all but the trained turns are IGNORED."""
+        trained = set(conversation.trained_turns(self.train_on))
         tokens: list[int] = []
         labels: list[int] = []
-        for turn, message in enumerate(conversation):
-            if message["role"] != "assistant":
-                continue
-            prompt = render(conversation[:turn], tokenizer, add_generation_prompt=True)
-            whole = render(conversation[: turn + 1], tokenizer)
-            if not whole.startswith(prompt) or not prompt.startswith(text):
-                raise ConfigError(
-                    "the tokenizer's chat template rewrites earlier turns when later ones come, so "
-                    "the answers cannot be "
-                    "told from the rest; give each answer as a row of its own"
-                )
+        for piece in self.renderer.pieces(conversation):
             # Prompt and answer are tokenized apart, as they are when the model answers.
-            for piece, on in ((prompt[at:], False), (whole[len(prompt) :], True)):
-                ids = tokenizer(piece, add_special_tokens=False)["input_ids"]
-                tokens += ids
-                labels += ids if on else [IGNORED] * len(ids)
-            text, at = whole, len(whole)
+            ids = self.tokenizer(piece.text, add_special_tokens=False)["input_ids"]
+            on = piece.turn in trained
+            if piece.turn is not None and on:
+                check_turn(conversation.messages[piece.turn], piece.text)
+            tokens += ids
+            labels += ids if on else [IGNORED] * len(ids)
         return tokens, labels
+
+
+_ENCODED = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "attention_mask": List(Value("int8")),
+        "labels": List(Value("int64")),
+        "length": Value("int64"),
+    }
+)
+_SOURCE = hashlib.sha256(
+    b"".join(
+        Path(__file__).with_name(f"{module}.py").read_bytes()
+        for module in ("language", "chat_template", "conversation")
+    )
+).hexdigest()
 
 
 class CausalLM(LanguageTask):
@@ -227,44 +288,3 @@ class CausalLM(LanguageTask):
                 "labels": blocks,
             }
         )
-
-
-def render(
-    conversation: list[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    add_generation_prompt: bool = False,
-) -> str:
-    """A conversation as the text that the model sees; add_generation_prompt: up to where its next
-    answer starts.
-    """
-    template = None if tokenizer.chat_template else PLAIN_TEMPLATE
-    return str(
-        tokenizer.apply_chat_template(
-            conversation,
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-    )
-
-
-def _check_conversation(number: int, conversation: Any) -> list[Message]:
-    if not isinstance(conversation, list) or not conversation:
-        raise DataError(
-            f"row {number}: messages is {conversation!r}; a list of {{role, content}} is wanted"
-        )
-    for message in conversation:
-        if (
-            not isinstance(message, dict)
-            or not {"role", "content"} <= set(message)
-            or not isinstance(message["content"], str)
-        ):
-            raise DataError(
-                f"row {number}: a message is {message!r}; {{role, content}} with text is wanted"
-            )
-    if not any(message["role"] == "assistant" for message in conversation):
-        raise DataError(
-            f"row {number}: the conversation has no turn of the assistant; there is nothing to "
-            "learn"
-        )
-    return [{"role": message["role"], "content": message["content"]} for message in conversation]
