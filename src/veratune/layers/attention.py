@@ -23,6 +23,7 @@ class VeraMultiheadAttention(VeraWeightLayer):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        self.check_recomputation()
         if self.rows is None:
             return self._with_adapter(self.current)(*args, **kwargs)
         return self._mixed_forward(args, kwargs)

@@ -101,6 +101,7 @@ class VeraConv(VeraWeightLayer):
         self, x: Float[Tensor, "..."], output_size: list[int] | None = None
     ) -> Float[Tensor, "..."]:
         """Compute the adapted convolution; output_size is for transposed ones."""
+        self.check_recomputation()
         kwargs = {} if output_size is None else {"output_size": output_size}
         if self.rows is None:
             return self._with_adapter(self.current)(x, **kwargs)

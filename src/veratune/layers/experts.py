@@ -128,6 +128,7 @@ class VeraExperts(VeraWeightLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the experts of each token; (hidden_states, expert index, expert weights)."""
+        self.check_recomputation()
         if self.rows is None:
             return cast(Tensor, self._with_adapter(self.current)(*args, **kwargs))
         x, *routing = (*args, *kwargs.values())

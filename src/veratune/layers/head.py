@@ -16,6 +16,7 @@ class VeraHead(VeraLayer):
         self.vera[adapter] = module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.check_recomputation()
         if self.rows is None:
             return self._module_of(self.active)(*args, **kwargs)
         return run_by_adapter(self, args, kwargs, self._module_of)

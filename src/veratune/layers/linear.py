@@ -39,6 +39,7 @@ class VeraLinear(VeraWeightLayer):
 
     def forward(self, x: Float[Tensor, "*T n"]) -> Float[Tensor, "*T m"]:
         """Compute the adapted output, in the dtype of the base layer's output."""
+        self.check_recomputation()
         if self.rows is not None:
             return self._mixed_forward(x, self.base(x), self.rows)
         if self.current is None:

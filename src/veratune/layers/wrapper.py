@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from veratune.errors import AdapterStateError
+from veratune.layers.recomputation import Recomputation
 from veratune.layers.rows import Rows
 
 _BASE = "base."
@@ -77,6 +78,7 @@ class VeraLayer(ModuleWrapper, abc.ABC):
         self.active: str | None = None
         self.rows: Rows | None = None
         self.merged: str | None = None
+        self._recomputation = Recomputation()
         self.register_state_dict_post_hook(_strip_base_prefix)
         self.register_load_state_dict_pre_hook(_add_base_prefix)
 
@@ -85,6 +87,14 @@ class VeraLayer(ModuleWrapper, abc.ABC):
         """Compute the base layer's output with the adapter's update; called as the base layer
         is.
         """
+
+    def check_recomputation(self) -> None:
+        """Raise AdapterStateError where checkpointing runs a forward again with another adapter.
+
+        Every forward begins with it.
+        """
+        rows = None if self.rows is None else tuple(self.rows.names)
+        self._recomputation.check(self.name, self.current if rows is None else rows)
 
     @property
     def current(self) -> str | None:
