@@ -27,6 +27,8 @@ class Task(abc.ABC):
             all processes and accumulated passes.
         cross_entropy: Whether the loss is a cross entropy of logits, which can be label-smoothed.
         batch_scores: Whether `metrics` takes lists of batches, which cannot be concatenated.
+        packs: Whether examples can share a row of a batch, as `--packing` has them.
+        transformers_model: Whether the base model takes transformers' choice of attention.
         needs_labels: Whether the model cannot be built without the class names.
         outputs: The model outputs that `metrics` takes, in order; () for all.
         head_lr: Default peak learning rate of the head.
@@ -43,6 +45,8 @@ class Task(abc.ABC):
     loss_per_token: ClassVar[bool] = False
     cross_entropy: ClassVar[bool] = False
     batch_scores: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
+    transformers_model: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
     outputs: ClassVar[tuple[str, ...]] = ()
     head_lr: ClassVar[float] = 1e-3

@@ -21,10 +21,14 @@ def training_arguments(settings: TrainSettings, task: Task, evaluates: bool) -> 
         evaluates: Whether there is evaluation data.
 
     Raises:
-        ConfigError: `keep` is "best" without evaluation data.
+        ConfigError: `keep` is "best" without evaluation data, or fp16 without a GPU.
     """
     on_gpu = torch.cuda.is_available() and settings.device != "cpu"
     recompute = settings.gradient_checkpointing
+    if settings.mixed_precision == "fp16" and not on_gpu:
+        raise ConfigError(
+            "mixed_precision is 'fp16', which needs a GPU; on a CPU use bf16, or leave it out"
+        )
     return TrainingArguments(
         output_dir=str(Path(settings.out) / CHECKPOINTS),
         per_device_train_batch_size=settings.batch_size,
@@ -49,6 +53,8 @@ def training_arguments(settings: TrainSettings, task: Task, evaluates: bool) -> 
         use_cpu=settings.device == "cpu" or not torch.accelerator.is_available(),
         bf16=settings.mixed_precision == "bf16"
         or (settings.mixed_precision == "auto" and settings.base_dtype == "bfloat16" and on_gpu),
+        fp16=settings.mixed_precision == "fp16",
+        dataloader_num_workers=settings.num_workers,
         label_smoothing_factor=settings.label_smoothing,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,

@@ -14,6 +14,7 @@ from veratune.targets import find_heads
 from veratune.tasks.base import Task
 from veratune.tasks.registry import task_class
 from veratune.training.methods import Method
+from veratune.training.packing import check_packing
 from veratune.training.settings import TrainSettings
 
 # Fields of VeraConfig that methods other than VeRA read.
@@ -96,6 +97,7 @@ def load_data(settings: TrainSettings, task: Task) -> EncodedData:
     report_unread_columns(settings, task, examples)
     task.fit_labels(examples)
     processor = task.load_processor(settings.model)
+    check_batch_settings(settings, task)
     train = task.encode(examples, processor, training=True)
     if settings.group_by_length and "input_ids" not in train.column_names:
         raise ConfigError(
@@ -104,6 +106,24 @@ def load_data(settings: TrainSettings, task: Task) -> EncodedData:
         )
     evaluation = task.encode(eval_examples, processor) if eval_examples is not None else None
     return EncodedData(processor, train, evaluation, eval_examples)
+
+
+def check_batch_settings(settings: TrainSettings, task: Task) -> None:
+    """Refuse packing and attention settings that the task does not have.
+
+    Raises:
+        ConfigError: Names the first such setting.
+    """
+    for name in ("packing", "padding_free"):
+        if getattr(settings, name) and not task.packs:
+            raise ConfigError(
+                f"{name} is set, but examples of task {task.name!r} are not packed; leave it out"
+            )
+    if settings.attn_implementation is not None and not task.transformers_model:
+        raise ConfigError(
+            f"attn_implementation is set, but the models of task {task.name!r} have no such "
+            "choice; leave it out"
+        )
 
 
 def load_model(
@@ -118,9 +138,20 @@ def load_model(
         ConfigError: A setting does not fit the model.
     """
     set_seed(settings.seed)
-    model = task.load_model(
-        settings.model, data.processor, dtype=settings.base_dtype, quantize=settings.quantize
+    attention = (
+        {"attn_implementation": settings.attn_implementation}
+        if settings.attn_implementation is not None
+        else {}
     )
+    model = task.load_model(
+        settings.model,
+        data.processor,
+        dtype=settings.base_dtype,
+        quantize=settings.quantize,
+        **attention,
+    )
+    if settings.packing or settings.padding_free:
+        check_packing(model)
     task.init_head(model, data.train)
     heads, frozen = split_batch_norms(settings, model, vera.head or task.heads(model))
     if settings.head_lr is not None and not heads:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from datasets import Dataset
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
@@ -17,6 +18,7 @@ from veratune.errors import ConfigError
 from veratune.formats.atomic import write_atomic
 from veratune.inference.evaluate import clean_metrics
 from veratune.tasks.base import Task
+from veratune.tasks.text.base import TextTask
 from veratune.training.arguments import training_arguments
 from veratune.training.callbacks import (
     EMACallback,
@@ -25,6 +27,7 @@ from veratune.training.callbacks import (
     SigtermCallback,
 )
 from veratune.training.methods import LearningRates, Method, build_method
+from veratune.training.packing import PackedDataset, PackingCollator, uses_flash_attention
 from veratune.training.prepare import (
     EncodedData,
     build_task,
@@ -103,7 +106,8 @@ def train(
         model=model,
         args=arguments,
         data_collator=task.collator(data.processor),
-        train_dataset=data.train,
+        train_collator=_train_collator(settings, data, model),
+        train_dataset=_train_dataset(settings, task, data),
         eval_dataset=data.evaluation,
         processing_class=data.processor,
         compute_metrics=task.metrics(),
@@ -125,6 +129,24 @@ def train(
         if data.eval_examples is not None:
             task.draw(model, data.eval_examples, data.processor, out)
     return result
+
+
+def _train_dataset(
+    settings: TrainSettings, task: Task, data: EncodedData
+) -> Dataset | PackedDataset:
+    """The training examples, packed where the settings say so."""
+    if settings.packing and isinstance(task, TextTask):
+        return PackedDataset(data.train, task.max_length)
+    return data.train
+
+
+def _train_collator(
+    settings: TrainSettings, data: EncodedData, model: nn.Module
+) -> PackingCollator | None:
+    """What packs training batches; None where they are padded, as evaluation batches always are."""
+    if settings.packing or settings.padding_free:
+        return PackingCollator(data.processor.pad_token_id, uses_flash_attention(model))
+    return None
 
 
 def _callbacks(

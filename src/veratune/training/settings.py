@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from veratune.errors import ConfigError
 
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
@@ -66,6 +68,11 @@ class TrainSettings:
         batch_size: examples in one forward pass of one process.
         group_by_length: make batches of examples of like length: less padding, so faster, and less
             random.
+        packing: put several examples into rows of max_length tokens (task instruction): no padding,
+            and no example sees another. batch_size then counts rows.
+        padding_free: pack the examples of each batch among themselves (task instruction): the same
+            batches and the same loss as without, and little padding.
+        num_workers: processes that load batches; 0: the run's own.
         gradient_accumulation_steps: forward passes per optimizer step.
         epochs: passes over the data.
         max_steps: optimizer steps; over 0 it goes before epochs.
@@ -83,8 +90,11 @@ class TrainSettings:
         label_smoothing: weight of the uniform distribution in the targets of the cross entropy, in
             [0, 1).
         base_dtype: of the frozen weights.
+        attn_implementation: attention of transformers: eager, sdpa, flash_attention_2,
+            flash_attention_3 or flex_attention. Default: the model's own, mostly sdpa.
         mixed_precision: "bf16" computes matrix products in bfloat16 by autocast, about twice as
-            fast where the processor can; "auto" does so on a GPU with a bfloat16 base, "no" never.
+            fast where the processor can; "fp16" in float16 with a scaled loss, for GPUs without
+            bfloat16; "auto" is bf16 on a GPU with a bfloat16 base, "no" is neither.
         quantize: load the base with bitsandbytes in 4 or 8 bits.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         save_steps: optimizer steps between checkpoints; 0: one after each epoch.
@@ -127,6 +137,9 @@ class TrainSettings:
     weight_decay: float = 0.0
     batch_size: int = 16
     group_by_length: bool = False
+    packing: bool = False
+    padding_free: bool = False
+    num_workers: int = 0
     gradient_accumulation_steps: int = 1
     epochs: float = 3.0
     max_steps: int = 0
@@ -141,7 +154,8 @@ class TrainSettings:
     basis_seed: int = 0
     label_smoothing: float = 0.0
     base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    attn_implementation: Attention | None = None
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     quantize: Literal["4bit", "8bit"] | None = None
     gradient_checkpointing: bool = False
     save_steps: int = 0
@@ -174,9 +188,16 @@ class TrainSettings:
             ("save_steps", 0),
             ("preview", 0),
             ("warmup_steps", 0),
+            ("num_workers", 0),
         ):
             if getattr(self, field) < least:
                 raise ConfigError(f"{field} is {getattr(self, field)}; it must be at least {least}")
+        if self.packing and self.padding_free:
+            raise ConfigError("packing leaves no padding to be free of; leave out padding_free")
+        if self.group_by_length and (self.packing or self.padding_free):
+            raise ConfigError(
+                "group_by_length saves padding, which packing does better; leave one of them out"
+            )
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema is {self.ema}; it is a decay, in [0, 1)")
         if self.ema and self.keep == "best":

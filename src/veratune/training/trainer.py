@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from veratune.errors import OutputError
 from veratune.inference.evaluate import TaskTrainer
@@ -28,6 +29,7 @@ class VeraTrainer(TaskTrainer):
         loss_per_token: bool,
         frozen_norms: Sequence[nn.Module] = (),
         loss_scale: float = 1.0,
+        train_collator: Any = None,
         **kwargs: Any,
     ) -> None:
         """Build a Trainer.
@@ -40,10 +42,11 @@ class VeraTrainer(TaskTrainer):
             loss_per_token: `Task.loss_per_token`.
             frozen_norms: Batch normalisations that stay in evaluation mode.
             loss_scale: Factor of the training loss.
+            train_collator: Makes the training batches; None for the collator of evaluation.
             kwargs: As for Trainer.
         """
         self.method, self.rates, self.frozen_norms = method, rates, frozen_norms
-        self.loss_scale = loss_scale
+        self.loss_scale, self.train_collator = loss_scale, train_collator
         # Trainer refuses a quantized model unless this mark says that there is an adapter on it.
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
         try:
@@ -77,6 +80,15 @@ class VeraTrainer(TaskTrainer):
                     stacklevel=2,
                 )
         return loss
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The training batches, by the training collator where there is one."""
+        padded = self.data_collator
+        self.data_collator = self.train_collator or padded
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = padded
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         for module in self.frozen_norms:

@@ -40,6 +40,7 @@ class ImageGeneration(ImageTask):
     """
 
     accepted_settings = ImageTask.accepted_settings | {"min_snr", "sample_steps"}
+    transformers_model = False
 
     def __init__(
         self,

@@ -57,6 +57,7 @@ class Instruction(LanguageTask):
     """
 
     name = "instruction"
+    packs = True
     roles = {
         "messages": ("messages", "conversations"),
         "prompt": ("prompt", "instruction", "question"),

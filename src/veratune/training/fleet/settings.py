@@ -17,6 +17,10 @@ _REFUSED = (
     "label_smoothing",
     "report_to",
     "save_steps",
+    "packing",
+    "padding_free",
+    "num_workers",
+    "attn_implementation",
 )
 
 
@@ -78,6 +82,8 @@ def check_settings(settings: TrainSettings, fleet: FleetSettings) -> None:
                 f"{name} is {getattr(settings, name)!r}, but a fleet has no such setting; "
                 "leave it out, or train the tenants one by one with veratune train"
             )
+    if settings.mixed_precision == "fp16":
+        raise ConfigError("mixed_precision is 'fp16', but a fleet trains in float32 or bf16")
     if settings.patience and settings.eval_data is None and not fleet.eval_fraction:
         raise ConfigError(
             f"patience is {settings.patience}, but there is nothing to evaluate on; "
