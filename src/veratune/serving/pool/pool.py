@@ -28,6 +28,7 @@ from veratune.errors import (
 )
 from veratune.layers.vectors import product_dtype
 from veratune.layers.wrapper import VeraLayer, replace_modules
+from veratune.serving.pool.backbone import at_backbone
 from veratune.serving.pool.batch import AdapterBatch, BatchContext
 from veratune.serving.pool.layers import PoolHead, PoolLayer, PoolLinear
 from veratune.serving.pool.lease import Key, Lease
@@ -140,6 +141,7 @@ class AdapterPool:
             BaseModelError: it does not fit the model.
             UnsupportedError: it is too large for this pool.
         """
+        adapter = at_backbone(self.base_model, adapter)
         self._check_size(adapter, check_fits(self.base_model, adapter, head_shapes=False))
 
     def acquire(self, key: Key | None, load: Callable[[], Adapter] | None = None) -> Lease:
@@ -167,7 +169,8 @@ class AdapterPool:
                 f"no adapter {key!r} in the pool, and nothing to load it from"
             )
         start = time.perf_counter()
-        adapter = load()  # without the lock: a slow store holds up no other request
+        # Without the lock: a slow store holds up no other request.
+        adapter = at_backbone(self.base_model, load())
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:  # no other thread was faster
