@@ -15,6 +15,7 @@
     ├── DataError            a data set is missing, empty, or has the wrong columns
     ├── QueueFullError       too many requests wait; retry later
     ├── PoolFullError        every adapter slot is in use; retry later
+    ├── RewardError          a reward function raised, or returned no finite number
     ├── JudgeError           a judge cannot be reached, or returns no rating
     ├── StoreError           an adapter store cannot be read or written
     ├── JobNotFoundError     the tenant has no such fine-tuning job or file
@@ -88,6 +89,10 @@ class QueueFullError(VeratuneError):
 
 class PoolFullError(VeratuneError):
     """Every adapter slot is in use; retry later."""
+
+
+class RewardError(VeratuneError, RuntimeError):
+    """A reward function raised, or returned no finite number."""
 
 
 class JudgeError(VeratuneError):
