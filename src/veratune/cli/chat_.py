@@ -44,10 +44,12 @@ def run(argv: Sequence[str]) -> int:
     from veratune.inference.generate import stream_completion
     from veratune.model_state import active
     from veratune.selection import use
+    from veratune.tasks.text.grpo import Grpo
     from veratune.tasks.text.language import Instruction
+    from veratune.tasks.text.preference import Preference
 
     loaded = load(flags)
-    if not isinstance(loaded.task, Instruction):
+    if not isinstance(loaded.task, Instruction | Preference | Grpo):
         raise ConfigError(
             f"the adapter was trained for {loaded.task.name}, which does not converse; pass --task "
             "instruction to insist"

@@ -27,6 +27,7 @@ LISTS = (
     "head",
     "report_to",
     "prompts",
+    "reward",
     "ignore_columns",
     "tenants",
     "adapters",

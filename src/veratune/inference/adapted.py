@@ -83,6 +83,6 @@ def load_with_adapter(
     if device == "auto" and torch.cuda.is_available() and quantize is None:
         base.cuda()
     if adapter is not None:
-        stored = stored or read(adapter, base)
-        install(base, stored, ADAPTER_NAME, check_base=check_base)
+        stored = stored or read(adapter, job.backbone(base))
+        install(job.backbone(base), stored, ADAPTER_NAME, check_base=check_base)
     return LoadedModel(model=base.eval(), processor=processor, task=job, adapter=stored)

@@ -103,7 +103,10 @@ def evaluate(
 
 
 def _scores(loaded: LoadedModel, encoded: Dataset, batch_size: int) -> dict[str, float]:
-    """Trainer's evaluation of encoded examples."""
+    """Trainer's evaluation of encoded examples, or the task's own."""
+    scores = loaded.task.score(loaded.model, encoded, loaded.processor, batch_size)
+    if scores is not None:
+        return scores
     metrics = loaded.task.metrics()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

@@ -101,6 +101,10 @@ class Task(abc.ABC):
     def load_model(self, model: str, processor: Any, **options: Any) -> nn.Module:
         """Load the base model with this task's output; `options` as in `load_pretrained`."""
 
+    def backbone(self, model: nn.Module) -> nn.Module:
+        """The module that gets the adapter: the model, or the one that it wraps."""
+        return model
+
     def heads(self, model: nn.Module) -> tuple[str, ...]:
         """Paths of the output modules that are trained in full."""
         return ()
@@ -135,6 +139,19 @@ class Task(abc.ABC):
 
     def metrics(self) -> Metrics | None:
         """The function that scores Trainer's predictions; None where the loss is the score."""
+        return None
+
+    def score(
+        self, model: nn.Module, encoded: Dataset, processor: Any, batch_size: int
+    ) -> dict[str, float] | None:
+        """Score encoded examples where Trainer's evaluation cannot; None where it can.
+
+        Args:
+            model: The model.
+            encoded: From `encode`.
+            processor: The tokenizer or image processor.
+            batch_size: Examples in one forward pass.
+        """
         return None
 
     @abc.abstractmethod

@@ -7,7 +7,11 @@ from veratune.errors import AdapterFileError, ConfigError, near
 from veratune.tasks.base import Task
 from veratune.tasks.diffusion.generation import TextToImage, UnconditionalImage
 from veratune.tasks.text.classification import TextClassification, TextRegression
+from veratune.tasks.text.embedding import Embedding, Reranker
+from veratune.tasks.text.grpo import Grpo
 from veratune.tasks.text.language import CausalLM, Instruction
+from veratune.tasks.text.preference import Preference
+from veratune.tasks.text.reward import RewardModel
 from veratune.tasks.vision.classification import ImageClassification
 from veratune.tasks.vision.detection import ObjectDetection
 
@@ -18,6 +22,11 @@ TASKS: dict[str, type[Task]] = {
         TextRegression,
         Instruction,
         CausalLM,
+        Preference,
+        RewardModel,
+        Grpo,
+        Embedding,
+        Reranker,
         ImageClassification,
         ObjectDetection,
         TextToImage,

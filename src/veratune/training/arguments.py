@@ -12,13 +12,21 @@ from veratune.training.run_folder import CHECKPOINTS
 from veratune.training.settings import TrainSettings
 
 
-def training_arguments(settings: TrainSettings, task: Task, evaluates: bool) -> TrainingArguments:
+def training_arguments(
+    settings: TrainSettings,
+    task: Task,
+    evaluates: bool,
+    kind: type[TrainingArguments] = TrainingArguments,
+    **more: Any,
+) -> TrainingArguments:
     """Translate a run's settings for Trainer.
 
     Args:
         settings: The run.
         task: Its task.
         evaluates: Whether there is evaluation data.
+        kind: The class of arguments, such as one of TRL's.
+        more: Arguments of that class alone; they overrule the others.
 
     Raises:
         ConfigError: `keep` is "best" without evaluation data, or fp16 without a GPU.
@@ -29,7 +37,7 @@ def training_arguments(settings: TrainSettings, task: Task, evaluates: bool) -> 
         raise ConfigError(
             "mixed_precision is 'fp16', which needs a GPU; on a CPU use bf16, or leave it out"
         )
-    return TrainingArguments(
+    arguments: dict[str, Any] = dict(
         output_dir=str(Path(settings.out) / CHECKPOINTS),
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
@@ -61,6 +69,7 @@ def training_arguments(settings: TrainSettings, task: Task, evaluates: bool) -> 
         disable_tqdm=False,
         **_checkpointing(settings, task, evaluates),
     )
+    return kind(**arguments | more)
 
 
 def _checkpointing(settings: TrainSettings, task: Task, evaluates: bool) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from veratune.adapter import extract, update
+from veratune.adapter import Adapter, extract, install, update
 from veratune.attach import attach
 from veratune.basis.basis import Basis
 from veratune.config import VeraConfig
@@ -94,15 +94,39 @@ class VeraMethod(Method):
 
     file = "adapter.safetensors"
 
-    def __init__(self, config: VeraConfig, basis: Basis | None = None) -> None:
-        self.config, self.basis = config, basis
+    def __init__(
+        self, config: VeraConfig, basis: Basis | None = None, start: Adapter | None = None
+    ) -> None:
+        """Bind the method to a configuration.
+
+        Args:
+            config: The adapter's configuration; that of `start` where there is one.
+            basis: A basis of the user's.
+            start: An adapter whose values training starts from.
+        """
+        self.config, self.basis, self.start = config, basis, start
 
     def prepare(self, model: nn.Module, heads: tuple[str, ...], task: Mapping[str, Any]) -> None:
+        if self.start is not None:
+            self._install_start(model, self.start, heads)
+            set_task_metadata(model, ADAPTER_NAME, task)
+            return
         config = dataclasses.replace(self.config, head=heads)
         if self.basis is None:
             check_basis_memory(model, config)
         attach(model, config, ADAPTER_NAME, basis=self.basis)
         set_task_metadata(model, ADAPTER_NAME, task)
+
+    def _install_start(self, model: nn.Module, start: Adapter, heads: tuple[str, ...]) -> None:
+        """Put the starting adapter into the model, ready for training."""
+        stored = {name.rpartition(".")[0] for name in start.head}
+        missing = [path for path in heads if not any(h.startswith(path) for h in stored)]
+        if missing:
+            raise ConfigError(
+                f"the task trains '{missing[0]}' in full, which the adapter to start from does not "
+                "hold; leave --start-adapter out, or start from an adapter of the same task"
+            )
+        install(model, start, ADAPTER_NAME, trainable=True, basis=self.basis)
 
     def head(self, model: nn.Module) -> list[nn.Parameter]:
         return [p for module in heads_of(model, ADAPTER_NAME).values() for p in module.parameters()]
@@ -284,10 +308,39 @@ def total_memory() -> int | None:
         return None
 
 
-def build_method(name: str, config: VeraConfig, options: Mapping[str, Any]) -> Method:
-    """The method of a name. Raises ConfigError for an unknown one."""
+def read_start(path: str, config: VeraConfig) -> Adapter:
+    """Read an adapter to start from.
+
+    Args:
+        path: The adapter file.
+        config: The run's configuration; where it is not the default, it must be the adapter's.
+
+    Raises:
+        AdapterFileError: The file cannot be read.
+        ConfigError: A setting differs from the adapter's.
+    """
+    start, plain = native.read(path), VeraConfig()
+    for field in dataclasses.fields(VeraConfig):
+        given, stored = getattr(config, field.name), getattr(start.config, field.name)
+        if given not in (getattr(plain, field.name), stored):
+            raise ConfigError(
+                f"{field.name} is {given!r}, but the adapter to start from has {stored!r}; leave "
+                "it out"
+            )
+    return start
+
+
+def build_method(
+    name: str, config: VeraConfig, options: Mapping[str, Any], start: str | None = None
+) -> Method:
+    """The method of a name, on the adapter of file `start` where one is given.
+
+    Raises:
+        ConfigError: The name is unknown.
+    """
     if name == "vera":
-        return VeraMethod(config)
+        adapter = None if start is None else read_start(start, config)
+        return VeraMethod(config if adapter is None else adapter.config, start=adapter)
     known = ("vera", "head", "bitfit", "full", *BASELINES)
     if name not in known and not name.startswith("peft:"):
         raise ConfigError(

@@ -153,10 +153,12 @@ def load_model(
     if settings.packing or settings.padding_free:
         check_packing(model)
     task.init_head(model, data.train)
-    heads, frozen = split_batch_norms(settings, model, vera.head or task.heads(model))
+    heads, frozen = split_batch_norms(
+        settings, task.backbone(model), vera.head or task.heads(model)
+    )
     if settings.head_lr is not None and not heads:
         raise ConfigError(f"--head-lr is set, but task {task.name!r} trains no head; leave it out")
-    method.prepare(model, heads, task.to_metadata())
+    method.prepare(task.backbone(model), heads, task.to_metadata())
     return model, frozen
 
 

@@ -47,7 +47,8 @@ from veratune.training.run_folder import (
     write_settings,
 )
 from veratune.training.settings import TrainSettings
-from veratune.training.trainer import VeraTrainer
+from veratune.training.trainer import MethodTrainer
+from veratune.training.trainer_kind import trainer_kind
 
 PreviewCallback = Callable[[list[tuple[str, bool]]], None]
 
@@ -84,7 +85,7 @@ def train(
     if is_first_process():
         check_out(settings, vera)
     if method is None:
-        method = build_method(settings.method, vera, settings.options)
+        method = build_method(settings.method, vera, settings.options, settings.start_adapter)
         check_method_settings(settings, vera)
     if settings.label_smoothing and not task.cross_entropy:
         raise ConfigError(
@@ -92,7 +93,9 @@ def train(
             "is no cross entropy; leave it out"
         )
     data = load_data(settings, task)
-    arguments = training_arguments(settings, task, data.evaluation is not None)
+    evaluates = data.evaluation is not None
+    kind = trainer_kind(settings, task)
+    arguments = training_arguments(settings, task, evaluates, kind.arguments, **kind.options)
     model, frozen_norms = load_model(settings, vera, task, method, data)
     if is_first_process():
         write_settings(settings, vera)
@@ -102,22 +105,19 @@ def train(
 
     checkpoint = last_checkpoint(out / CHECKPOINTS, method) if settings.resume else None
     head_lr = task.head_lr if settings.head_lr is None else settings.head_lr
-    trainer = VeraTrainer(
+    trainer = kind.trainer(
         model=model,
         args=arguments,
-        data_collator=task.collator(data.processor),
         train_collator=_train_collator(settings, data, model),
         train_dataset=_train_dataset(settings, task, data),
         eval_dataset=data.evaluation,
         processing_class=data.processor,
-        compute_metrics=task.metrics(),
         callbacks=_callbacks(settings, model, task, method, data, checkpoint),
         method=method,
         frozen_norms=frozen_norms,
-        loss_per_token=task.loss_per_token,
-        outputs=task.outputs,
         rates=LearningRates(settings.lr, head_lr * task.target_scale, settings.b_lr),
         loss_scale=task.target_scale**-2,
+        **kind.extras(model, data),
     )
     trainer.remove_callback(ProgressCallback)  # it writes to standard output
     trainer.add_callback(ProgressLogger)
@@ -168,7 +168,7 @@ def _callbacks(
     return found
 
 
-def _run(trainer: VeraTrainer, settings: TrainSettings, checkpoint: Path | None) -> TrainResult:
+def _run(trainer: MethodTrainer, settings: TrainSettings, checkpoint: Path | None) -> TrainResult:
     """Evaluate, train, evaluate again, and write the adapter."""
     out, method, model = Path(settings.out), trainer.method, trainer.adapted
     evaluates = trainer.eval_dataset is not None
@@ -195,7 +195,7 @@ def _run(trainer: VeraTrainer, settings: TrainSettings, checkpoint: Path | None)
     )
 
 
-def _scores_before(trainer: VeraTrainer, out: Path) -> dict[str, float]:
+def _scores_before(trainer: MethodTrainer, out: Path) -> dict[str, float]:
     """The scores before training; a resumed run reads them from its folder."""
     stored = out / BEFORE
     if stored.is_file():

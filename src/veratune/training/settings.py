@@ -15,8 +15,9 @@ class TrainSettings:
 
     Args:
         model: the base model: a folder, a .gguf file, or a Hugging Face id.
-        task: text-classification, text-regression, instruction, causal-lm, image-classification,
-            object-detection, text-to-image or unconditional-image.
+        task: text-classification, text-regression, instruction, causal-lm, preference, reward,
+            grpo, embedding, reranker, image-classification, object-detection, text-to-image or
+            unconditional-image.
         data: training rows: a file (jsonl, json, csv, tsv, parquet, txt), a folder of files named
             after their splits, or a Hugging Face data set id.
         out: folder for the adapter, checkpoints, logs and results; it must be empty unless resume
@@ -51,6 +52,24 @@ class TrainSettings:
         sample_steps: denoising steps for the sample grids (tasks that generate images; default 25).
         min_snr: gamma of the min-SNR weights of the loss (tasks that generate images); 0 for none.
         train_text_encoder: adapt the text encoder too, with the same targets (task text-to-image).
+        loss: of task preference: "dpo" (default), "ipo", "orpo", "kto" or "simpo".
+        beta: strength of the pull to the reference policy (tasks preference and grpo); IPO's tau,
+            ORPO's lambda, SimPO's scale. Default: 0.1, of SimPO 2, of grpo 0.
+        reference: reference policy of task preference: "base", the base model without an adapter
+            (default), or "start", the adapter that the run starts from.
+        simpo_gamma: target margin of loss simpo; default 1.
+        reward: rewards of task grpo: exact-match, regex, json-schema, code-tests, math, or
+            module:function under TRL's contract.
+        reward_weights: their weights, as [1, 0.5]; default: 1 each.
+        reward_options: columns that rewards read and that are the same for all rows, such as
+            {"pattern": "[0-9]+"}.
+        on_reward_error: "stop" at a sample on which a reward raises or returns no finite number
+            (default), or "skip" that reward with a warning.
+        num_generations: completions of one prompt that GRPO compares; default 8.
+        max_completion_length: longest rollout, in tokens (task grpo; default 256).
+        temperature: sampling temperature of rollouts (task grpo; default 1).
+        start_adapter: adapter file to start from, in place of d = d_init and b = 0 (method vera);
+            its configuration is the run's.
         method: what is trained: "vera"; "head" (the task's output alone), "bitfit" (all biases and
             the head), "full"; "houlsby", "pfeiffer", "lin" or "adapterdrop" (adapter layers),
             "dylora", "lora-fa"; or "peft:" and a method of PEFT, such as peft:lora.
@@ -128,6 +147,18 @@ class TrainSettings:
     sample_steps: int | None = None
     min_snr: float | None = None
     train_text_encoder: bool | None = None
+    loss: Literal["dpo", "ipo", "orpo", "kto", "simpo"] | None = None
+    beta: float | None = None
+    reference: Literal["base", "start"] | None = None
+    simpo_gamma: float | None = None
+    reward: list[str] | None = None
+    reward_weights: list[float] | None = None
+    reward_options: dict[str, Any] | None = None
+    on_reward_error: Literal["stop", "skip"] | None = None
+    num_generations: int | None = None
+    max_completion_length: int | None = None
+    temperature: float | None = None
+    start_adapter: str | None = None
     method: str = "vera"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     batch_norm: Literal["frozen", "train"] | None = None
@@ -223,6 +254,15 @@ class TrainSettings:
                 f"lr is 0, with which method {self.method!r} trains nothing beside the head; for "
                 "the head alone take method head"
             )
+        if self.start_adapter is not None and self.method != "vera":
+            raise ConfigError(
+                f"start_adapter is set, but method {self.method!r} starts from no adapter; leave "
+                "it out or use method vera"
+            )
+        if self.reference == "start" and self.start_adapter is None:
+            raise ConfigError(
+                "reference is 'start', but there is no --start-adapter FILE; give one"
+            )
         if self.options and self.method in ("vera", "head", "bitfit", "full"):
             raise ConfigError(
                 f"options is set to {self.options}, but method {self.method!r} takes none; leave "
@@ -256,4 +296,15 @@ TASK_SETTINGS = (
     "sample_steps",
     "min_snr",
     "train_text_encoder",
+    "loss",
+    "beta",
+    "reference",
+    "simpo_gamma",
+    "reward",
+    "reward_weights",
+    "reward_options",
+    "on_reward_error",
+    "num_generations",
+    "max_completion_length",
+    "temperature",
 )

@@ -1,4 +1,4 @@
-"""VeraTrainer: transformers' Trainer with adapter-only checkpoints and a rate per group."""
+"""Trainers with adapter-only checkpoints and a learning rate per group."""
 
 import warnings
 from collections.abc import Sequence
@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import Trainer
 
 from veratune.errors import OutputError
 from veratune.inference.evaluate import TaskTrainer
 from veratune.training.methods import LearningRates, Method
 
 
-class VeraTrainer(TaskTrainer):
-    """Trainer for the parameters that a method trains.
+class MethodTrainer(Trainer):
+    """What every trainer of a run shares, TRL's included: it goes before their class.
 
     Checkpoints hold the method's file, the optimizer and the random states, never the base model.
     """
@@ -26,7 +27,6 @@ class VeraTrainer(TaskTrainer):
         model: nn.Module,
         method: Method,
         rates: LearningRates,
-        loss_per_token: bool,
         frozen_norms: Sequence[nn.Module] = (),
         loss_scale: float = 1.0,
         train_collator: Any = None,
@@ -39,7 +39,6 @@ class VeraTrainer(TaskTrainer):
             model: The model, prepared by `method`.
             method: What is trained, and the file that holds it.
             rates: Peak learning rates.
-            loss_per_token: `Task.loss_per_token`.
             frozen_norms: Batch normalisations that stay in evaluation mode.
             loss_scale: Factor of the training loss.
             train_collator: Makes the training batches; None for the collator of evaluation.
@@ -53,9 +52,6 @@ class VeraTrainer(TaskTrainer):
             super().__init__(model, *args, **kwargs)
         finally:
             del model._hf_peft_config_loaded
-        # Trainer takes every model with **kwargs for one whose loss is a sum over the whole batch's
-        # tokens. A classifier's loss is a mean: it would be multiplied by processes and passes.
-        self.model_accepts_loss_kwargs = loss_per_token
 
     @property
     def adapted(self) -> nn.Module:
@@ -135,3 +131,20 @@ class VeraTrainer(TaskTrainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self.method.read(self.adapted, Path(self.state.best_model_checkpoint))
+
+
+class VeraTrainer(MethodTrainer, TaskTrainer):
+    """Trainer for tasks whose loss is the model's own."""
+
+    def __init__(self, *args: Any, loss_per_token: bool, **kwargs: Any) -> None:
+        """Build a Trainer.
+
+        Args:
+            args: As for Trainer.
+            loss_per_token: `Task.loss_per_token`.
+            kwargs: As for `MethodTrainer` and `TaskTrainer`.
+        """
+        super().__init__(*args, **kwargs)
+        # Trainer takes every model with **kwargs for one whose loss is a sum over the whole batch's
+        # tokens. A classifier's loss is a mean: it would be multiplied by processes and passes.
+        self.model_accepts_loss_kwargs = loss_per_token

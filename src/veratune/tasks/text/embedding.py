@@ -25,8 +25,7 @@ class SentenceTask(TextTask):
 
     accepted_settings = TextTask.accepted_settings | {"on_overflow"}
     greater_is_better = True
-    # Which columns are texts, in the order in which the loss takes them.
-    texts: tuple[str, ...] = ()
+    transformers_model = False
 
     def __init__(
         self,

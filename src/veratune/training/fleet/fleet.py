@@ -124,7 +124,13 @@ class Fleet:
         self.optimizer = StackedAdamW(slots, self.width, options.weight_decay, self._device)
         self._peak_rates = self._rates()
         self._schedule = schedule(options.lr_scheduler, options.warmup)
-        self._collate: Callable[[list[Example]], dict[str, Tensor]] = task.collator(processor)
+        collate: Callable[[list[Example]], dict[str, Tensor]] | None = task.collator(processor)
+        if collate is None:
+            raise UnsupportedError(
+                f"task {task.name!r} is trained by another library's trainer, one adapter a run; "
+                "use veratune train"
+            )
+        self._collate = collate
         self.free = list(range(slots - 1, -1, -1))
 
     def _rates(self) -> Tensor:
