@@ -50,7 +50,7 @@ class SentenceTrainer(MethodTrainer):
         assert self.eval_encoded is not None
         batch_size = self.args.per_device_eval_batch_size
         scores = self.task.score(self.adapted, self.eval_encoded, self.tokenizer, batch_size)
-        metrics = {f"eval_{name}": value for name, value in scores.items()}
+        metrics = {f"eval_{name}": value for name, value in (scores or {}).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics

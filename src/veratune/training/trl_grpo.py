@@ -1,11 +1,13 @@
 """TRL's GRPO trainer, on the project's rewards, files and learning rates."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from torch import nn
-from trl import GRPOConfig, GRPOTrainer
+from transformers import PreTrainedModel
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from veratune.tasks.text.grpo import Grpo
@@ -38,8 +40,9 @@ class VeraGRPOTrainer(TRLTrainer, GRPOTrainer):
         super().__init__(*args, reward_funcs=list(task.rewards()), **kwargs)
         if reference is not None:
             # TRL would load a second base model where beta is set when it is built.
-            add_fused_lm_head(reference, temperature=self.temperature)
-            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+            policy = cast(PreTrainedModel, reference)
+            add_fused_lm_head(policy, temperature=self.temperature)
+            self.ref_model = self.accelerator.prepare_model(policy, evaluation_mode=True)
             self.beta = task.beta
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
