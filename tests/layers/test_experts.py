@@ -11,7 +11,6 @@ import veratune as vt
 from tests.fakes import scramble, seeded
 from veratune.adapter import extract
 from veratune.errors import UnsupportedError
-from veratune.formats.lora_matrices import lora_pairs
 from veratune.layers.experts import VeraExperts, is_experts
 from veratune.ops.matrix import dense
 from veratune.serving.pool.pool import AdapterPool
@@ -224,12 +223,6 @@ def test_all_linear_takes_the_experts_and_says_what_it_leaves_out(caplog):
 def test_other_modules_are_no_experts():
     assert not is_experts(torch.nn.Linear(2, 2))
     assert is_experts(model_of("dbrx").transformer.blocks[0].ffn.experts)
-
-
-def test_a_lora_of_experts_is_refused():
-    adapter = extract(model_of("mixtral", "a"), "a")
-    with pytest.raises(UnsupportedError, match=r"gate_up_proj:0' is one expert of a fused weight"):
-        lora_pairs(adapter)
 
 
 def test_a_pool_refuses_experts():

@@ -1,5 +1,6 @@
 """The command veratune export."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -7,8 +8,11 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse.typing import PositiveInt
 
 from veratune.cli.parsing import Parser, new_parser, parse
+from veratune.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from veratune.adapter import Adapter
     from veratune.formats.reduction import LayerError
 
@@ -40,7 +44,15 @@ def parser() -> Parser:
         type=str | None,
         default=None,
         help="the base model's config.json, folder, .gguf file or id; needed for gguf-lora, for "
-        "parts of fused layers, for convolutions and for basis principal (with its weights)",
+        "parts of fused layers, for convolutions, for experts and for the bases lora and principal "
+        "(principal reads its weights)",
+    )
+    out.add_argument(
+        "--lora",
+        type=str | None,
+        default=None,
+        help="the LoRA (PEFT folder or file) that the adapter was trained over (basis lora); needs "
+        "--model",
     )
     out.add_argument(
         "--dtype",
@@ -67,12 +79,20 @@ def run(argv: Sequence[str]) -> int:
     flags = parse(parser(), argv)
     from veratune.cli.base_models import empty_base
     from veratune.formats import native
-    from veratune.formats.export import export
+    from veratune.formats.export import EXACT_ONLY, export
 
     adapter = native.read(flags.file)
-    if adapter.config.basis == "principal" and flags.to != "safetensors":
-        adapter = _with_principal_basis(flags.file, flags.model)
     model = None if flags.model is None else empty_base(flags.model)
+    kind, exact = adapter.config.basis, flags.to in EXACT_ONLY
+    if flags.lora is not None and (kind != "lora" or exact):
+        raise ConfigError(
+            f"--lora is for an adapter with basis lora and a LoRA format; this is {flags.to} of "
+            f"basis {kind}"
+        )
+    if kind == "principal" and not exact:
+        adapter = _with_principal_basis(flags.file, flags.model)
+    elif kind == "lora" and not exact:
+        adapter = _with_lora(adapter, flags.lora, model)
     gguf = flags.model if flags.model and Path(flags.model).suffix == ".gguf" else None
     written = export(
         adapter,
@@ -95,7 +115,6 @@ def run(argv: Sequence[str]) -> int:
 def _with_principal_basis(file: str, model: str | None) -> "Adapter":
     """The adapter with A and B, which come from the base model's weights."""
     from veratune.adapter import extract
-    from veratune.errors import ConfigError
     from veratune.inference.adapted import ADAPTER_NAME, load_with_adapter
 
     if model is None:
@@ -104,6 +123,22 @@ def _with_principal_basis(file: str, model: str | None) -> "Adapter":
             "weights; give the base model: --model"
         )
     return extract(load_with_adapter(model, file, device="cpu").model, ADAPTER_NAME)
+
+
+def _with_lora(adapter: "Adapter", lora: str | None, model: "nn.Module | None") -> "Adapter":
+    """The adapter with A and B, which are those of the LoRA that it was trained over."""
+    from veratune.errors import BasisError
+    from veratune.formats.lora import read_lora
+
+    if lora is None or model is None:
+        raise ConfigError(
+            "the adapter was trained over a LoRA, whose matrices it does not hold; give that LoRA "
+            "and the base model: --lora, --model"
+        )
+    basis = read_lora(lora, model)
+    if basis.fingerprint() != adapter.lora_fingerprint:
+        raise BasisError(f"{lora}: the adapter was trained over another LoRA; fingerprints differ")
+    return dataclasses.replace(adapter, bound=basis)
 
 
 def print_errors(errors: "Sequence[LayerError]") -> None:

@@ -11,8 +11,8 @@ from veratune.adapter import Adapter
 from veratune.errors import BaseModelError
 from veratune.formats.atomic import new_folder
 from veratune.formats.gguf_names import GgufNames, open_gguf
-from veratune.formats.lora_matrices import LoraPair, most_common_rank
-from veratune.formats.vllm import refuse_heads_and_convolutions
+from veratune.formats.lora_matrices import LoraPair, most_common
+from veratune.formats.vllm import refuse_all_but_linear
 
 ADAPTER_NAME = "adapter.gguf"
 
@@ -40,11 +40,11 @@ def write_gguf_lora(
     """
     import gguf
 
-    refuse_heads_and_convolutions(adapter, pairs, "llama.cpp")
+    refuse_all_but_linear(adapter, pairs, "llama.cpp")
     tensors = {names.tensor(layer): pair for layer, pair in pairs.items()}
     if base is not None:
         check_sizes(tensors, base)
-    alpha = most_common_rank(pairs)
+    alpha = most_common(pair.rank for pair in pairs.values())
     with new_folder(Path(folder)) as path:
         writer = gguf.GGUFWriter(path / ADAPTER_NAME, names.architecture)
         writer.add_type("adapter")

@@ -11,7 +11,7 @@ from veratune.errors import OutputError
 from veratune.formats.gguf_lora import check_sizes
 from veratune.formats.gguf_names import names_of_gguf, open_gguf
 from veratune.formats.lora_matrices import LoraPair
-from veratune.formats.vllm import refuse_heads_and_convolutions
+from veratune.formats.vllm import refuse_all_but_linear
 
 GgufDtype = Literal["f32", "f16", "q8_0"]
 
@@ -45,7 +45,7 @@ def merge_gguf(
     """
     import gguf
 
-    refuse_heads_and_convolutions(adapter, pairs, "GGUF")
+    refuse_all_but_linear(adapter, pairs, "GGUF")
     out = Path(out)
     if out.exists():
         raise OutputError(f"{out}: the file exists; choose another")

@@ -10,7 +10,6 @@ as matrices.
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -24,7 +23,12 @@ from torch import Tensor, nn
 
 from veratune.basis.lora import LoraBasis
 from veratune.errors import AdapterFileError, BaseModelError, UnsupportedError, near
-from veratune.formats.peft_files import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME
+from veratune.formats.peft_files import (
+    CONFIG_NAME,
+    KEY_PREFIX,
+    WEIGHTS_NAME,
+    read_settings,
+)
 from veratune.targets import layers_of
 
 _KEY = re.compile(
@@ -62,7 +66,7 @@ def read_lora(path: str | Path, model: nn.Module) -> LoraBasis:
 
     Raises:
         AdapterFileError: Not a LoRA, or half of a pair.
-        UnsupportedError: DoRA, or trained biases.
+        UnsupportedError: DoRA, trained biases, or experts.
         BaseModelError: The model lacks a layer.
     """
     path = Path(path)
@@ -82,6 +86,11 @@ def read_lora(path: str | Path, model: nn.Module) -> LoraBasis:
                 f"{path}: layer '{key}' has no {'A' if entry.A is None else 'B'} "
                 "(down and up make a pair)"
             )
+        if entry.A.dim() < 2 or entry.B.dim() < 2 or entry.A.shape[0] != entry.B.shape[1]:
+            raise AdapterFileError(
+                f"{path}: layer '{key}' has A {tuple(entry.A.shape)} and B {tuple(entry.B.shape)}; "
+                "(r, n) and (m, r) are wanted"
+            )
         A, B = entry.A.flatten(1).float(), entry.B.flatten(1).float()
         rank = A.shape[0]
         alpha = _alpha(config, layer, rank) if entry.alpha is None else entry.alpha
@@ -98,9 +107,14 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
     if path.is_dir():
         file = path / WEIGHTS_NAME
         try:
-            config = json.loads((path / CONFIG_NAME).read_text())
-        except (OSError, ValueError) as error:
-            raise AdapterFileError(f"{path}: no readable {CONFIG_NAME}: {error}") from None
+            config = read_settings(path)
+        except AdapterFileError as error:
+            raise AdapterFileError(f"{path}: {error}") from None
+        if config.get("target_parameters"):
+            raise UnsupportedError(
+                f"{path}: the LoRA adapts weights of experts (target_parameters); only a LoRA of "
+                "layers is read"
+            )
     try:
         tensors = safetensors.torch.load_file(file)
     except (OSError, safetensors.SafetensorError) as error:
@@ -110,6 +124,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
         if not torch.isfinite(tensor).all():
             raise AdapterFileError(f"{path}: {key!r} holds NaN or infinity")
         if key.endswith(".alpha"):
+            if tensor.numel() != 1:
+                raise AdapterFileError(f"{path}: {key!r} has {tensor.numel()} values; 1 is wanted")
             stored.setdefault(key.removesuffix(".alpha"), _Stored()).alpha = float(tensor)
             continue
         match = _KEY.fullmatch(key)
@@ -153,6 +169,7 @@ class _Names:
 
 def _alpha(config: Mapping[str, Any], layer: str, rank: int) -> float:
     """PEFT's alpha of a layer: the first entry of alpha_pattern that matches, or lora_alpha."""
+    found = config.get("lora_alpha", rank)
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
         name = str(pattern).removeprefix("^").removesuffix("$")
         if not re.fullmatch(r"[\w.-]+", name):  # a file's regular expression is never evaluated
@@ -160,5 +177,10 @@ def _alpha(config: Mapping[str, Any], layer: str, rank: int) -> float:
                 f"alpha_pattern has the regular expression {pattern!r}; only layer names are read"
             )
         if f".{layer}".endswith(f".{name}"):
-            return float(alpha)
-    return float(config.get("lora_alpha", rank))
+            found = alpha
+            break
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise AdapterFileError(
+            f"{CONFIG_NAME} has alpha {found!r} for '{layer}'; a number is wanted"
+        )
+    return float(found)

@@ -7,7 +7,7 @@ stacked, and B is block-diagonal then. Rows of parts that are not adapted are 0 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -55,23 +55,22 @@ def lora_pairs(adapter: Adapter, model: nn.Module | None = None) -> dict[str, Lo
             for convolutions, whose place in the whole weight the adapter does not record.
 
     Returns:
-        The pair of each layer of the model, by the layer's path.
+        The pair of each layer of the model, by the layer's path; experts of a fused weight have a
+        pair each, by "path.weight:expert".
 
     Raises:
-        UnsupportedError: A layer whose ΔW is not one LoRA pair, an expert, or a missing model.
+        UnsupportedError: A layer whose ΔW is not one LoRA pair, or a missing model.
         BaseModelError: The model lacks a layer.
     """
-    expert = next((name for name in adapter.shapes if name.partition(PART)[2].isdecimal()), None)
-    if expert is not None:
-        raise UnsupportedError(
-            f"layer '{expert}' is one expert of a fused weight, whose LoRA is not written; "
-            "merge the adapter into the model instead"
-        )
+    out = {}
     by_module: dict[str, list[str]] = {}
     for layer in adapter.shapes:
-        by_module.setdefault(layer.partition(PART)[0], []).append(layer)
+        path, _, part = layer.partition(PART)
+        if part.isdecimal():
+            out[layer] = LoraPair(*_matrices(adapter, layer)[1:])
+        else:
+            by_module.setdefault(path, []).append(layer)
     layers = None if model is None else dict(layers_of(model))
-    out = {}
     for path, names in by_module.items():
         fused, kernel = names != [path], adapter.kernels.get(path, ())
         if (fused or kernel) and model is None:
@@ -171,7 +170,7 @@ def _fused_pair(adapter: Adapter, model: nn.Module, path: str, names: list[str])
     return LoraPair(torch.cat(list(stacked.values())), whole)
 
 
-def most_common_rank(pairs: Mapping[str, LoraPair]) -> int:
+def most_common(ranks: Iterable[int]) -> int:
     """The rank that most layers have; the higher of two that are equally common."""
-    ranks = [pair.rank for pair in pairs.values()]
-    return max(set(ranks), key=lambda rank: (ranks.count(rank), rank))
+    found = list(ranks)
+    return max(set(found), key=lambda rank: (found.count(rank), rank))

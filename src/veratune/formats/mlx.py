@@ -15,7 +15,7 @@ from veratune.errors import UnsupportedError
 from veratune.formats.atomic import new_folder
 from veratune.formats.lora_matrices import LoraPair
 from veratune.formats.reduction import padded
-from veratune.formats.vllm import refuse_heads_and_convolutions
+from veratune.formats.vllm import refuse_all_but_linear
 
 _BLOCK = re.compile(r"model\.layers\.\d+\.(?P<key>.+)")
 
@@ -32,7 +32,7 @@ def write_mlx(adapter: Adapter, pairs: Mapping[str, LoraPair], folder: str | Pat
         UnsupportedError: A layer outside the blocks, a convolution, or a trained head.
         OutputError: The folder is in use or cannot be written.
     """
-    refuse_heads_and_convolutions(adapter, pairs, "mlx-lm")
+    refuse_all_but_linear(adapter, pairs, "mlx-lm")
     keys = set()
     for layer in pairs:
         match = _BLOCK.fullmatch(layer)

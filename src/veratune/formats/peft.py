@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from veratune.adapter import Adapter, base_id
 from veratune.config import VeraConfig
 from veratune.errors import AdapterFileError, BaseModelError, UnsupportedError, VeratuneError, near
+from veratune.formats.expert_lora import is_expert
 from veratune.formats.lora_matrices import stored_transposed, vectors_of_layer
 from veratune.formats.peft_files import (
     CONFIG_NAME,
@@ -104,6 +105,11 @@ def write_vera(adapter: Adapter, folder: str | Path, model: nn.Module | None = N
 def _common_rank(adapter: Adapter) -> int:
     """The adapter's one rank. Raises UnsupportedError where PEFT's VeRA cannot express it."""
     for layer in adapter.shapes:
+        if is_expert(layer):
+            raise UnsupportedError(
+                f"PEFT's VeRA adapts linear layers, and '{layer}' is one expert of a fused weight; "
+                "export with --to peft-lora"
+            )
         if PART in layer:
             raise UnsupportedError(
                 f"PEFT's VeRA adapts whole layers, and '{layer}' is part of one; "
@@ -120,10 +126,10 @@ def _common_rank(adapter: Adapter) -> int:
             "PEFT's VeRA has full matrices A and B; this adapter has basis='monarch', whose blocks "
             "differ with a layer's size. Export with --to peft-lora"
         )
-    if config.basis == "principal":
+    if config.basis in ("principal", "lora"):
         raise UnsupportedError(
-            "PEFT's VeRA has one pair (A, B) for all layers; this adapter has basis='principal', a "
-            "pair for each layer. Export with --to peft-lora"
+            "PEFT's VeRA has one pair (A, B) for all layers; this adapter has "
+            f"basis={config.basis!r}, a pair for each layer. Export with --to peft-lora"
         )
     if config.sharing != "shared":
         raise UnsupportedError(

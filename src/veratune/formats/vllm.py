@@ -10,6 +10,7 @@ from pathlib import Path
 
 from veratune.adapter import Adapter
 from veratune.errors import UnsupportedError
+from veratune.formats.expert_lora import is_expert
 from veratune.formats.lora_matrices import LoraPair
 from veratune.formats.peft_files import write_checkpoint
 from veratune.formats.peft_lora import lora_settings, pair_tensors
@@ -30,10 +31,10 @@ def write_vllm(adapter: Adapter, pairs: Mapping[str, LoraPair], folder: str | Pa
         The `vllm serve` command that loads it.
 
     Raises:
-        UnsupportedError: A rank over 512, a convolution, or a trained head.
+        UnsupportedError: A rank over 512, a convolution, an expert, or a trained head.
         OutputError: The folder is in use or cannot be written.
     """
-    refuse_heads_and_convolutions(adapter, pairs, "vLLM")
+    refuse_all_but_linear(adapter, pairs, "vLLM")
     layer, rank = max(
         ((layer, pair.rank) for layer, pair in pairs.items()), key=lambda entry: entry[1]
     )
@@ -56,20 +57,17 @@ def write_vllm(adapter: Adapter, pairs: Mapping[str, LoraPair], folder: str | Pa
     )
 
 
-def refuse_heads_and_convolutions(
-    adapter: Adapter, pairs: Mapping[str, LoraPair], program: str
-) -> None:
+def refuse_all_but_linear(adapter: Adapter, pairs: Mapping[str, LoraPair], program: str) -> None:
     """Raise UnsupportedError for what a language-model program cannot hold."""
+    instead = "merge the adapter into a folder instead"
     if adapter.head:
         raise UnsupportedError(
             f"{program} loads no trained head, and the adapter has "
-            f"{', '.join(adapter.config.head)}; "
-            "merge the adapter instead"
+            f"{', '.join(adapter.config.head)}; {instead}"
         )
     for layer, pair in pairs.items():
-        if pair.kernel:
+        what = "a convolution" if pair.kernel else "one expert of a fused weight"
+        if pair.kernel or is_expert(layer):
             raise UnsupportedError(
-                f"{program} adapts linear layers, and '{layer}' is a convolution; merge the "
-                "adapter "
-                "instead"
+                f"{program} adapts linear layers, and '{layer}' is {what}; {instead}"
             )
