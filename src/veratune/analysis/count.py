@@ -7,7 +7,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from veratune.adapter import Adapter
 from veratune.basis.basis import Basis, new_basis
@@ -173,7 +179,7 @@ def _vera_figures(
 
 def empty_model(model: str) -> PreTrainedModel:
     """A model on the meta device, with the architecture that its configuration names, or its
-    backbone.
+    backbone; a GGUF file is a causal language model.
     """
     path = Path(model)
     if path.suffix == ".json" and not path.is_file():
@@ -190,8 +196,9 @@ def empty_model(model: str) -> PreTrainedModel:
             "holds one"
         ) from error
     named = getattr(transformers, (config.architectures or [""])[0], None)
+    kind = AutoModelForCausalLM if path.suffix == ".gguf" else AutoModel
     with _META:
-        return named(config) if named is not None else AutoModel.from_config(config)
+        return named(config) if named is not None else kind.from_config(config)
 
 
 def _heads(model: PreTrainedModel) -> list[nn.Module]:
