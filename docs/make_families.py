@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers as hf
+from docs.tiny_multimodal import CONFIGS, inputs_of
 from torch import Tensor, nn
 
 import veratune as vt
@@ -24,6 +25,7 @@ TEXT = [
     "apertus",
     "arcee",
     "bert",
+    "bamba",
     "bert-generation",
     "big_bird",
     "biogpt",
@@ -104,6 +106,7 @@ TEXT = [
     "qwen2_moe",
     "qwen3",
     "qwen3_moe",
+    "qwen3_5_text",
     "qwen3_next",
     "rembert",
     "roberta",
@@ -146,7 +149,7 @@ VISION = [
     "vit_mae",
     "vit_msn",
 ]
-FAMILIES = TEXT + VISION
+FAMILIES = TEXT + VISION + list(CONFIGS)
 
 STEPS = ("attach", "step", "save, load", "merge", "rows", "detach")
 
@@ -169,6 +172,9 @@ _DROPOUT = ("dropout", "drop_rate", "pdrop", "layerdrop")
 
 def tiny(family: str) -> nn.Module:
     """A small model of a family, in evaluation mode."""
+    torch.manual_seed(0)
+    if family in CONFIGS:
+        return hf.AutoModel.from_config(CONFIGS[family]()).eval()
     kind = hf.models.auto.configuration_auto.CONFIG_MAPPING[family]
     default = kind()
     sizes = {
@@ -186,6 +192,10 @@ def tiny(family: str) -> nn.Module:
     return hf.AutoModel.from_config(config).eval()
 
 
+_DELTA: dict[str, object] = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
 _SPECIAL: dict[str, dict[str, object]] = {
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
     "deepseek_v2": {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
@@ -197,12 +207,20 @@ _SPECIAL: dict[str, dict[str, object]] = {
                     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "esm": {"vocab_size": 99, "pad_token_id": 0, "mask_token_id": 3},
     "falcon": {"head_dim": None},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1,
+              "attn_layer_indices": [1]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+              "expert_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4},
+    "qwen3_next": {**_DELTA, "shared_expert_intermediate_size": 16},
+    "qwen3_5_text": _DELTA,
+    "rwkv": {"attention_hidden_size": 32, "num_attention_heads": None, "use_cache": False},
     "longformer": {"attention_window": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "mamba": {"state_size": 4}, "falcon_mamba": {"state_size": 4},
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 4, "n_groups": 1},
     "squeezebert": {"embedding_size": 32}, "mobilebert": {"true_hidden_size": 32},
-    "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 1, "d_head": 8, "d_inner": 48},
+    "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 1, "d_head": 8, "d_inner": 48,
+               "num_hidden_layers": None, "num_blocks": None, "architectures": ["FunnelModel"]},
     "xlnet": {"d_inner": 48, "d_head": 8, "max_position_embeddings": None},
     "convnext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
     "convnextv2": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
@@ -216,6 +234,8 @@ _SPECIAL: dict[str, dict[str, object]] = {
 
 def batch(model: nn.Module, family: str) -> dict[str, Tensor]:
     """Four different inputs for a model."""
+    if family in CONFIGS:
+        return inputs_of(family)
     generator = torch.Generator().manual_seed(1)
     if family in VISION:
         return {"pixel_values": torch.randn(4, 3, 32, 32, generator=generator)}
@@ -227,9 +247,15 @@ def batch(model: nn.Module, family: str) -> dict[str, Tensor]:
 
 
 def first_output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The first tensor that the model returns; vit_mae masks at random, so seeds are fixed."""
+    """The first tensor that the model returns; of two towers, both embeddings.
+
+    Seeds are fixed: vit_mae masks at random.
+    """
     torch.manual_seed(2)
-    return model(**inputs)[0]
+    out = model(**inputs)
+    if "image_embeds" in out:  # out[0] compares every text with every image
+        return torch.cat([out.text_embeds, out.image_embeds], -1)
+    return out[0]
 
 
 def try_family(family: str, targets: str | None) -> dict[str, str]:

@@ -37,8 +37,10 @@ def test_attention_that_reads_weights_past_the_layer_is_refused():
         UnsupportedError,
         match=r"[qv]_proj' cannot be adapted: WavLMAttention\.\w+ reads its weight",
     ):
-        vt.attach(model, vt.VeraConfig(rank=2))
+        vt.attach(model, vt.VeraConfig(rank=2, targets=["query", "value"]))
     assert vt.adapters(model) == {}
+    vt.attach(model, vt.VeraConfig(rank=2))  # the family's default: its feed-forward layers
+    assert all("feed_forward" in v.layer for v in vectors_of(model, "default"))
 
 
 def test_all_linear_leaves_out_what_is_not_called_and_says_so():

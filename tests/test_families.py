@@ -80,3 +80,15 @@ def test_a_vision_language_model_is_adapted_in_its_language_tower():
     assert tower
     assert all(name.startswith(tower) for name in names(model))
     assert any(not name.startswith(tower) for name in names(model, targets=["query", "value"]))
+    seen = names(model, targets=["vision-tower"])
+    assert {name.rpartition(".")[2] for name in seen} == {"q_proj", "v_proj"}
+    assert seen == {name for name in names(model, targets=["query", "value"]) if "vision" in name}
+    between = names(model, targets=["connector"])
+    assert {name.rpartition(".")[2] for name in between} == {"linear_1", "linear_2"}
+    assert names(model, targets=["connector", "vision-tower"]) == between | seen
+
+
+@pytest.mark.parametrize("word", ["vision-tower", "connector"])
+def test_a_model_with_one_tower_has_no_words_for_towers(word):
+    with pytest.raises(TargetError, match=f"target '{word}' matches no layer of"):
+        names(fakes.llama(), targets=[word])

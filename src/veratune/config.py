@@ -19,6 +19,8 @@ PLANS = get_args(Plan)[1:]
 
 ALL_LINEAR = "all-linear"
 ALL_CONV = "all-conv"
+VISION_TOWER = "vision-tower"
+CONNECTOR = "connector"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,9 @@ class VeraConfig:
             "c_attn.q"), a glob ("*.attn.*"), a regular expression for the whole name
             ("re:.*[qv]_proj"), or one of the words "query", "key", "value", which stand for that
             projection under any family's name for it. "all-linear" is every linear layer but the
-            output head, "all-conv" every convolution. None: query and value.
+            output head, "all-conv" every convolution, "vision-tower" query and value of a
+            multimodal model's image encoder, "connector" the linear layers between its towers.
+            None: query and value, in a multimodal model those of its language model.
         exclude: layers left out, in the same language.
         layers: indices of the blocks to adapt (the first number in a layer's name). None: all.
         rank_pattern: another rank for the layers that a pattern matches; the first match counts.

@@ -62,6 +62,8 @@ FAMILY_TARGETS: dict[str, tuple[str, ...]] = {
         ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text"),
         ("query", "value", "in_proj_qkvz", "in_proj_qkv", "out_proj"),
     ),
+    "funnel": ("q_head", "v_head"),
+    "wavlm": ("intermediate_dense", "output_dense"),  # its attention reads weights past the layers
     "rwkv": ("key", "value", "receptance", "output"),
     "xlnet": ("layer_1", "layer_2"),  # its attention holds parameters, not layers
     "jetmoe": ("kv_proj",),
@@ -114,6 +116,9 @@ HEAD_NAMES = frozenset(
 # The children of a multimodal model that hold its language model, in the order they are tried.
 LANGUAGE_TOWERS = ("language_model", "text_model", "llm")
 
+# The same for the image encoder.
+VISION_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "vision_backbone")
+
 
 def model_type(model: nn.Module) -> str:
     """Return transformers' name of the model's family; "" for other models."""
@@ -141,8 +146,17 @@ def language_tower(model: nn.Module) -> str:
         return ""
     if hasattr(model, "logit_scale") or hasattr(getattr(model, "clip", None), "logit_scale"):
         return ""
+    return _first(model, LANGUAGE_TOWERS)
+
+
+def vision_tower(model: nn.Module) -> str:
+    """Return the path of a multimodal model's image encoder; "" for a model without one."""
+    return _first(model, VISION_TOWERS)
+
+
+def _first(model: nn.Module, names: tuple[str, ...]) -> str:
     for path, module in model.named_modules():
-        if path.rpartition(".")[2] in LANGUAGE_TOWERS and _is_inner(module):
+        if path.rpartition(".")[2] in names and _is_inner(module):
             return path
     return ""
 

@@ -11,9 +11,15 @@ from typing import cast
 
 from torch import nn
 
-from veratune.config import ALL_CONV, ALL_LINEAR, VeraConfig
+from veratune.config import ALL_CONV, ALL_LINEAR, CONNECTOR, VISION_TOWER, VeraConfig
 from veratune.errors import TargetError, near
-from veratune.families import DEFAULT_TARGETS, default_targets, language_tower, output_heads
+from veratune.families import (
+    DEFAULT_TARGETS,
+    default_targets,
+    language_tower,
+    output_heads,
+    vision_tower,
+)
 from veratune.layers.conv import ConvModule, check_conv, conv_part
 from veratune.layers.experts import check_experts, expert_parts, is_experts
 from veratune.layers.fused import attention_parts, fused_parts
@@ -325,14 +331,26 @@ def _match_default(model: nn.Module, candidates: Mapping[str, tuple[str, Part]])
 def _match_word(
     model: nn.Module, target: str, candidates: Mapping[str, tuple[str, Part]]
 ) -> set[str]:
-    """The names that one word matches; `all-linear` and `all-conv` leave output heads out."""
-    if target not in (ALL_LINEAR, ALL_CONV):
+    """The names that one word matches; words for kinds of layers leave output heads out."""
+    if target == VISION_TOWER:
+        tower = vision_tower(model)
+        return {
+            name
+            for name, (path, _) in candidates.items()
+            if tower and _within(path, [tower]) and any(matches(role, name) for role in DEFAULT_TARGETS)
+        }
+    if target not in (ALL_LINEAR, ALL_CONV, CONNECTOR):
         return {name for name in candidates if matches(target, name)}
-    heads = output_heads(model)
+    outside = output_heads(model)
+    if target == CONNECTOR:
+        towers = {language_tower(model), vision_tower(model)}
+        if "" in towers:
+            return set()
+        outside |= towers
     return {
         name
         for name, (path, part) in candidates.items()
-        if bool(part.kernel) == (target == ALL_CONV) and not _within(path, heads)
+        if bool(part.kernel) == (target == ALL_CONV) and not _within(path, outside)
     }
 
 
@@ -390,7 +408,7 @@ def _unmatched(model: nn.Module, setting: str, pattern: str, names: Sequence[str
     """The message for a pattern that matches nothing: near names, or the layers there are."""
     last = {name.rpartition(".")[2] for name in names}
     ends = {".".join(name.split(".")[-2:]) for name in names}
-    words = (set(ROLES) | {ALL_LINEAR, ALL_CONV}) - {pattern}
+    words = (set(ROLES) | {ALL_LINEAR, ALL_CONV, VISION_TOWER, CONNECTOR}) - {pattern}
     known = near(pattern, last | ends | words) or f"; its layers are called {_layer_names(names)}"
     for path, module in _walk(model):
         if path and _within_end(path, pattern) and not is_linear(module) and not is_conv(module):
