@@ -9,6 +9,7 @@ import veratune as vt
 from tests import fakes
 from veratune.compatibility import bypassed_layers
 from veratune.errors import AdapterStateError, ConfigError, UnsupportedError
+from veratune.model_state import vectors_of
 from veratune.targets import find_sites
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 99}

@@ -89,3 +89,5 @@ def test_ddp_and_fsdp2_equal_one_process(tmp_path):
         for layer in wanted.d:
             torch.testing.assert_close(found.d[layer], wanted.d[layer], rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(found.b[layer], wanted.b[layer], rtol=1e-5, atol=1e-6)
+        assert torch.equal(found.base_fingerprint, wanted.base_fingerprint)  # of sharded weights
+        vt.load(fakes.llama(), path)

@@ -337,7 +337,9 @@ def _match_word(
         return {
             name
             for name, (path, _) in candidates.items()
-            if tower and _within(path, [tower]) and any(matches(role, name) for role in DEFAULT_TARGETS)
+            if tower
+            and _within(path, [tower])
+            and any(matches(role, name) for role in DEFAULT_TARGETS)
         }
     if target not in (ALL_LINEAR, ALL_CONV, CONNECTOR):
         return {name for name in candidates if matches(target, name)}
