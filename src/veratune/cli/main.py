@@ -39,7 +39,7 @@ COMMANDS = {
     "explain": "estimate the cost of each plan for a model's layers",
 }
 
-EXTRAS = "train,vision,plot,peft,quantized,scores,serve,cluster,exits,post,lightning"
+EXTRAS = "train,vision,plot,peft,quantized,scores,serve,cluster,exits,post,search,harness,lightning"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse.typing import NonNegativeInt
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -16,7 +17,7 @@ from rich.text import Text
 from veratune.cli.parsing import RECIPES, Parser, new_parser, parse, print_json, split
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError
-from veratune.training.settings import TrainSettings
+from veratune.training.settings import Range, TrainSettings
 
 SKIPPED = {"seed", "dtype"}  # the run has flags of its own for these
 
@@ -36,7 +37,14 @@ def parser() -> Parser:
         "--sweep",
         type=str,
         default="",
-        help="train for every value, as lr=1e-3,4e-3;rank=64,256, and rank the runs",
+        help="train for every value, as lr=1e-3,4e-3;rank=64,256, and rank the runs; with "
+        "--sweep-trials, a range is written lr=1e-3..1e-1",
+    )
+    out.add_argument(
+        "--sweep-trials",
+        type=NonNegativeInt,
+        default=0,
+        help="let Optuna choose values for so many trials, and stop bad ones early; 0: all values",
     )
     out.add_argument(
         "--push-to-hub",
@@ -54,18 +62,29 @@ def parser() -> Parser:
 
 
 def run(argv: Sequence[str]) -> int:
-    flags = parse(parser(), argv)
+    flags = parse(parser(), with_find_lr(argv))
     settings, vera = split(flags, TrainSettings), split(flags, VeraConfig)
     from veratune.formats.hub import parse_address
     from veratune.formats.publish import publish
     from veratune.training.run import train
+    from veratune.training.search import search
     from veratune.training.sweep import sweep
 
     console = Console(quiet=flags.json or os.environ.get("RANK", "0") != "0", highlight=False)
+    if flags.sweep_trials and not flags.sweep:
+        raise ConfigError(
+            "--sweep-trials wants the settings to choose, such as --sweep lr=1e-3..1e-1"
+        )
     if flags.sweep:
         if flags.push_to_hub is not None:
             raise ConfigError("--push-to-hub uploads one run, not a sweep; push the best with push")
-        results = sweep(settings, vera, _grid(flags.sweep), preview_on(console))
+        grid = sweep_grid(flags.sweep, bool(flags.sweep_trials))
+        show = preview_on(console)
+        results = (
+            search(settings, vera, grid, flags.sweep_trials, show)
+            if flags.sweep_trials
+            else sweep(settings, vera, grid, show)
+        )
         if flags.json:
             print_json(
                 [{"settings": chosen, **dataclasses.asdict(result)} for chosen, result in results]
@@ -129,15 +148,37 @@ def _ranking(results: list[tuple[dict[str, Any], Any]]) -> Table:
     return table
 
 
-def _grid(text: str) -> dict[str, list[Any]]:
-    grid = {}
+def with_find_lr(argv: Sequence[str]) -> list[str]:
+    """The arguments with --find-lr in place of --lr find."""
+    words = list(argv)
+    for at in range(len(words) - 1):
+        if words[at : at + 2] == ["--lr", "find"]:
+            words[at : at + 2] = ["--find-lr"]
+            break
+    return ["--find-lr" if word == "--lr=find" else word for word in words]
+
+
+def sweep_grid(text: str, ranges: bool = False) -> dict[str, Any]:
+    """The values of each setting; a range of them only where `ranges` says so."""
+    grid: dict[str, Any] = {}
     for entry in filter(None, text.split(";")):
         name, equals, values = entry.partition("=")
         if not equals or not values:
             raise ConfigError(
                 f"--sweep has {entry!r}; name=value,value is wanted, several apart by ';'"
             )
-        grid[name.strip().replace("-", "_")] = [_value(value) for value in values.split(",")]
+        key = name.strip().replace("-", "_")
+        low, dots, high = values.partition("..")
+        if dots:
+            bounds = _value(low), _value(high)
+            numbers = all(isinstance(bound, int | float) for bound in bounds)
+            if not ranges or not numbers or not bounds[0] < bounds[1]:
+                raise ConfigError(
+                    f"--sweep has the range {entry!r}; low..high is wanted, with --sweep-trials"
+                )
+            grid[key] = Range(*bounds)
+            continue
+        grid[key] = [_value(value) for value in values.split(",")]
     return grid
 
 

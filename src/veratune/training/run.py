@@ -3,52 +3,31 @@
 import dataclasses
 import itertools
 import json
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from datasets import Dataset
-from torch import nn
-from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
-from transformers.trainer_callback import ProgressCallback
+from transformers import TrainerCallback, set_seed
 
 from veratune.config import VeraConfig
-from veratune.errors import ConfigError
 from veratune.formats.atomic import write_atomic
 from veratune.inference.evaluate import clean_metrics
 from veratune.tasks.base import Task
-from veratune.tasks.text.base import TextTask
-from veratune.training.arguments import training_arguments
-from veratune.training.callbacks import (
-    EMACallback,
-    ProgressLogger,
-    SampleCallback,
-    SigtermCallback,
-)
-from veratune.training.methods import LearningRates, Method, build_method
-from veratune.training.packing import PackedDataset, PackingCollator, uses_flash_attention
-from veratune.training.prepare import (
-    EncodedData,
-    build_task,
-    check_method_settings,
-    load_data,
-    load_model,
-)
-from veratune.training.progress import PROGRESS_FILE, ProgressFileCallback
+from veratune.training.build import build_run
+from veratune.training.callbacks import SigtermCallback
+from veratune.training.lr_find import find_lr, stored_lr
+from veratune.training.methods import Method
 from veratune.training.result import TrainResult, peak_memory
 from veratune.training.run_folder import (
     BEFORE,
-    CHECKPOINTS,
+    HISTORY,
     RESULTS,
     check_out,
     is_first_process,
-    last_checkpoint,
     write_settings,
 )
 from veratune.training.settings import TrainSettings
 from veratune.training.trainer import MethodTrainer
-from veratune.training.trainer_kind import trainer_kind
 
 PreviewCallback = Callable[[list[tuple[str, bool]]], None]
 
@@ -60,6 +39,7 @@ def train(
     *,
     task: Task | None = None,
     method: Method | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainResult:
     """Fine-tune a base model with VeRA and write the adapter to `settings.out`.
 
@@ -72,6 +52,7 @@ def train(
             loss is on them.
         task: A task object, instead of the one that the settings name.
         method: A method object, instead of the one that the settings name.
+        callbacks: Callbacks of Trainer beside those of the settings.
 
     Returns:
         The result, which is also written to results.json.
@@ -79,93 +60,32 @@ def train(
     Raises:
         VeratuneError: A setting, the data or the model is wrong, or the run was ended by SIGTERM.
     """
-    vera = dataclasses.replace(vera, seed=settings.basis_seed)
     out = Path(settings.out)
-    task = task or build_task(settings)
-    if is_first_process():
+    range_test = None
+    if settings.find_lr and settings.resume:
+        settings = dataclasses.replace(settings, lr=stored_lr(out))
+    elif settings.find_lr:
         check_out(settings, vera)
-    if method is None:
-        method = build_method(settings.method, vera, settings.options, settings.start_adapter)
-        check_method_settings(settings, vera)
-    if settings.label_smoothing and not task.cross_entropy:
-        raise ConfigError(
-            f"label_smoothing is {settings.label_smoothing}, but the loss of task {task.name!r} "
-            "is no cross entropy; leave it out"
-        )
-    data = load_data(settings, task)
-    evaluates = data.evaluation is not None
-    kind = trainer_kind(settings, task)
-    arguments = training_arguments(settings, task, evaluates, kind.arguments, **kind.options)
-    model, frozen_norms = load_model(settings, vera, task, method, data)
+        range_test = find_lr(settings, vera)
+        settings = dataclasses.replace(settings, lr=range_test.lr)
+    run = build_run(settings, vera, task=task, method=method, checks_out=True)
     if is_first_process():
-        write_settings(settings, vera)
+        if range_test is not None:
+            range_test.write(out)
+        write_settings(settings, dataclasses.replace(vera, seed=settings.basis_seed))
         if on_preview is not None:
-            for example in itertools.islice(data.train, settings.preview):
-                on_preview(task.preview(example, data.processor))
-
-    checkpoint = last_checkpoint(out / CHECKPOINTS, method) if settings.resume else None
-    head_lr = task.head_lr if settings.head_lr is None else settings.head_lr
-    trainer = kind.trainer(
-        model=model,
-        args=arguments,
-        train_collator=_train_collator(settings, data, model),
-        train_dataset=_train_dataset(settings, task, data),
-        eval_dataset=data.evaluation,
-        processing_class=data.processor,
-        callbacks=_callbacks(settings, model, task, method, data, checkpoint),
-        method=method,
-        frozen_norms=frozen_norms,
-        rates=LearningRates(settings.lr, head_lr * task.target_scale, settings.b_lr),
-        loss_scale=task.target_scale**-2,
-        **kind.extras(model, data),
-    )
-    trainer.remove_callback(ProgressCallback)  # it writes to standard output
-    trainer.add_callback(ProgressLogger)
-    if progress_file := os.environ.get(PROGRESS_FILE):
-        trainer.add_callback(ProgressFileCallback(Path(progress_file)))
-    result = _run(trainer, settings, checkpoint)
+            for example in itertools.islice(run.data.train, settings.preview):
+                on_preview(run.task.preview(example, run.data.processor))
+    for callback in callbacks:
+        run.trainer.add_callback(callback)
+    result = _run(run.trainer, settings, run.checkpoint)
     if is_first_process():
         write_atomic(out / RESULTS, json.dumps(dataclasses.asdict(result), indent=2).encode())
-        if data.eval_examples is not None:
-            task.draw(model, data.eval_examples, data.processor, out)
+        history = json.dumps(run.trainer.state.log_history, indent=1)
+        write_atomic(out / HISTORY, history.encode())
+        if run.data.eval_examples is not None:
+            run.task.draw(run.trainer.adapted, run.data.eval_examples, run.data.processor, out)
     return result
-
-
-def _train_dataset(
-    settings: TrainSettings, task: Task, data: EncodedData
-) -> Dataset | PackedDataset:
-    """The training examples, packed where the settings say so."""
-    if settings.packing and isinstance(task, TextTask):
-        return PackedDataset(data.train, task.max_length)
-    return data.train
-
-
-def _train_collator(
-    settings: TrainSettings, data: EncodedData, model: nn.Module
-) -> PackingCollator | None:
-    """What packs training batches; None where they are padded, as evaluation batches always are."""
-    if settings.packing or settings.padding_free:
-        return PackingCollator(data.processor.pad_token_id, uses_flash_attention(model))
-    return None
-
-
-def _callbacks(
-    settings: TrainSettings,
-    model: nn.Module,
-    task: Task,
-    method: Method,
-    data: EncodedData,
-    checkpoint: Path | None,
-) -> list[TrainerCallback]:
-    """The callbacks of a run, in the order in which Trainer calls them."""
-    out = Path(settings.out)
-    found: list[TrainerCallback] = [SampleCallback(task, model, data.processor, out)]
-    found += method.callbacks
-    if settings.patience:
-        found.append(EarlyStoppingCallback(settings.patience))
-    if settings.ema:
-        found.append(EMACallback(model, settings.ema, checkpoint))
-    return found
 
 
 def _run(trainer: MethodTrainer, settings: TrainSettings, checkpoint: Path | None) -> TrainResult:

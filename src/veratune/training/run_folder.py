@@ -18,6 +18,7 @@ from veratune.training.settings import TrainSettings
 RUN = "run.yaml"
 RESULTS = "results.json"
 BEFORE = "before.json"
+HISTORY = "history.json"  # what Trainer logged: losses and learning rates by step
 CHECKPOINTS = "checkpoints"
 # Settings that may change when a run is resumed.
 FREE = frozenset({"resume", "preview", "report_to", "out"})

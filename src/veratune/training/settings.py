@@ -80,6 +80,8 @@ class TrainSettings:
             frozen, or train with method full.
         lr: peak learning rate of the vectors d and b (of what the method trains beside the head),
             per step.
+        find_lr: choose lr by a range test first, in which the rate rises until the loss diverges;
+            --lr find says the same. lr-find.png in `out` shows it.
         b_lr: peak learning rate of the vectors b alone (method vera); default: lr.
         head_lr: peak learning rate of the head, per step. Default: 1e-2 for tasks on text with a
             head, else 1e-3. Regression multiplies it by the standard deviation of the targets.
@@ -163,6 +165,7 @@ class TrainSettings:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     batch_norm: Literal["frozen", "train"] | None = None
     lr: float = 1e-2
+    find_lr: bool = False
     b_lr: float | None = None
     head_lr: float | None = None
     weight_decay: float = 0.0
@@ -279,6 +282,19 @@ class TrainSettings:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Values between two bounds; on a logarithmic scale for numbers that are no integers.
+
+    Attributes:
+        low: The lowest value.
+        high: The highest value.
+    """
+
+    low: float
+    high: float
 
 
 TASK_SETTINGS = (

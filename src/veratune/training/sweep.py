@@ -41,7 +41,7 @@ def sweep(
         ConfigError: The grid names no setting, or there is no evaluation data.
     """
     kind = task_class(settings.task)
-    _check_grid(settings, grid)
+    check_names(settings, grid)
     out = Path(settings.out)
     results = []
     for values in itertools.product(*grid.values()):
@@ -65,7 +65,12 @@ def sweep(
     return results
 
 
-def _check_grid(settings: TrainSettings, grid: Mapping[str, Sequence[Any]]) -> None:
+def check_names(settings: TrainSettings, grid: Mapping[str, Any]) -> None:
+    """Refuse names that are no settings, and a sweep without an evaluation score.
+
+    Raises:
+        ConfigError: Names the setting and the nearest known one.
+    """
     known = {f.name for f in dataclasses.fields(TrainSettings)} - FREE
     known |= {f.name for f in dataclasses.fields(VeraConfig)}
     for name in grid:

@@ -17,6 +17,7 @@ _REFUSED = (
     "label_smoothing",
     "report_to",
     "save_steps",
+    "find_lr",
     "packing",
     "padding_free",
     "num_workers",
