@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import Namespace
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.table import Table
 
 from veratune.cli.parsing import Parser, new_parser, parse, print_json
+from veratune.errors import ConfigError
 
 if TYPE_CHECKING:
     from veratune.inference.adapted import LoadedModel
@@ -20,7 +21,25 @@ def parser() -> Parser:
     )
     add_loading(out)
     out.add_argument(
-        "--data", type=str, required=True, help="rows: a file, a folder of splits, or a data set id"
+        "--data",
+        type=str | None,
+        default=None,
+        help="rows: a file, a folder of splits, or a data set id",
+    )
+    out.add_argument(
+        "--harness",
+        type=list[str],
+        default=[],
+        help="tasks of lm-eval instead of --data: names, or YAML files",
+    )
+    out.add_argument(
+        "--limit", type=NonNegativeInt, default=0, help="examples of each harness task; 0: all"
+    )
+    out.add_argument(
+        "--apply-chat-template",
+        type=bool,
+        default=False,
+        help="format the prompts of harness tasks with the chat template",
     )
     out.add_argument(
         "--split", type=str, default="validation", help="split of a folder or data set id"
@@ -121,9 +140,13 @@ def load(flags: Namespace, **more: Any) -> "LoadedModel":
 
 def run(argv: Sequence[str]) -> int:
     flags = parse(parser(), argv)
+    _check(flags)
     from veratune.inference.evaluate import evaluate, evaluate_with_base
 
     loaded = load(flags, columns=flags.columns)
+    if flags.harness:
+        _show(flags, ", ".join(flags.harness), _harness_scores(flags, loaded))
+        return 0
     options = {
         name: getattr(flags, name)
         for name in ("split", "data_config", "batch_size", "generate", "max_new_tokens")
@@ -136,14 +159,56 @@ def run(argv: Sequence[str]) -> int:
         )
     else:
         scores = {"adapter": evaluate(loaded, flags.data, **options)}
+    _show(flags, flags.data, scores)
+    return 0
+
+
+def _check(flags: Namespace) -> None:
+    """Refuse flags that what is scored does not read."""
+    if bool(flags.harness) == (flags.data is not None):
+        raise ConfigError("give either --data or --harness")
+    defaults = parser().get_defaults()
+    names = (
+        ("split", "data_config", "columns", "generate", "max_new_tokens")
+        if flags.harness
+        else ("limit", "apply_chat_template")
+    )
+    for name in names:
+        if flags[name] != defaults[name]:
+            kind = "--harness" if flags.harness else "--data"
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} is set, but {kind} does not read it; leave it out")
+
+
+def _harness_scores(flags: Namespace, loaded: "LoadedModel") -> dict[str, dict[str, float]]:
+    """The harness' scores of the base model and of the adapter, as the flags ask for them."""
+    from veratune.inference.adapted import ADAPTER_NAME
+    from veratune.inference.harness import run_harness
+    from veratune.selection import use
+
+    options = {
+        name: getattr(flags, name) for name in ("batch_size", "limit", "apply_chat_template")
+    }
+    scores = {}
+    if flags.adapter is None or flags.base:
+        if flags.adapter is not None:
+            use(loaded.model, None)
+        scores["base"] = run_harness(loaded, flags.harness, **options)
+    if flags.adapter is not None:
+        use(loaded.model, ADAPTER_NAME)
+        scores["adapter"] = run_harness(loaded, flags.harness, **options)
+    return scores
+
+
+def _show(flags: Namespace, title: str, scores: dict[str, dict[str, float]]) -> None:
+    """Print scores as JSON or as a table."""
     if flags.json:
         print_json(scores)
-        return 0
-    table = Table(title=flags.data, title_justify="left")
+        return
+    table = Table(title=title, title_justify="left")
     table.add_column("score")
     for who in scores:
         table.add_column(who, justify="right")
     for name in next(iter(scores.values())):
         table.add_row(name, *(f"{found[name]:.4f}" for found in scores.values()))
     Console(highlight=False).print(table)
-    return 0

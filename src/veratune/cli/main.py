@@ -18,8 +18,10 @@ from veratune.errors import ConfigError, VeratuneError, near
 
 COMMANDS = {
     "train": "fine-tune a model with VeRA",
+    "plan": "check a training run: data, memory, time and bytes, without running it",
     "train-fleet": "fine-tune one adapter per tenant, many tenants in each batch",
     "eval": "score an adapter on a data set",
+    "report": "write an HTML page about a training run",
     "chat": "chat with a base model and an adapter",
     "sample": "generate images with a diffusion pipeline and an adapter",
     "count": "parameters, bytes and memory, from a model configuration alone",

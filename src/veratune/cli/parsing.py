@@ -29,6 +29,7 @@ LISTS = (
     "prompts",
     "reward",
     "ignore_columns",
+    "harness",
     "tenants",
     "adapters",
     "cors_origins",
