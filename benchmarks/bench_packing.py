@@ -40,8 +40,6 @@ def batches(way: str, examples: Any, task: Instruction, tokenizer: Any) -> Itera
             if way == "padding-free"
             else task.collator(tokenizer)
         )
-        if way == "grouped by length":
-            order.sort(key=lambda i: -len(examples[i]["input_ids"]))
     for start in range(0, len(order), step):
         yield collate([rows[i] for i in order[start : start + step]])
 
@@ -91,7 +89,7 @@ def main() -> None:
     for number in range(done, flags.rounds):
         draw = random.Random(number).sample(range(len(rows)), flags.examples)
         examples = task.encode(rows.select(draw), tokenizer)
-        ways = ["padded", "grouped by length", "padding-free", "packed"]
+        ways = ["padded", "padding-free", "packed"]
         random.Random(number).shuffle(ways)
         lines = [measure(model, way, examples, task, tokenizer) for way in ways]
         about = {

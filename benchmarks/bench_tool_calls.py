@@ -42,7 +42,7 @@ TOOL = {
     },
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "VeRA": {"lr": 2e-2},
+    "VeRA": {"lr": 4e-2},
     "LoRA": {"method": "peft:lora", "options": {"r": 8, "lora_alpha": 8}, "lr": 1e-3},
 }
 
@@ -104,7 +104,7 @@ class ExactMatch(TrainerCallback):
         tools = [c.tools for c in self.conversations]
         found = list(
             generate_completions(
-                model, self.tokenizer, prompts, max_new_tokens=96, batch_size=8, tools=tools
+                model, self.tokenizer, prompts, max_new_tokens=80, batch_size=8, tools=tools
             )
         )
         wanted = self.task.last_completions(self.conversations, self.tokenizer)
@@ -123,18 +123,20 @@ def run(
     folder = flags.work / f"{method}-{seed}"
     settings = TrainSettings(
         model=flags.model, task="instruction", data=train_rows, eval_data=held_out, out=str(folder), seed=seed,
-        chat_template="qwen2_5", padding_free=True, batch_size=8, epochs=flags.epochs, max_length=512, keep="last",
+        chat_template="qwen2_5", padding_free=True, batch_size=flags.batch, epochs=flags.epochs, max_length=512, keep="last",
         device="cpu", preview=0, **METHODS[method],
     )  # fmt: skip
     targets = ("query", "value")
     vera = (
         VeraConfig(rank=256, targets=targets) if method == "VeRA" else VeraConfig(targets=targets)
     )
-    matches = ExactMatch(settings, held_out, before=seed == 0 and method == "VeRA")
+    matches = ExactMatch(
+        settings, held_out, before=flags.complete_before and seed == 0 and method == "VeRA"
+    )
     start = time.process_time()
     result = train(settings, vera, callbacks=[matches])
     return {
-        "method": method, "seed": seed, "lr": settings.lr, "epochs": settings.epochs, "batch": 8, "targets": "query, value",
+        "method": method, "seed": seed, "lr": settings.lr, "epochs": settings.epochs, "batch": flags.batch, "targets": "query, value",
         "train_rows": flags.rows, "held_out_rows": flags.held_out, "trained": result.trained, "bytes": result.bytes,
         "loss_before": result.before["loss"], "loss_after": result.after["loss"],
         "exact_match_before": matches.before, "exact_match_after": matches.after, "completions": matches.completions, "steps": result.steps,
@@ -150,6 +152,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--held-out", type=int, default=24)
     parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--complete-before", action="store_true")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--beside", default="nothing")
     flags = parser.parse_args()

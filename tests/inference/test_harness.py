@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from veratune.cli.eval_ import run
 from veratune.errors import ConfigError, DataError, UnsupportedError
 from veratune.inference.adapted import load_with_adapter
 from veratune.inference.harness import run_harness
+from veratune.tasks.registry import task_class
 
 pytest.importorskip("lm_eval")
 TASK = """
@@ -57,9 +59,7 @@ def test_what_the_harness_cannot_do_is_refused(folder):
     broken.write_text(TASK.format(data=folder / "missing.jsonl").replace("lights", "broken"))
     with pytest.raises(DataError, match="could not run .*broken.yaml"):
         run_harness(loaded, [str(broken)])
-    other = load_with_adapter(
-        fakes.folder(fakes.bert(labels=2), folder / "bert"), None, task="text-regression"
-    )
+    other = dataclasses.replace(loaded, task=task_class("text-regression")())
     with pytest.raises(UnsupportedError, match="the adapter's task is 'text-regression'"):
         run_harness(other, ["lights"])
 
