@@ -20,7 +20,7 @@ import torch
 import veratune as vt
 from veratune.analysis.machine import describe_machine
 from veratune.tasks.text.language import Instruction
-from veratune.training.packing import PackedDataset, PackingCollator, check_packing
+from veratune.training.packing import PackedDataset, PackingCollator, best_fit, check_packing
 
 LINES = Path(__file__).parent / "results" / "packing.jsonl"
 BATCH, MAX_LENGTH = 16, 512
@@ -65,27 +65,57 @@ def measure(
     }  # fmt: skip
 
 
+def simulate(lengths: list[int]) -> list[dict[str, Any]]:
+    """Cells of the batches of all examples, for each way: no model is run."""
+    order = list(range(len(lengths)))
+    random.Random(0).shuffle(order)
+    shuffled = [lengths[i] for i in order]
+    batches = [shuffled[i : i + BATCH] for i in range(0, len(shuffled), BATCH)]
+    bins = best_fit(lengths, MAX_LENGTH)
+    cells = {
+        "padded": sum(len(batch) * max(batch) for batch in batches),
+        "padding-free": sum(len(best_fit(batch, max(batch))) * max(batch) for batch in batches),
+        "packed": len(bins) * MAX_LENGTH,
+    }
+    tokens = sum(lengths)
+    return [
+        {"way": way, "rows": len(lengths), "tokens": tokens, "cells": found, "cells_per_token": round(found / tokens, 4)}
+        for way, found in cells.items()
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--examples", type=int, default=64)
+    parser.add_argument(
+        "--lengths-only", action="store_true", help="count cells of all rows, run no model"
+    )
     parser.add_argument("--beside", default="nothing")
     flags = parser.parse_args()
     task = Instruction(max_length=MAX_LENGTH)
     tokenizer = task.load_processor(flags.model)
+    rows = task.load_examples(flags.data)
+    if flags.lengths_only:
+        lengths = [len(ids) for ids in task.encode(rows, tokenizer)["input_ids"]]
+        about = {
+            "lengths_only": True,
+            "batch": BATCH,
+            "max_length": MAX_LENGTH,
+            "data": "alpaca_9k",
+        }
+        with LINES.open("a") as file:
+            file.writelines(json.dumps(line | about) + "\n" for line in simulate(lengths))
+        return
     model: Any = task.load_model(flags.model, tokenizer)
     vt.attach(model, vt.VeraConfig(rank=256, targets=("query", "value")), name="a")
     model.train()
     model.config.use_cache = False
     check_packing(model)
-    rows = task.load_examples(flags.data)
-    done = (
-        len({json.loads(line)["round"] for line in LINES.read_text().splitlines()})
-        if LINES.exists()
-        else 0
-    )
+    lines = [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.exists() else []
+    done = len({line["round"] for line in lines if "round" in line})
     for number in range(done, flags.rounds):
         draw = random.Random(number).sample(range(len(rows)), flags.examples)
         examples = task.encode(rows.select(draw), tokenizer)
