@@ -28,7 +28,7 @@ COMMON = {
     "num_generations": 8,
     "max_completion_length": 8,
     "batch_size": 16,
-    "save_steps": 20,
+    "save_steps": 6,
     "lr_scheduler": "constant_with_warmup",
     "warmup_steps": 1,
     "warmup_ratio": 0.0,
@@ -55,7 +55,7 @@ def make_sums(work: Path) -> None:
     sums = [(a, b) for a in range(1, 10) for b in range(1, 10)]
     random.Random(0).shuffle(sums)
     (work / "data").mkdir(parents=True, exist_ok=True)
-    for name, part in (("train", sums[:49]), ("validation", sums[-24:])):
+    for name, part in (("train", sums[:49]), ("validation", sums[-16:])):
         rows = [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in part]
         (work / "data" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
@@ -126,7 +126,7 @@ def main() -> None:
     flags.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct")
     flags.add_argument("--work", default="out/grpo", help="folder for the runs")
     flags.add_argument("--seeds", type=int, default=1)
-    flags.add_argument("--steps", type=int, default=40)
+    flags.add_argument("--steps", type=int, default=24)
     options = flags.parse_args()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     make_sums(Path(options.work))

@@ -1,6 +1,8 @@
 """Rewards: what each counts, and a sample on which one fails."""
 
 import math
+import socket
+import subprocess
 import sys
 
 import pytest
@@ -81,6 +83,17 @@ def test_code_that_loops_or_sleeps_is_ended():
 def test_code_has_no_environment_and_an_empty_folder():
     seen = "import os\nseen = dict(os.environ), os.listdir('.')"
     assert run_tests(seen, ["assert not seen[0].get('PATH')", "assert seen[1] == []"]) == 1.0
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode != 0,
+    reason="the kernel allows no new network namespace here",
+)
+def test_code_has_no_network():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        code = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=2)"
+        assert run_tests(code, ["pass"]) == 0.0
 
 
 @settings(max_examples=50, deadline=None)

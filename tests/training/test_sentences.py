@@ -12,6 +12,8 @@ from veratune.errors import ConfigError, DataError
 from veratune.formats import native
 from veratune.inference.adapted import load_with_adapter
 from veratune.inference.evaluate import evaluate_with_base
+from veratune.serving.engine.encoder import Encoder, EncodeRequest
+from veratune.serving.engine.scheduler import SchedulerConfig
 from veratune.serving.pool.pool import AdapterPool
 from veratune.tasks.text.embedding import ranking_scores
 from veratune.training.run import train
@@ -80,16 +82,20 @@ def test_the_file_is_vt_save_of_the_sentence_transformer_and_is_served(place, tm
     stored, again = native.read(result.path), native.read(tmp_path / "again.safetensors")
     assert all(torch.equal(stored.b[name], again.b[name]) for name in stored.b)
     server = hf.AutoModelForSequenceClassification.from_pretrained(place / "bert").eval()
-    pool = AdapterPool(server, slots=1)
+    pool = AdapterPool(server, slots=2)
     pool.check(stored)
-    lease = pool.acquire("a", lambda: stored)
-    tokens = fakes.tokenizer()("turn the light on", return_tensors="pt")
-    tokens = {name: tokens[name] for name in ("input_ids", "attention_mask")}
-    with pool.rows([lease]), torch.no_grad():
-        served = server.bert(**tokens).last_hidden_state
-    with torch.no_grad():
-        alone = model[0].auto_model(**tokens).last_hidden_state
-    torch.testing.assert_close(served, alone, atol=1e-5, rtol=1e-4)
+    encoder = Encoder(server, fakes.tokenizer(), pool, config=SchedulerConfig(max_num_seqs=2))
+    texts = ["turn the light on", "please set timer for minutes"]
+    requests = [
+        EncodeRequest("t", encoder.encode(text), key="a", load=lambda: stored) for text in texts
+    ]
+    for request in requests:
+        encoder.submit(request)
+    while encoder.scheduler.waiting or encoder.scheduler.running:
+        encoder.step()
+    served = torch.tensor([request.result() for request in requests])
+    alone = model.encode(texts, normalize_embeddings=True, convert_to_tensor=True)
+    torch.testing.assert_close(served, alone.cpu(), atol=1e-5, rtol=1e-4)
 
 
 def test_a_reranker_learns_its_head_and_vectors(place, tmp_path):

@@ -12,6 +12,7 @@ from veratune.tasks.text.grpo import Grpo
 from veratune.tasks.text.language import CausalLM, Instruction
 from veratune.tasks.text.preference import Preference
 from veratune.tasks.text.reward import RewardModel
+from veratune.tasks.text.seq2seq import Seq2Seq
 from veratune.tasks.vision.classification import ImageClassification
 from veratune.tasks.vision.detection import ObjectDetection
 
@@ -25,6 +26,7 @@ TASKS: dict[str, type[Task]] = {
         Preference,
         RewardModel,
         Grpo,
+        Seq2Seq,
         Embedding,
         Reranker,
         ImageClassification,

@@ -112,7 +112,7 @@ class ProgressLogger(ProgressCallback):
         shown = {
             name: value
             for name, value in (logs or {}).items()
-            if (name in ("epoch", "loss") or name.startswith("eval_"))
+            if (name in ("epoch", "loss", "reward") or name.startswith("eval_"))
             and not name.endswith(("_second", "_time", "_runtime"))
         }
         if "loss" in shown or "eval_loss" in shown:

@@ -16,8 +16,8 @@ class TrainSettings:
     Args:
         model: the base model: a folder, a .gguf file, or a Hugging Face id.
         task: text-classification, text-regression, instruction, causal-lm, preference, reward,
-            grpo, embedding, reranker, image-classification, object-detection, text-to-image or
-            unconditional-image.
+            grpo, seq2seq, embedding, reranker, image-classification, object-detection,
+            text-to-image or unconditional-image.
         data: training rows: a file (jsonl, json, csv, tsv, parquet, txt), a folder of files named
             after their splits, or a Hugging Face data set id.
         out: folder for the adapter, checkpoints, logs and results; it must be empty unless resume
