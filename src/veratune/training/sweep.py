@@ -57,7 +57,7 @@ def sweep(
         other = dataclasses.replace(vera, **{k: v for k, v in chosen.items() if k not in own})
         results.append((chosen, train(run, other, None if results else on_preview)))
     results.sort(
-        key=lambda entry: entry[1].after.get(kind.metric, float("nan")),
+        key=lambda entry: _score(entry[1], kind.metric),
         reverse=kind.greater_is_better,
     )
     best = Path(results[0][1].path)
@@ -79,3 +79,8 @@ def check_names(settings: TrainSettings, grid: Mapping[str, Any]) -> None:
     evaluates = build_task(settings).has_split(settings.data, settings.eval_split)
     if settings.eval_data is None and not evaluates:
         raise ConfigError("a sweep ranks by an evaluation score; give --eval-data")
+
+
+def _score(result: TrainResult, metric: str) -> float:
+    """The score that ranks a run: the task's, or the first where the data decide which it is."""
+    return result.after.get(metric, next(iter(result.after.values()), float("nan")))

@@ -113,6 +113,7 @@ class Embedding(SentenceTask):
         "score": ("score", "similarity"),
     }
     optional = frozenset({"negative", "score"})
+    metric = "ndcg@10"
     scored = False
 
     def fit_labels(self, examples: Dataset) -> None:
