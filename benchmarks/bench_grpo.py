@@ -2,9 +2,9 @@
 
     python benchmarks/bench_grpo.py --model SMOLLM2 --work out/grpo
 
-The prompt is a sum of two digits; the reward is 1 for the number alone, and 0.5 more for any number alone.
-Held-out sums are none of the training sums. Finished runs in --work are not repeated. Writes
-results/grpo.jsonl, one line a run, and docs/pictures/grpo.png.
+The prompt is a sum of two digits, to be answered in digits only. The reward is the share of digits in the
+completion, and 0.5 more for a number alone. Held-out sums are none of the training sums. Finished runs in
+--work are not repeated. Writes results/grpo.jsonl, one line a run, and docs/pictures/grpo.png.
 """
 
 import argparse
@@ -21,14 +21,14 @@ LINES = HERE / "results" / "grpo.jsonl"
 PICTURE = HERE.parent / "docs" / "pictures" / "grpo.png"
 COMMON = {
     "task": "grpo",
-    "reward": ["exact-match", "regex"],
+    "reward": ["bench_grpo:digit_share", "regex"],
     "reward_weights": [1.0, 0.5],
     "system": "Answer with the sum, as digits only.",
     "reward_options": {"pattern": "[0-9]+"},
     "num_generations": 8,
-    "max_completion_length": 8,
-    "batch_size": 16,
-    "save_steps": 6,
+    "max_completion_length": 4,
+    "batch_size": 8,
+    "save_steps": 12,
     "lr_scheduler": "constant_with_warmup",
     "warmup_steps": 1,
     "warmup_ratio": 0.0,
@@ -50,12 +50,18 @@ METHODS = {
 }  # fmt: skip
 
 
+def digit_share(completions: list[list[dict[str, str]]], **kwargs: object) -> list[float]:
+    """The share of a completion's characters that are digits."""
+    texts = [completion[-1]["content"].strip() for completion in completions]
+    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in texts]
+
+
 def make_sums(work: Path) -> None:
     """Write train.jsonl and validation.jsonl."""
     sums = [(a, b) for a in range(1, 10) for b in range(1, 10)]
     random.Random(0).shuffle(sums)
     (work / "data").mkdir(parents=True, exist_ok=True)
-    for name, part in (("train", sums[:49]), ("validation", sums[-16:])):
+    for name, part in (("train", sums[:49]), ("validation", sums[-8:])):
         rows = [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in part]
         (work / "data" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
@@ -115,7 +121,7 @@ def draw(lines: list[dict]) -> None:
         )
     axes.set(xlabel="optimizer steps", ylabel="mean reward of rollouts (5 steps)", ylim=(0, 1.55))
     axes.axhline(1.5, color="grey", linewidth=0.8, linestyle=":")
-    axes.set_title("GRPO on sums of two digits, SmolLM2-135M-Instruct")
+    axes.set_title("GRPO: answer in digits only, SmolLM2-135M-Instruct")
     axes.legend(loc="lower right", fontsize=8)
     PICTURE.parent.mkdir(exist_ok=True)
     figure.savefig(PICTURE, dpi=110)

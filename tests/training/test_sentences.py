@@ -35,6 +35,7 @@ def write(folder, rows):
 def place(tmp_path_factory):
     out = tmp_path_factory.mktemp("place")
     fakes.folder(fakes.bert(), out / "bert")
+    (out / "bert" / "chat_template.jinja").unlink()  # an encoder has none
     asked = [(f"turn the {n} on", f"please set {n}") for n in NOUNS]
     write(out / "pairs", [{"anchor": a, "positive": p} for a, p in asked])
     triplets = [{"anchor": a, "positive": p, "negative": "awful film"} for a, p in asked[:3]]
@@ -84,7 +85,7 @@ def test_the_file_is_vt_save_of_the_sentence_transformer_and_is_served(place, tm
     server = hf.AutoModelForSequenceClassification.from_pretrained(place / "bert").eval()
     pool = AdapterPool(server, slots=2)
     pool.check(stored)
-    encoder = Encoder(server, fakes.tokenizer(), pool, config=SchedulerConfig(max_num_seqs=2))
+    encoder = Encoder(server, model.tokenizer, pool, config=SchedulerConfig(max_num_seqs=2))
     texts = ["turn the light on", "please set timer for minutes"]
     requests = [
         EncodeRequest("t", encoder.encode(text), key="a", load=lambda: stored) for text in texts
