@@ -33,7 +33,7 @@ from veratune.tasks.base import Task
 from veratune.training.fleet.layers import TenantBatch, wrap
 from veratune.training.fleet.losses import items_of, row_losses_of
 from veratune.training.fleet.optimizer import StackedAdamW, clip_rows, schedule
-from veratune.training.fleet.run import Example, TenantRun, pack
+from veratune.training.fleet.run import Example, TenantRun, pack, pass_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class FleetOptions:
         lr_scheduler: "linear", "cosine" or "constant_with_warmup".
         warmup: Steps from 1 on, or a share of a tenant's steps below 1.
         max_active: Tenants whose values and optimizer state are in memory.
-        max_batch_tokens: Padded tokens (or images) of one forward pass.
+        max_batch_tokens: Padded tokens (or images) of one forward pass; 0 chooses by device.
         bfloat16: Whether matrix products run in bfloat16 by autocast.
     """
 
@@ -60,7 +60,7 @@ class FleetOptions:
     lr_scheduler: str = "linear"
     warmup: float = 0.06
     max_active: int = 256
-    max_batch_tokens: int = 4096
+    max_batch_tokens: int = 0
     bfloat16: bool = False
 
 
@@ -331,7 +331,10 @@ class Fleet:
         ]
         weights = torch.tensor([1.0 / max(1, items[k]) for k in owners], device=self._device)
         lengths = [len(example.get("input_ids", (0,))) for example in examples]
-        for chosen in pack(lengths, self.options.max_batch_tokens):
+        limit = self.options.max_batch_tokens or pass_size(
+            self._device.type, text=bool(examples) and "input_ids" in examples[0]
+        )
+        for chosen in pack(lengths, limit):
             inputs = {
                 name: value.to(self._device)
                 for name, value in self._collate([examples[i] for i in chosen]).items()

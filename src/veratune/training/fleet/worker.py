@@ -169,7 +169,7 @@ class Worker:
                 run.before = scores[run.name]
         failed = self.fleet.step(turn)
         stepped = [run for run in turn if run.name not in failed]
-        due = [run for run in stepped if run.at_epoch_end and run.held_out]
+        due = [run for run in stepped if run.held_out and self._evaluates_now(run)]
         stopped = self._judge(due) if due else set()
         for run in turn:
             if run.name in failed:
@@ -178,6 +178,11 @@ class Worker:
                 self._finish(run)
             else:
                 self.active.append(run)
+
+    def _evaluates_now(self, run: TenantRun) -> bool:
+        """Whether scores are due: after each epoch, or at the end if nothing is chosen by them."""
+        chosen = self.best_rows is not None or self.settings.patience
+        return run.at_epoch_end if chosen else run.done
 
     def _judge(self, runs: list[TenantRun]) -> set[str]:
         """Evaluate tenants at the end of an epoch. Returns those whose patience has ended."""
