@@ -12,7 +12,6 @@ counts less. `fleet` and `alone` continue where they were stopped.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import random
@@ -251,7 +250,9 @@ def results(work: Path) -> list[dict[str, Any]]:
     }  # fmt: skip
     cpu = sum(cost["cpu_seconds"] for cost in costs)
     lines = [{"way": "fleet", "tenants": len(trained), "cpu_seconds": cpu / len(trained)}]
-    lines[0] |= _scores(trained, lambda r: r["after"]["accuracy"], lambda r: r["before"]["accuracy"])
+    lines[0] |= _scores(
+        trained, lambda r: r["after"]["accuracy"], lambda r: r["before"]["accuracy"]
+    )
     for method in ("command", "vera", "lora"):
         rows = [line for line in own if line["method"] == method]
         costs_each = [row["cpu_seconds"] for row in rows]
@@ -275,7 +276,11 @@ def results(work: Path) -> list[dict[str, Any]]:
 def _scores(rows: list[Any], after: Callable[[Any], float], before: Callable[[Any], float]) -> Any:
     mean = statistics.mean
     sizes = [row["bytes"] for row in rows]
-    return {"before": mean(map(before, rows)), "after": mean(map(after, rows)), "bytes": mean(sizes)}
+    return {
+        "before": mean(map(before, rows)),
+        "after": mean(map(after, rows)),
+        "bytes": mean(sizes),
+    }
 
 
 NAMES = {

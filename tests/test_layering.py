@@ -14,7 +14,7 @@ ROOMS = [
     "errors", "lru", "config", "ops", "basis", "layers", "patterns", "families", "targets", "base_weights", "stacked",
     "model_state", "fingerprint", "fast_path", "batch_rows", "selection", "merging", "compatibility", "attach", "adapter",
     "formats", "files", "analysis", "pretrained", "loading", "scoring", "tasks", "inference", "training", "integrations",
-    "serving", "cli", "__main__",
+    "serving", "fleet", "cli", "__main__",
 ]  # fmt: skip
 STRANGERS = {("training", "serving"), ("serving", "training")}
 FILES = sorted(p for p in SOURCE.rglob("*.py") if p != SOURCE / "__init__.py")

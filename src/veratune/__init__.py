@@ -1,5 +1,7 @@
 """veratune: fine-tune any PyTorch model in kilobytes, and keep a million of the results."""
 
+from typing import TYPE_CHECKING, Any
+
 from veratune.adapter import Adapter, extract, install
 from veratune.attach import attach, detach, remove
 from veratune.config import VeraConfig
@@ -12,10 +14,14 @@ from veratune.model_state import active, adapters, count_trained
 from veratune.pretrained import from_pretrained
 from veratune.selection import disabled, reference, rows, use
 
+if TYPE_CHECKING:
+    from veratune.fleet.fleet import Fleet
+
 __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "Fleet",
     "VeraConfig",
     "VeratuneError",
     "active",
@@ -38,3 +44,12 @@ __all__ = [
     "unmerge",
     "use",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `Fleet` when it is used: it needs transformers and datasets."""
+    if name == "Fleet":
+        from veratune.fleet.fleet import Fleet
+
+        return Fleet
+    raise AttributeError(f"module 'veratune' has no attribute {name!r}")

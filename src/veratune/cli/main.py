@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "fine-tune a model with VeRA",
     "plan": "check a training run: data, memory, time and bytes, without running it",
     "train-fleet": "fine-tune one adapter per tenant, many tenants in each batch",
+    "train-feedback": "train tenants' adapters on their feedback, and publish what is better",
     "eval": "score an adapter on a data set",
     "report": "write an HTML page about a training run",
     "chat": "chat with a base model and an adapter",

@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -35,9 +34,8 @@ def run(argv: Sequence[str]) -> int:
     flags = parse(parser(), argv)
     settings, vera = split(flags, TrainSettings), split(flags, VeraConfig)
     fleet = split(flags, FleetSettings)
+    from veratune.fleet.fleet import draw_fleet, run_fleet
     from veratune.tasks.registry import task_class
-    from veratune.training.fleet.loop import train_fleet
-    from veratune.training.fleet.report import draw_map, draw_scores, read_results
 
     main = os.environ.get("RANK", "0") == "0"
     console = Console(quiet=flags.json or not main, highlight=False)
@@ -53,14 +51,8 @@ def run(argv: Sequence[str]) -> int:
             if line["status"] == "refused":
                 bar.console.print(f"refused: {line['reason']}", style="yellow", soft_wrap=True)
 
-        result = train_fleet(settings, vera, fleet, finished=finished)
-    out = Path(settings.out)
-    lines, metric = read_results(out), task_class(settings.task).metric
-    pictures = [draw_scores(lines, metric, out / "scores.png")]
-    scores = {
-        line["tenant"]: line["after"][metric] for line in lines if metric in line.get("after", {})
-    }
-    pictures.append(draw_map(out / "adapters", out / "map.png", scores or None, metric))
+        result = run_fleet(settings, vera, fleet, finished=finished)
+    pictures = draw_fleet(settings, fleet)
     if flags.json and main:
         print_json(
             {
@@ -68,8 +60,8 @@ def run(argv: Sequence[str]) -> int:
                 for key in ("out", "tenants", "trained", "refused", "steps", "seconds", "bytes")
             }
         )
-    console.print(report(result, metric))
-    for picture in filter(None, pictures):
+    console.print(report(result, task_class(settings.task).metric))
+    for picture in pictures:
         console.print(f"picture: {picture}")
     return 0
 

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 from veratune.formats.hub import download, is_address
 from veratune.serving.config import ServeConfig
 from veratune.serving.engine.threads import run_in_temporary_thread
+from veratune.serving.feedback.feedback import Feedback
+from veratune.serving.feedback.repository import FILE, FeedbackRepository
+from veratune.serving.feedback.trainer import FeedbackTrainer
 from veratune.serving.http.app import check_address, create_app
 from veratune.serving.http.server import HttpServer, bind
 from veratune.serving.jobs.jobs import Jobs
-from veratune.serving.jobs.models import TrainableModel
+from veratune.serving.jobs.models import Setting, TrainableModel
 from veratune.serving.keys import OPEN, Keys
 from veratune.serving.load import load_encoder, load_engine
 from veratune.serving.logs import log_json
@@ -38,7 +41,8 @@ class Server:
         # A thread that computed once keeps an OpenMP pool that slows the engines' own threads.
         self.service = run_in_temporary_thread(lambda: create_service(config))
         self.jobs = _create_jobs(config, self.service)
-        self.app = create_app(self.service, keys, self.jobs, config.http())
+        self.feedback = _create_feedback(config, self.service, self.jobs)
+        self.app = create_app(self.service, keys, self.jobs, config.http(), self.feedback)
 
     @property
     def url(self) -> str:
@@ -52,6 +56,8 @@ class Server:
             loop.start()
         if self.jobs is not None:
             self.jobs.start()
+        if self.feedback is not None:
+            self.feedback.start()
         _log_start(self.config, list(self.service.loops), self.url)
         try:
             # uvicorn raises a signal that ended it once more, unless it is handled here.
@@ -64,6 +70,8 @@ class Server:
                 ).run(sockets=[self.listener])
         finally:
             self.service.close()
+            if self.feedback is not None:
+                self.feedback.close()
             if self.jobs is not None:
                 self.jobs.close()
             self.service.store.close()
@@ -160,6 +168,23 @@ def _create_jobs(config: ServeConfig, service: Service) -> Jobs | None:
         check_settings=service.check_settings,
         max_jobs_per_tenant=config.max_jobs_per_tenant,
     )
+
+
+def _create_feedback(config: ServeConfig, service: Service, jobs: Jobs | None) -> Feedback | None:
+    if jobs is None or config.jobs is None or config.model is None:
+        return None
+    folder = Path(config.jobs)
+    repository, trainer = FeedbackRepository(folder / FILE), None
+    if config.train_after:
+        flags: dict[str, Setting] = {
+            "feedback": str(repository.path),
+            "store": config.store,
+            "model": config.model,
+        }
+        if config.feedback_config is not None:
+            flags["config"] = config.feedback_config
+        trainer = FeedbackTrainer(repository, folder / "feedback", flags, config.train_after)
+    return Feedback(repository, service, jobs, trainer)
 
 
 def _create_replica(config: ServeConfig) -> "tuple[Service, FastAPI]":

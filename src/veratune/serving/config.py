@@ -8,6 +8,7 @@ from typing import Literal
 
 from veratune.errors import ConfigError
 from veratune.formats.hub import is_address, parse_address
+from veratune.serving.feedback.repository import HELD_OUT_EVERY
 from veratune.serving.http.config import HttpConfig
 
 
@@ -47,7 +48,10 @@ class ServeConfig:
         openapi: serve the API's description at /openapi.json
         dtype: dtype of the base models
         quantize: load the base models with bitsandbytes
-        jobs: folder of fine-tuning jobs; without it the server does not fine-tune
+        jobs: folder of fine-tuning jobs and feedback; without it the server does not fine-tune
+        train_after: new feedback examples of an adapter that start its training; 0: only
+            `veratune train-feedback` trains
+        feedback_config: YAML file of settings of `veratune train-feedback`, such as lr and rank
         replicas: over 1: that many servers behind one address by Ray Serve, on one store
         shutdown_timeout: seconds for running requests to finish after SIGTERM
         threads: threads of torch
@@ -85,6 +89,8 @@ class ServeConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["4bit", "8bit"] | None = None
     jobs: str | None = None
+    train_after: int = 0
+    feedback_config: str | None = None
     replicas: int = 1
     shutdown_timeout: float = 30.0
     threads: int | None = None
@@ -99,6 +105,7 @@ class ServeConfig:
         )
         bounds = dict.fromkeys(counts.split(), (1, 2**53)) | {
             "port": (0, 65535),
+            "train_after": (0, 2**31),
             "refresh_seconds": (0, 10**7),
             "shutdown_timeout": (0, 10**7),
             "adapter_memory_gib": (0, 2**20),
@@ -110,6 +117,14 @@ class ServeConfig:
                 raise ConfigError(f"{name} is {value}; {least} to {most} is wanted")
         if self.model is None and self.encoder is None:
             raise ConfigError("there is nothing to serve: give --model, --encoder, or both")
+        if self.train_after and not (self.jobs and self.model):
+            raise ConfigError("--train-after: give --jobs and --model too, which it trains")
+        if self.train_after and self.train_after < HELD_OUT_EVERY:
+            raise ConfigError(
+                f"train_after is {self.train_after}; 0, or at least {HELD_OUT_EVERY} is wanted"
+            )
+        if self.feedback_config is not None and not Path(self.feedback_config).is_file():
+            raise ConfigError(f"--feedback-config {self.feedback_config}: there is no such file")
         for name, file in self.adapter_files():
             if is_address(file):
                 parse_address(file)

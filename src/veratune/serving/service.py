@@ -238,6 +238,11 @@ class Service:
         self.unload(ref.key)
         return tombstone
 
+    def forget_tenant(self, tenant: str) -> None:
+        """Take what was computed for a tenant with the base model alone out of memory."""
+        if self.engine is not None and self.engine.prefix_cache is not None:
+            self.engine.prefix_cache.remove_tenant(tenant)
+
     def unload(self, key: Key) -> None:
         """Take an adapter out of memory, unless a request uses it now."""
         for loop in self.loops.values():

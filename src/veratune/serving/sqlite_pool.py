@@ -93,6 +93,24 @@ class ConnectionPool:
         with self.write() as db:
             return db.execute(sql, values).rowcount
 
+    def scrub(self, seconds: float = 5.0) -> None:
+        """Remove deleted content from the files: it is in the write-ahead log until that is cut.
+
+        Args:
+            seconds: How long to wait for readers of the log.
+
+        Raises:
+            StoreError: Other connections read the log all that time.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            with self.read() as db:
+                if not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                    return
+            if time.monotonic() > end:
+                raise StoreError(f"{self.path}: deleted content is still in the log; try again")
+            time.sleep(0.05)
+
     def close(self) -> None:
         """Close the free connections; those in use close when they come back."""
         with self._guard:
@@ -115,6 +133,7 @@ class ConnectionPool:
             db.execute("PRAGMA journal_mode = WAL")
             # An acknowledged write must survive a power cut.
             db.execute("PRAGMA synchronous = FULL")
+            db.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten
         except BaseException:
             db.close()
             raise

@@ -15,6 +15,7 @@ from veratune.formats import native
 from veratune.training.fleet.loop import train_fleet
 from veratune.training.fleet.report import draw_map, draw_scores, read_results
 from veratune.training.fleet.settings import FleetSettings
+from veratune.training.fleet.worker import AdapterFolder
 from veratune.training.run import train
 from veratune.training.settings import TrainSettings
 
@@ -155,7 +156,9 @@ def test_evaluation_keeps_the_best_and_stops_early(place, tmp_path):
     lines = read_results(tmp_path / "out")
     assert [line["tenant"] for line in lines] == ["ann", "bob", "cy"]
     assert draw_scores(lines, "accuracy", tmp_path / "scores.png").is_file()
-    assert draw_map(tmp_path / "out" / "adapters", tmp_path / "map.png").is_file()
+    assert draw_map(
+        AdapterFolder(tmp_path / "out" / "adapters"), ["ann", "bob", "cy"], tmp_path / "map.png"
+    ).is_file()
 
 
 def test_a_bad_tenant_is_refused_alone(place, tmp_path):
@@ -169,7 +172,7 @@ def test_a_bad_tenant_is_refused_alone(place, tmp_path):
     reasons = {line["tenant"]: line.get("reason", "") for line in result.results}
     assert (result.trained, result.refused) == (3, 2)
     assert "'no/name' is not valid" in reasons["no/name"]
-    assert "must be text" in reasons["dan"]
+    assert "text or messages are wanted" in reasons["dan"]
     strict = dataclasses.replace(given, out=str(tmp_path / "strict"))
     with pytest.raises(DataError, match="tenant 'dan'"):
         train_fleet(strict, vt.VeraConfig(rank=4), FleetSettings(strict=True))
@@ -184,14 +187,14 @@ def test_a_tenant_that_diverges_stops_alone(place, tmp_path, monkeypatch):
         FleetSettings(),
     )
     assert alone.trained == 3
-    start = module.Fleet.enter
+    start = module.FleetTrainer.enter
 
     def poisoned(self, slot, row):
         start(self, slot, row)
         if slot == 1:
             self.values[slot, 0] = float("nan")
 
-    monkeypatch.setattr(module.Fleet, "enter", poisoned)
+    monkeypatch.setattr(module.FleetTrainer, "enter", poisoned)
     result = train_fleet(
         settings(place, "llama", "instruction", "commands.jsonl", tmp_path / "bad", epochs=2),
         vt.VeraConfig(rank=8),
@@ -215,7 +218,7 @@ def test_a_killed_fleet_goes_on_to_the_same_adapters(place, tmp_path, monkeypatc
     whole = settings(place, "llama", "instruction", "commands.jsonl", tmp_path / "whole", epochs=4)
     train_fleet(whole, vt.VeraConfig(rank=8), FleetSettings(eval_fraction=0.2))
     cut = dataclasses.replace(whole, out=str(tmp_path / "cut"))
-    taken, step = [0], module.Fleet.step
+    taken, step = [0], module.FleetTrainer.step
 
     def dying(self, runs):
         taken[0] += 1
@@ -223,7 +226,7 @@ def test_a_killed_fleet_goes_on_to_the_same_adapters(place, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return step(self, runs)
 
-    monkeypatch.setattr(module.Fleet, "step", dying)
+    monkeypatch.setattr(module.FleetTrainer, "step", dying)
     fleet = FleetSettings(checkpoint_seconds=0, eval_fraction=0.2)
     with pytest.raises(KeyboardInterrupt):
         train_fleet(cut, vt.VeraConfig(rank=8), fleet)

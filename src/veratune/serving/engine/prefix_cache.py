@@ -106,9 +106,17 @@ class PrefixCache:
     def remove_adapter(self, key: Key) -> None:
         """Remove every prefix that was computed with an adapter."""
         with self._lock:
-            for owner in [owner for owner in self._sorted if owner[1] == key]:
-                for tokens in list(self._sorted[owner]):
-                    self._entries.pop((owner, tokens))
+            self._remove([owner for owner in self._sorted if owner[1] == key])
+
+    def remove_tenant(self, tenant: str) -> None:
+        """Remove every prefix of a tenant."""
+        with self._lock:
+            self._remove([owner for owner in self._sorted if owner[0] == tenant])
+
+    def _remove(self, owners: Sequence[Owner]) -> None:
+        for owner in owners:
+            for tokens in list(self._sorted[owner]):
+                self._entries.pop((owner, tokens))
 
     def _continued_by(self, owner: Owner, key: bytes) -> list[bytes]:
         """Return the owner's entries with which `key` begins, `key` itself among them."""

@@ -11,6 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from veratune.errors import UnsupportedError, VeratuneError
+from veratune.serving.feedback.feedback import Feedback
 from veratune.serving.http.config import HttpConfig
 from veratune.serving.http.dependencies import Context
 from veratune.serving.http.errors import ApiError, to_api_error
@@ -19,6 +20,7 @@ from veratune.serving.http.metrics import EngineMetrics, Latencies
 from veratune.serving.http.middleware import AccessLog, Authentication, BodyLimits, OriginCheck
 from veratune.serving.http.pools import ThreadPools
 from veratune.serving.http.routes import adapters, chat, encoding, health
+from veratune.serving.http.routes import feedback as feedback_routes
 from veratune.serving.http.routes import jobs as jobs_routes
 from veratune.serving.jobs.jobs import Jobs
 from veratune.serving.keys import Keys
@@ -28,7 +30,11 @@ LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
 def create_app(
-    service: Service, keys: Keys, jobs: Jobs | None = None, config: HttpConfig | None = None
+    service: Service,
+    keys: Keys,
+    jobs: Jobs | None = None,
+    config: HttpConfig | None = None,
+    feedback: Feedback | None = None,
 ) -> FastAPI:
     """Build the application.
 
@@ -37,6 +43,7 @@ def create_app(
         keys: Says who calls.
         jobs: Fine-tunes; None for a server without fine-tuning.
         config: Bounds and switches.
+        feedback: Takes feedback; None for a server without.
 
     Returns:
         An ASGI application.
@@ -59,9 +66,11 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.registry = registry
-    app.state.context = Context(service, jobs, config, limiter, pools, Latencies(registry))
+    app.state.context = Context(
+        service, jobs, config, limiter, pools, Latencies(registry), feedback
+    )
     registry.register(EngineMetrics(service))
-    for room in (health, adapters, chat, encoding, jobs_routes):
+    for room in (health, adapters, chat, encoding, jobs_routes, feedback_routes):
         app.include_router(room.router)
     if config.metrics:
         app.include_router(health.metrics_router)

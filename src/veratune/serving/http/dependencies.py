@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import Depends, Query, Request
 
 from veratune.errors import AdapterNotFoundError, UnsupportedError
+from veratune.serving.feedback.feedback import Feedback
 from veratune.serving.http.config import HttpConfig
 from veratune.serving.http.errors import ApiError
 from veratune.serving.http.limiter import TenantLimiter
@@ -33,6 +34,7 @@ class Context:
     limiter: TenantLimiter
     pools: ThreadPools
     latencies: Latencies
+    feedback: Feedback | None = None
     ignored_fields: set[str] = dataclasses.field(default_factory=set)
     _encoder: PromptEncoder | None = None
 

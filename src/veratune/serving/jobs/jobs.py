@@ -191,6 +191,33 @@ class Jobs:
             self.worker.wake()
         return self.repository.job(tenant, job)
 
+    def delete_tenant(self, tenant: str, seconds: float = 30.0) -> tuple[int, int]:
+        """Delete a tenant's jobs and files; unfinished jobs are cancelled.
+
+        Args:
+            tenant: Whose.
+            seconds: How long to wait for a running job's end.
+
+        Returns:
+            The numbers of deleted jobs and files.
+
+        Raises:
+            InUseError: A running job did not end in time.
+        """
+        unfinished = {
+            job.id
+            for job in self.repository.jobs(tenant, limit=2**31)
+            if job.status in ("queued", "running")
+        }
+        for job in unfinished:
+            self.cancel(tenant, job)
+        end = time.monotonic() + seconds
+        while self.worker.current in unfinished:
+            if time.monotonic() > end:
+                raise InUseError("a job of this tenant is still ending; try again")
+            time.sleep(0.05)
+        return self.repository.delete_tenant(tenant)
+
     def _check_columns(self, data: bytes, model: str) -> None:
         wanted = self.models[model].columns
         for number, line in enumerate(data.split(b"\n"), 1):

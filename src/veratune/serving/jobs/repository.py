@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sqlite3
 import time
 from collections.abc import Mapping
@@ -91,6 +92,27 @@ class JobRepository:
         if deleted:
             self.path_of(found.id).unlink(missing_ok=True)
         return bool(deleted)
+
+    def delete_tenant(self, tenant: str) -> tuple[int, int]:
+        """Delete a tenant's jobs, events and files, and their bytes on disk.
+
+        Returns:
+            The numbers of deleted jobs and files.
+        """
+        jobs = [row[0] for row in self._db.query("SELECT id FROM jobs WHERE tenant = ?", (tenant,))]
+        files = [file.id for file in self.files(tenant)]
+        for file in files:
+            self.path_of(file).unlink(missing_ok=True)
+        for job in jobs:
+            if (self.folder / job).is_dir():
+                shutil.rmtree(self.folder / job)
+        with self._db.write() as db:
+            for job in jobs:
+                db.execute("DELETE FROM events WHERE job = ?", (job,))
+            db.execute("DELETE FROM jobs WHERE tenant = ?", (tenant,))
+            db.execute("DELETE FROM files WHERE tenant = ?", (tenant,))
+        self._db.scrub()
+        return len(jobs), len(files)
 
     # Jobs
 

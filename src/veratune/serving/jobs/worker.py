@@ -50,6 +50,7 @@ class Worker:
         self._wake, self._stop = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
+        self.current: str | None = None  # the job whose files are in use
         self._to_fail: dict[str, str] = {}  # jobs whose failure could not be stored yet
 
     def start(self) -> None:
@@ -98,6 +99,7 @@ class Worker:
             self._wake.wait(1.0)
             self._wake.clear()
             return
+        self.current = job.id
         try:
             self._run(job)
         except Exception as error:
@@ -105,6 +107,8 @@ class Worker:
             self._to_fail[job.id] = without_paths(f"the server could not run it: {error}")
             if isinstance(error, StoreError):
                 raise
+        finally:
+            self.current = None
 
     def _run(self, job: Job) -> None:
         if not self.repository.mark_running(job.id):

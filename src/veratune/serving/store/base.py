@@ -88,6 +88,9 @@ class Store(abc.ABC):
         """Append an old version's bytes as the newest version. Raises AdapterNotFoundError."""
         return self.put(tenant, name, self.get(tenant, name, number))
 
+    def scrub(self) -> None:  # noqa: B027 (a bucket keeps no deleted bytes that it could remove)
+        """Overwrite deleted bytes on disk. Raises StoreError if that is not possible now."""
+
     def problem(self) -> str | None:
         """The reason why the store cannot take adapters now; None if it can."""
         self.list_adapters("default", limit=1)

@@ -79,6 +79,10 @@ class CachedStore(Store):
     def problem(self) -> str | None:
         return self.origin.problem() or self.cache.problem()
 
+    def scrub(self) -> None:
+        self.origin.scrub()
+        self.cache.scrub()
+
     def close(self) -> None:
         self.origin.close()
         self.cache.close()

@@ -99,6 +99,9 @@ class SqliteStore(Store):
         super().problem()
         return free_space_problem(self.path.parent, "adapters")
 
+    def scrub(self) -> None:
+        self._db.scrub()
+
     def close(self) -> None:
         self._db.close()
 

@@ -1,4 +1,4 @@
-"""Fleet: many adapters of one frozen base model, trained in the same batches.
+"""FleetTrainer: many adapters of one frozen base model, trained in the same batches.
 
 All values of a tenant (d and b of every layer, and its head) are one row of a stacked tensor. A
 step takes one batch of several tenants, packs their rows by length into few forward passes, and
@@ -64,7 +64,7 @@ class FleetOptions:
     bfloat16: bool = False
 
 
-class Fleet:
+class FleetTrainer:
     """Tenants' values, their optimizer state, and the model that trains them.
 
     Args:

@@ -10,11 +10,19 @@ from veratune.config import VeraConfig
 from veratune.errors import ConfigError, OutputError
 from veratune.formats.atomic import refuse_used, write_atomic
 from veratune.training.fleet.settings import FleetSettings, check_settings
-from veratune.training.fleet.worker import Finished, FleetResult, FolderSink, Sink, Worker
+from veratune.training.fleet.worker import (
+    AdapterFolder,
+    Finished,
+    FleetResult,
+    Sink,
+    Source,
+    Worker,
+)
 from veratune.training.run_folder import run_settings
 from veratune.training.settings import TrainSettings
 
 SETTINGS = "fleet.yaml"
+ADAPTERS = "adapters"
 
 
 def train_fleet(
@@ -23,6 +31,7 @@ def train_fleet(
     fleet: FleetSettings,
     *,
     sink: Sink | None = None,
+    source: Source | None = None,
     finished: Finished | None = None,
     rank: int | None = None,
     world: int | None = None,
@@ -34,6 +43,7 @@ def train_fleet(
         vera: How every tenant is adapted.
         fleet: Sizes, warm starts, checkpoints.
         sink: Where adapters go; default the folder `adapters` in `settings.out`.
+        source: Where tenants' stored adapters come from; default the folder `fleet.continue_from`.
         finished: Called after each tenant with its result, tenants finished and tenants in all.
         rank, world: This worker and their number; default torchrun's RANK and WORLD_SIZE.
 
@@ -45,10 +55,18 @@ def train_fleet(
     world = int(os.environ.get("WORLD_SIZE", "1")) if world is None else world
     vera = dataclasses.replace(vera, seed=settings.basis_seed)
     check_settings(settings, fleet)
+    if sink is None and fleet.store is not None:
+        raise ConfigError(
+            f"store is {fleet.store!r}, but train_fleet got no sink; use veratune.Fleet"
+        )
+    if source is None and fleet.continue_from is not None:
+        if not Path(fleet.continue_from).is_dir():
+            raise ConfigError(f"continue_from: {fleet.continue_from!r} is no folder of adapters")
+        source = AdapterFolder(Path(fleet.continue_from))
     out = Path(settings.out)
     _open(out, settings, vera, fleet, rank)
-    names = (rank, world)
-    return Worker(settings, vera, fleet, sink or FolderSink(out), finished, *names).run()
+    sink = sink or AdapterFolder(out / ADAPTERS)
+    return Worker(settings, vera, fleet, sink, source, finished, rank, world).run()
 
 
 def _open(

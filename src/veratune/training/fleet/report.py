@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from veratune.errors import VeratuneError
-from veratune.formats import native
+from veratune.training.fleet.worker import Source
 
 _MAPPED = 2000  # adapters in the map; a larger fleet is sampled evenly
 
@@ -65,9 +65,13 @@ def draw_scores(lines: Sequence[dict[str, Any]], metric: str, path: Path) -> Pat
 
 
 def draw_map(
-    adapters: Path, path: Path, scores: dict[str, float] | None = None, label: str = ""
+    source: Source,
+    tenants: Sequence[str],
+    path: Path,
+    scores: dict[str, float] | None = None,
+    label: str = "",
 ) -> Path | None:
-    """A 2-d map of adapters: the two main components of their trained vectors.
+    """A 2-d map of adapters: the two main components of their trained d (without d: of b).
 
     All tenants of a fleet share one basis, so their vectors are comparable number by number.
     None for fewer than three adapters.
@@ -77,17 +81,17 @@ def draw_map(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    files = sorted(adapters.glob(f"*{native.SUFFIX}"))
-    files = files[:: max(1, len(files) // _MAPPED)]
     rows, names = [], []
-    for file in files:
+    for name in tenants[:: -(-len(tenants) // _MAPPED) or 1]:
         try:
-            adapter = native.read(file)
+            adapter = source.get(name)
         except VeratuneError:
             continue  # reported by whoever uses it; a picture goes on without it
+        if adapter is None:
+            continue
         vectors = adapter.d or adapter.b
         rows.append(torch.cat([v.float() for v in vectors.values()]))
-        names.append(file.stem)
+        names.append(name)
     if len(rows) < 3:
         return None
     stacked = torch.stack(rows)

@@ -40,7 +40,11 @@ class FleetSettings:
         max_examples: Examples of one tenant that are used; 0 for all.
         checkpoint_seconds: Seconds between checkpoints; a killed run loses at most these.
         init_adapter: An adapter file that every tenant starts from.
-        continue_from: A folder of adapter files; a tenant that has one there starts from it.
+        continue_from: A folder of adapter files, or a store of `veratune serve`; a tenant that has
+            an adapter there starts from it.
+        store: A store of `veratune serve` (a SQLite file, or s3://, gs://, az://, file://) in which
+            every finished adapter becomes its tenant's next version; default: files in `out`.
+        adapter_name: The name of every tenant's adapter in a store.
         strict: Whether a tenant that cannot be trained fails the whole run.
     """
 
@@ -53,6 +57,8 @@ class FleetSettings:
     checkpoint_seconds: float = 60.0
     init_adapter: str | None = None
     continue_from: str | None = None
+    store: str | None = None
+    adapter_name: str = "personal"
     strict: bool = False
 
     def __post_init__(self) -> None:

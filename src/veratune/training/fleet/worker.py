@@ -17,7 +17,7 @@ from veratune.errors import AdapterFileError, DataError
 from veratune.formats import native
 from veratune.tasks.base import Task
 from veratune.training.fleet.checkpoint import ActiveState, ResultLog, read_state, write_state
-from veratune.training.fleet.fleet import Fleet, FleetOptions
+from veratune.training.fleet.fleet import FleetOptions, FleetTrainer
 from veratune.training.fleet.run import Example, TenantRun, total_steps
 from veratune.training.fleet.settings import FleetSettings
 from veratune.training.fleet.tenants import TenantData, in_order, load_tenants, name_error
@@ -32,15 +32,26 @@ class Sink(Protocol):
         """Store an adapter so that it survives a crash. Returns its bytes."""
 
 
-class FolderSink:
-    """One file per tenant: FOLDER/adapters/alice.safetensors."""
+class Source(Protocol):
+    """Where tenants' stored adapters come from."""
+
+    def get(self, tenant: str) -> Adapter | None:
+        """A tenant's stored adapter, or None. Raises AdapterFileError for a damaged one."""
+
+
+class AdapterFolder:
+    """One file per tenant: FOLDER/alice.safetensors. A Sink and a Source."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder / "adapters"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
 
     def put(self, tenant: str, adapter: Adapter) -> int:
+        self.folder.mkdir(parents=True, exist_ok=True)
         return native.write(adapter, self.folder / f"{tenant}{native.SUFFIX}")
+
+    def get(self, tenant: str) -> Adapter | None:
+        path = self.folder / f"{tenant}{native.SUFFIX}"
+        return native.read(path) if path.is_file() else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +90,13 @@ class Worker:
         vera: VeraConfig,
         fleet: FleetSettings,
         sink: Sink,
+        source: Source | None = None,
         finished: Finished | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.settings, self.fleet_settings, self.sink = settings, fleet, sink
+        self.settings, self.fleet_settings = settings, fleet
+        self.sink, self.source = sink, source
         self.finished = finished
         out = Path(settings.out)
         out.mkdir(parents=True, exist_ok=True)
@@ -98,10 +111,10 @@ class Worker:
         self.task.fit_labels(sample)
         self.processor = self.task.load_processor(settings.model)
         options = fleet_options(settings, fleet)
-        self.fleet = Fleet(self._load_model(), self.task, vera, self.processor, options)
+        self.fleet = FleetTrainer(self._load_model(), self.task, vera, self.processor, options)
         evaluates = self.held_out is not None or fleet.eval_fraction > 0
         self.best_rows = (
-            torch.zeros_like(self.fleet.values) if evaluates and settings.keep == "best" else None
+            torch.zeros_like(self.fleet.values) if evaluates and settings.keep != "last" else None
         )
         self.population = native.read(fleet.init_adapter) if fleet.init_adapter else None
         self.active: collections.deque[TenantRun] = collections.deque()
@@ -227,6 +240,8 @@ class Worker:
         if reason is not None:
             raise DataError(reason)
         examples, held_out = self._examples(name)
+        if not examples:
+            raise DataError(f"tenant {name!r} has no example that fits into max_length")
         if not self.checked:
             self.fleet.check_rows(examples)
             self.checked = True
@@ -255,12 +270,8 @@ class Worker:
 
     def _stored(self, name: str) -> Adapter | None:
         """The adapter that a tenant starts from, if any."""
-        folder = self.fleet_settings.continue_from
-        if folder is not None:
-            stored = Path(folder) / f"{name}{native.SUFFIX}"
-            if stored.is_file():
-                return native.read(stored)
-        return self.population
+        stored = None if self.source is None else self.source.get(name)
+        return self.population if stored is None else stored
 
     def _examples(self, name: str) -> tuple[list[Example], list[Example]]:
         """A tenant's encoded training and evaluation examples."""

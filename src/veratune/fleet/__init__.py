@@ -1,0 +1,1 @@
+"""Where training and serving meet: fleets that publish into stores, and training on feedback."""

@@ -1,0 +1,1 @@
+"""Feedback on completions, from which tenants' adapters are trained."""
