@@ -28,7 +28,7 @@ def parser() -> Parser:
     out.add_argument(
         "--min-examples", type=int, default=20, help="new examples that start training"
     )
-    out.add_class_arguments(FleetSettings, skip={"continue_from", "init_adapter", "tenant_column"})
+    out.add_class_arguments(FleetSettings, skip={"continue_from", "tenant_column"})
     out.add_class_arguments(TrainSettings, skip=_SET_HERE)
     out.add_class_arguments(VeraConfig, skip=SKIPPED)
     return out

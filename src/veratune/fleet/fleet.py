@@ -74,7 +74,7 @@ class Fleet:
         out: Folder for adapters, results, pictures and checkpoints; empty at first.
         config: How every tenant is adapted; default rank 256 on query and value.
         settings: Fields of `TrainSettings` and `FleetSettings` by name, such as lr, epochs,
-            max_active, init_adapter, continue_from, store.
+            max_active, start_adapter, continue_from, store.
 
     Raises:
         ConfigError: A setting is unknown or wrong.

@@ -12,6 +12,8 @@ from tests.serving.fakes import QV, adapter, encoder, generate_alone, small_llam
 from veratune.formats import native
 from veratune.serving.engine.engine import Engine
 from veratune.serving.engine.scheduler import SchedulerConfig
+from veratune.serving.feedback.feedback import Feedback
+from veratune.serving.feedback.repository import FILE, FeedbackRepository
 from veratune.serving.http.app import create_app
 from veratune.serving.http.config import HttpConfig
 from veratune.serving.http.server import HttpServer, bind
@@ -29,11 +31,20 @@ class RunningServer:
     """A server in a thread, with keys for two tenants.
 
     path: its folder; open: without keys; with_encoder: serve an encoder, too; jobs: models that can
-    be trained; config: of the scheduler; max_rank: of adapters; http: settings of HttpConfig.
+    be trained; feedback: take feedback, too; config: of the scheduler; max_rank: of adapters; http: settings of HttpConfig.
     """
 
     def __init__(
-        self, path, *, open=False, with_encoder=False, jobs=None, config=None, max_rank=None, **http
+        self,
+        path,
+        *,
+        open=False,
+        with_encoder=False,
+        jobs=None,
+        feedback=False,
+        config=None,
+        max_rank=None,
+        **http,
     ):
         made = Keys(path / "keys.json")
         self.keys = Keys(None) if open else made
@@ -67,10 +78,14 @@ class RunningServer:
                 check_settings=self.service.check_settings,
             )
             self.jobs.start()
+        self.feedback = None
+        if feedback:
+            repository = FeedbackRepository(path / "jobs" / FILE)
+            self.feedback = Feedback(repository, self.service, self.jobs)
         listener = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self.config = HttpConfig(**http)
-        self.app = create_app(self.service, self.keys, self.jobs, self.config)
+        self.app = create_app(self.service, self.keys, self.jobs, self.config, self.feedback)
         self.server = HttpServer(
             self.app,
             self.service,
@@ -121,6 +136,8 @@ class RunningServer:
     def stop(self):
         self.server.should_exit = True
         self.thread.join()
+        if self.feedback:
+            self.feedback.close()
         if self.jobs:
             self.jobs.close()
         self.service.close()

@@ -254,8 +254,9 @@ def test_warm_starts(place, tmp_path):
     folder = tmp_path / "one" / "adapters"
     again = dataclasses.replace(first, out=str(tmp_path / "two"), lr=1e-12)
     train_fleet(again, vera, FleetSettings(continue_from=str(folder)))
-    third = dataclasses.replace(first, out=str(tmp_path / "three"), lr=1e-12)
-    train_fleet(third, vera, FleetSettings(init_adapter=str(folder / "ann.safetensors")))
+    start = str(folder / "ann.safetensors")
+    third = dataclasses.replace(again, out=str(tmp_path / "three"), start_adapter=start)
+    train_fleet(third, vera, FleetSettings())
     for tenant in ("ann", "bob", "cy"):
         name = f"{tenant}.safetensors"
         assert_equal_adapters(

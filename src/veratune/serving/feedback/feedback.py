@@ -69,11 +69,11 @@ class Feedback:
             raise UnsupportedError(f"the model {model!r} does not generate, so it has no feedback")
         if bool(rating) == bool(correction):
             raise DataError("either a rating or a correction is wanted")
-        if len(messages) > MAX_MESSAGES:
-            raise DataError(f"{len(messages)} messages; at most {MAX_MESSAGES} are wanted")
         if correction:
             asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
             messages = [*asked, {"role": "assistant", "content": correction}]
+        if len(messages) > MAX_MESSAGES:
+            raise DataError(f"{len(messages)} messages; at most {MAX_MESSAGES} are wanted")
         size = sum(len(message["content"]) for message in messages)
         if size > MAX_CHARACTERS:
             raise DataError(f"{size:,} characters; at most {MAX_CHARACTERS:,} are wanted")

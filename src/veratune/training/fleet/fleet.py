@@ -163,7 +163,8 @@ class FleetTrainer:
         if adapter is None:
             vectors, head = self.layout.initial(), template.head
         else:
-            if adapter.fingerprint != template.fingerprint or adapter.shapes != template.shapes:
+            same = adapter.fingerprint == template.fingerprint and adapter.shapes == template.shapes
+            if not same or _sizes(adapter) != _sizes(template):
                 raise AdapterFileError(
                     "the adapter to start from has other layers or another basis than this fleet; "
                     "train it with the same targets, rank and seed"
@@ -392,3 +393,8 @@ class FleetTrainer:
         replace_modules(
             self.model, lambda module: module.base if isinstance(module, ModuleWrapper) else module
         )
+
+
+def _sizes(adapter: Adapter) -> list[dict[str, int]]:
+    """The sizes of d and b by layer: they hold the ranks."""
+    return [{name: len(v) for name, v in vectors.items()} for vectors in (adapter.d, adapter.b)]

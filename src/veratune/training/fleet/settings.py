@@ -39,7 +39,6 @@ class FleetSettings:
             512 on a processor, whose caches hold them, and 16,384 on a GPU (images: 8 and 128).
         max_examples: Examples of one tenant that are used; 0 for all.
         checkpoint_seconds: Seconds between checkpoints; a killed run loses at most these.
-        init_adapter: An adapter file that every tenant starts from.
         continue_from: A folder of adapter files, or a store of `veratune serve`; a tenant that has
             an adapter there starts from it.
         store: A store of `veratune serve` (a SQLite file, or s3://, gs://, az://, file://) in which
@@ -55,7 +54,6 @@ class FleetSettings:
     max_batch_tokens: int = 0
     max_examples: int = 0
     checkpoint_seconds: float = 60.0
-    init_adapter: str | None = None
     continue_from: str | None = None
     store: str | None = None
     adapter_name: str = "personal"
@@ -95,6 +93,13 @@ def check_settings(settings: TrainSettings, fleet: FleetSettings) -> None:
             )
     if settings.mixed_precision == "fp16":
         raise ConfigError("mixed_precision is 'fp16', but a fleet trains in float32 or bf16")
+    if settings.mixed_precision == "fp16":
+        raise ConfigError("mixed_precision is 'fp16', but a fleet scales no loss; bf16 is wanted")
+    if settings.keep == "best" and settings.eval_data is None and not fleet.eval_fraction:
+        raise ConfigError(
+            "keep is 'best', but there is nothing to evaluate on; give --eval-data or "
+            "--eval-fraction, or leave keep out"
+        )
     if settings.patience and settings.eval_data is None and not fleet.eval_fraction:
         raise ConfigError(
             f"patience is {settings.patience}, but there is nothing to evaluate on; "

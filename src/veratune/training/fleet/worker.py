@@ -116,7 +116,7 @@ class Worker:
         self.best_rows = (
             torch.zeros_like(self.fleet.values) if evaluates and settings.keep != "last" else None
         )
-        self.population = native.read(fleet.init_adapter) if fleet.init_adapter else None
+        self.population = native.read(settings.start_adapter) if settings.start_adapter else None
         self.active: collections.deque[TenantRun] = collections.deque()
         self.results = self.log.read()
         self.checked = False
