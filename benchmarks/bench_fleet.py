@@ -3,6 +3,7 @@
     python benchmarks/bench_fleet.py deal  --data SST2 --work out/fleet     # deals the examples
     python benchmarks/bench_fleet.py fleet --work out/fleet                 # veratune train-fleet
     python benchmarks/bench_fleet.py alone --work out/fleet --tenants 60    # the three peers
+    python benchmarks/bench_fleet.py memory --tenants 10000             # resident memory
     python benchmarks/bench_fleet.py page  --work out/fleet                 # results and docs table
 
 SST2 is a folder with train.parquet (sentence, label). Each tenant draws 32 sentences for training
@@ -236,6 +237,47 @@ def alone(work: Path, tenants: int) -> None:
             _note(notes, {"method": "command", "tenant": name, **cost})
 
 
+def memory(work: Path, tenants: int) -> None:
+    """The resident memory of so many active tenants: SmolLM2-135M, query and value, rank 256."""
+    import psutil
+
+    from veratune.analysis.machine import describe_machine
+    from veratune.config import VeraConfig
+    from veratune.tasks.registry import task_class
+    from veratune.training.fleet.fleet import FleetOptions, FleetTrainer
+    from veratune.training.fleet.run import TenantRun
+    from veratune_lab.paper.language_models import smollm2
+
+    model_path = smollm2(work / "smollm2")
+    task = task_class("instruction")()
+    processor = task.load_processor(model_path)
+    model = task.load_model(model_path, processor)
+    process = psutil.Process()
+    base = process.memory_info().rss
+    options = FleetOptions(max_active=tenants, lr=4e-2)
+    fleet = FleetTrainer(model, task, VeraConfig(rank=RANK, targets=TARGETS), processor, options)
+    start = fleet.row_of(None)
+    for slot in range(tenants):
+        fleet.enter(slot, start)
+    entered = process.memory_info().rss
+    from datasets import Dataset
+
+    talks = {"prompt": ["turn on the light"] * 2, "completion": ["light on", "light off"]}
+    examples = list(task.encode(Dataset.from_dict(talks), processor, training=True))
+    slots = range(0, tenants, max(1, tenants // 64))
+    fleet.step([TenantRun(f"t{slot}", slot, examples, (), 2, 10, 0) for slot in slots])
+    line = {
+        "what": "memory", "model": "SmolLM2-135M", "tenants": tenants, "rank": RANK,
+        "values": fleet.width, "bytes_per_tenant": 3 * 4 * fleet.width, "base_rss": base,
+        "rss_per_tenant": round((entered - base) / tenants), "rss": process.memory_info().rss,
+        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        **describe_machine(), "threads": 1,
+    }  # fmt: skip
+    others = [line for line in _notes(LINES) if line.get("what") != "memory"]
+    LINES.write_text("".join(json.dumps(line) + "\n" for line in (*others, line)))
+    print(json.dumps(line))
+
+
 def results(work: Path) -> list[dict[str, Any]]:
     """One line per way of training, with its cost per adapter and its scores."""
     from veratune.analysis.machine import describe_machine
@@ -326,7 +368,7 @@ def page(work: Path) -> None:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__)
-    flags.add_argument("what", choices=["deal", "fleet", "alone", "page"])
+    flags.add_argument("what", choices=["deal", "fleet", "alone", "memory", "page"])
     flags.add_argument("--data", type=Path, help="folder of SST-2, for deal")
     flags.add_argument("--work", type=Path, default=Path("out/fleet"))
     flags.add_argument("--tenants", type=int, default=1000)
@@ -339,6 +381,8 @@ def main() -> None:
         deal(options.data, options.work, options.tenants)
     elif options.what == "alone":
         alone(options.work, options.tenants)
+    elif options.what == "memory":
+        memory(options.work, options.tenants)
     else:
         {"fleet": fleet, "page": page}[options.what](options.work)
 

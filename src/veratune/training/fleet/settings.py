@@ -93,13 +93,6 @@ def check_settings(settings: TrainSettings, fleet: FleetSettings) -> None:
             )
     if settings.mixed_precision == "fp16":
         raise ConfigError("mixed_precision is 'fp16', but a fleet trains in float32 or bf16")
-    if settings.mixed_precision == "fp16":
-        raise ConfigError("mixed_precision is 'fp16', but a fleet scales no loss; bf16 is wanted")
-    if settings.keep == "best" and settings.eval_data is None and not fleet.eval_fraction:
-        raise ConfigError(
-            "keep is 'best', but there is nothing to evaluate on; give --eval-data or "
-            "--eval-fraction, or leave keep out"
-        )
     if settings.patience and settings.eval_data is None and not fleet.eval_fraction:
         raise ConfigError(
             f"patience is {settings.patience}, but there is nothing to evaluate on; "

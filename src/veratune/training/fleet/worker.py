@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from veratune.adapter import Adapter
 from veratune.config import VeraConfig
-from veratune.errors import AdapterFileError, DataError
+from veratune.errors import AdapterFileError, ConfigError, DataError
 from veratune.formats import native
 from veratune.tasks.base import Task
 from veratune.training.fleet.checkpoint import ActiveState, ResultLog, read_state, write_state
@@ -113,6 +113,11 @@ class Worker:
         options = fleet_options(settings, fleet)
         self.fleet = FleetTrainer(self._load_model(), self.task, vera, self.processor, options)
         evaluates = self.held_out is not None or fleet.eval_fraction > 0
+        if settings.keep == "best" and not evaluates:
+            raise ConfigError(
+                "keep is 'best', but there is nothing to evaluate on; give --eval-data or "
+                "--eval-fraction, or leave keep out"
+            )
         self.best_rows = (
             torch.zeros_like(self.fleet.values) if evaluates and settings.keep != "last" else None
         )
