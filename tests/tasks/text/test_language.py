@@ -1,8 +1,11 @@
+import json
+
 import pytest
 from datasets import Dataset
 
 from tests import fakes
 from veratune.errors import ConfigError, DataError
+from veratune.tasks.text import language
 from veratune.tasks.text.chat_template import render
 from veratune.tasks.text.language import IGNORED, CausalLM, Instruction
 
@@ -170,3 +173,19 @@ def test_batches_are_padded_and_the_padding_is_no_target():
     batch = task.collator(tokenizer)([encoded[0], encoded[1]])
     assert batch["input_ids"].shape == batch["labels"].shape
     assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
+
+
+def test_a_large_data_set_is_encoded_once_and_read_from_its_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(language, "_CACHED_FROM", 2)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"prompt": "turn the light on", "completion": word} for word in ("done", "ok", "off")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task, tokenizer = Instruction(), fakes.tokenizer()
+    first = task.encode(task.load_examples(str(tmp_path / "rows.jsonl")), tokenizer)
+    monkeypatch.setattr(language, "check_turn", None)  # an example encoded again would call it
+    again = task.encode(task.load_examples(str(tmp_path / "rows.jsonl")), tokenizer)
+    assert first[:] == again[:]
+    with pytest.raises(TypeError):
+        Instruction(train_on="last").encode(
+            task.load_examples(str(tmp_path / "rows.jsonl")), tokenizer
+        )
