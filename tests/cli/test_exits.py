@@ -11,10 +11,11 @@ import transformers as hf
 import veratune as vt
 from tests import fakes
 from tests.fakes import scramble
-from tests.formats.gguf_files import write_llama
+from tests.formats.gguf_files import weights, write_llama
 from tests.formats.keys import write_pair
 from veratune.cli.main import main
 from veratune.formats import native
+from veratune.model_state import vectors_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TOKENS = torch.arange(2, 26).view(3, 8)
@@ -277,6 +278,22 @@ def test_an_adapter_over_a_lora_is_exported_with_that_lora(made, tmp_path, capsy
     theirs = hf.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "out")).eval()
     torch.testing.assert_close(theirs(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_principal_adapter_is_merged_into_gguf(made, tmp_path, capsys):
+    base, _, _ = made
+    base_gguf = write_llama(fakes.llama(), tmp_path / "base.gguf")
+    model = hf.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    file = adapter_of(model, tmp_path / "p.safetensors", basis="principal", vectors="d")
+    words = ("--to", "gguf", "--gguf-base", base_gguf, "--gguf-dtype", "f32")
+    merge = ("merge", "--model", base, "--adapter", file, *words, "--out", tmp_path / "p.gguf")
+    status, _, error = run(capsys, *merge)
+    assert status == 0, error
+    before, after = weights(base_gguf), weights(tmp_path / "p.gguf")
+    layer = next(v for v in vectors_of(model, "a") if v.layer == "model.layers.0.self_attn.v_proj")
+    wanted = layer.delta_weight(torch.device("cpu"), torch.float32).detach()
+    found = after["blk.0.attn_v.weight"] - before["blk.0.attn_v.weight"]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_peft_lora_of_experts(tmp_path, capsys):

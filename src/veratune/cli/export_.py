@@ -90,7 +90,7 @@ def run(argv: Sequence[str]) -> int:
             f"basis {kind}"
         )
     if kind == "principal" and not exact:
-        adapter = _with_principal_basis(flags.file, flags.model)
+        adapter = with_principal_basis(flags.file, flags.model)
     elif kind == "lora" and not exact:
         adapter = _with_lora(adapter, flags.lora, model)
     gguf = flags.model if flags.model and Path(flags.model).suffix == ".gguf" else None
@@ -112,8 +112,8 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _with_principal_basis(file: str, model: str | None) -> "Adapter":
-    """The adapter with A and B, which come from the base model's weights."""
+def with_principal_basis(file: str, model: str | None) -> "Adapter":
+    """Read an adapter of basis principal with its A and B, from the base model's weights."""
     from veratune.adapter import extract
     from veratune.inference.adapted import ADAPTER_NAME, load_with_adapter
 

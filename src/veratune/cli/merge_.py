@@ -70,6 +70,7 @@ def run(argv: Sequence[str]) -> int:
 def _to_gguf(flags: Namespace) -> int:
     """Merge into the base model's GGUF."""
     from veratune.cli.base_models import empty_base
+    from veratune.cli.export_ import with_principal_basis
     from veratune.formats import native
     from veratune.formats.gguf_merge import merge_gguf
     from veratune.formats.lora_matrices import lora_pairs
@@ -81,6 +82,12 @@ def _to_gguf(flags: Namespace) -> int:
             "is none; give --gguf-base FILE.gguf"
         )
     adapter = native.read(flags.adapter)
+    if adapter.config.basis == "lora":
+        raise ConfigError(
+            "--to gguf takes no adapter over a LoRA; export it with --to gguf-lora --lora LORA"
+        )
+    if adapter.config.basis == "principal":
+        adapter = with_principal_basis(flags.adapter, flags.model)
     pairs = lora_pairs(adapter, empty_base(flags.model))
     count = merge_gguf(adapter, pairs, base, flags.out, flags.gguf_dtype)
     print(f"{flags.out}: {count} weights merged, in {flags.gguf_dtype}")
