@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo chat serve test test-all lint docs site benchmarks vision language clean
+.PHONY: install demo chat serve test test-all test-clients lint docs site benchmarks vision language clean
 
 install: .venv/.installed
 
@@ -40,6 +40,21 @@ test: lint
 test-all: lint
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0 -e '.[cluster]'
 	$(BIN)/python -m pytest -q -n 2
+
+# Clients of other people against a real server, each in an environment of its own.
+CLIENTS := out/clients
+client = test -d $(CLIENTS)/$(1) || { $(PYTHON) -m venv $(CLIENTS)/$(1) && $(CLIENTS)/$(1)/bin/pip install -q $(2); }
+test-clients: install
+	test -d out/demo/smollm2 || $(MAKE) demo
+	$(call client,openai,openai jsonschema)
+	$(call client,litellm,litellm)
+	$(call client,langchain,langchain langchain-openai)
+	$(call client,instructor,instructor)
+	$(call client,pydantic-ai,'pydantic-ai-slim[openai]')
+	$(call client,guidellm,torch==2.13.0 guidellm)
+	$(call client,lm-eval,torch==2.13.0 'transformers==5.23.0' accelerate 'lm-eval[api]')
+	test -d $(CLIENTS)/npm || npm install --no-audit --no-fund --prefix $(CLIENTS)/npm ai @ai-sdk/openai-compatible openai zod
+	$(BIN)/python -m pytest -q tests/clients
 
 docs: install
 	$(BIN)/python docs/make_cli.py

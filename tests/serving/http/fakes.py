@@ -31,7 +31,8 @@ class RunningServer:
     """A server in a thread, with keys for two tenants.
 
     path: its folder; open: without keys; with_encoder: serve an encoder, too; jobs: models that can
-    be trained; feedback: take feedback, too; config: of the scheduler; max_rank: of adapters; http: settings of HttpConfig.
+    be trained; feedback: take feedback, too; config: of the scheduler; max_rank: of adapters;
+    max_model_len: of the model; http: settings of HttpConfig.
     """
 
     def __init__(
@@ -44,19 +45,20 @@ class RunningServer:
         feedback=False,
         config=None,
         max_rank=None,
+        max_model_len=128,
         **http,
     ):
         made = Keys(path / "keys.json")
         self.keys = Keys(None) if open else made
         self.key = {name: made.add((name,)) for name in ("ann", "ben")}
         self.key["both"] = made.add(("ann", "ben"))
-        model = small_llama().eval()
+        model = fakes.llama(max_position_embeddings=max_model_len)
         self.engine = Engine(
             model,
             fakes.tokenizer(),
             AdapterPool(model, slots=4, max_rank=max_rank),
             config=config or SchedulerConfig(max_num_seqs=4),
-            max_model_len=128,
+            max_model_len=max_model_len,
             prefix_cache_bytes=10**6,
         )
         self.store = SqliteStore(path / "adapters.db", lock_timeout=1.0)

@@ -16,7 +16,9 @@ CALLS = (
     "GET /health", "GET /ready", "GET /metrics", "GET /v1/models", "GET /v1/models/{model}", "PUT /v1/adapters/{name}", "GET /v1/adapters",
     "GET /v1/adapters/{name}", "DELETE /v1/adapters/{name}", "GET /v1/adapters/{name}/versions", "POST /v1/adapters/{name}/rollback",
     "POST /v1/load_lora_adapter", "POST /v1/unload_lora_adapter", "POST /v1/chat/completions", "POST /v1/completions", "POST /v1/embeddings",
-    "POST /v1/classify", "POST /v1/files", "GET /v1/files", "GET /v1/files/{file}", "GET /v1/files/{file}/content", "DELETE /v1/files/{file}",
+    "POST /v1/classify", "POST /v1/score", "POST /v1/rerank", "POST /tokenize", "POST /detokenize", "POST /v1/responses",
+    "POST /v1/batches", "GET /v1/batches", "GET /v1/batches/{batch}", "POST /v1/batches/{batch}/cancel",
+    "POST /v1/files", "GET /v1/files", "GET /v1/files/{file}", "GET /v1/files/{file}/content", "DELETE /v1/files/{file}",
     "POST /v1/fine_tuning/jobs", "GET /v1/fine_tuning/jobs", "GET /v1/fine_tuning/jobs/{job}", "POST /v1/fine_tuning/jobs/{job}/cancel",
     "GET /v1/fine_tuning/jobs/{job}/events",
 )  # fmt: skip
@@ -76,8 +78,11 @@ def test_nothing_breaks_inside(fuzzed, call, examples):
                 case.body["model"] = ("base", "alice", "reader", "taste")[len(seen) // 2 % 4]
             if "training_file" in case.body and len(seen) % 2:
                 case.body["training_file"] = known["file"]
-            if case.body.get("max_tokens") is not None:
-                case.body["max_tokens"] = 3
+            for limit in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+                if case.body.get(limit) is not None:
+                    case.body[limit] = 3
+            if case.body.get("min_tokens") is not None:
+                case.body["min_tokens"] = 0
         if case.path_parameters and method != "DELETE" and len(seen) % 3 == 1:
             case.path_parameters = {
                 name: known.get(name, value) for name, value in case.path_parameters.items()

@@ -133,6 +133,51 @@ def test_what_goes_wrong_is_said_in_its_column(page, served):
     assert "over the 128" in said(page, "right").inner_text()
 
 
+TOOLS = """[{"type": "function", "function": {"name": "set_light", "parameters": {"type": "object",
+ "properties": {"on": {"type": "boolean"}}, "required": ["on"], "additionalProperties": false}}}]"""
+SCHEMA = """{"type": "object", "properties": {"room": {"enum": ["kitchen"]}}, "required": ["room"],
+ "additionalProperties": false}"""
+IDLE = (
+    "document.querySelectorAll('.note').length == %d && !document.getElementById('send').disabled"
+)
+
+
+def test_tool_calls_and_structured_output(browser, tmp_path):
+    """Calls are shown by name and arguments, what is typed next is their result, JSON is laid out."""
+    served = RunningServer(tmp_path, open=True, max_model_len=1024)
+    try:
+        page = browser.new_page(viewport={"width": 1280, "height": 800}, bypass_csp=True)
+        page.goto(served.url)
+        page.wait_for_function("document.getElementById('right').options.length > 0")
+        page.locator("#tokens").fill("200")
+        page.locator("#more summary").click()
+        page.locator("#tools").fill("[{")
+        page.locator("#prompt").fill("light please")
+        page.keyboard.press("Enter")
+        assert page.locator("#said").inner_text().startswith("tools: ")
+        assert page.locator(".turn").count() == 0
+        page.locator("#tools").fill(TOOLS)
+        page.locator("#choice").select_option("required")
+        page.locator("#prompt").focus()
+        page.keyboard.press("Enter")
+        page.wait_for_function(IDLE % 2)
+        call = page.locator("#left-talk .call").first
+        assert call.locator("b").inner_text() == "set_light"
+        assert '"on": ' in call.inner_text()
+        page.locator("#choice").select_option("none")
+        page.locator("#schema").fill(SCHEMA)
+        page.locator("#prompt").fill("done")
+        page.locator("#prompt").focus()
+        page.keyboard.press("Enter")
+        page.wait_for_function(IDLE % 4)
+        assert page.locator("#left-talk .user").last.inner_text() == "result: done"
+        assert said(page, "left").inner_text() == '{\n  "room": "kitchen"\n}'
+        page.screenshot(path=tmp_path / "page.png")
+        page.close()
+    finally:
+        served.stop()
+
+
 def test_a_key_is_asked_for_where_one_is_wanted(browser, tmp_path):
     served = RunningServer(tmp_path, config=SchedulerConfig(max_num_seqs=2))
     try:

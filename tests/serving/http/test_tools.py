@@ -1,14 +1,20 @@
-"""Tool calls are read from three families' texts, and any split of a stream gives what the whole text gives."""
+"""Tool calls of three families: any split of a stream gives the same calls, and required calls
+match their schemas.
+"""
 
 import json
 
 import hypothesis
+import jsonschema
 import pytest
 from hypothesis import strategies
 
+from tests.fakes import CHAT
 from tests.serving.http.fakes import RunningServer
 from veratune.serving.engine.requests import OutputDelta
-from veratune.serving.http.tools import NamedToolParser, family_of, make_parser
+from veratune.serving.http.prompts import PromptEncoder
+from veratune.serving.http.schemas.chat import Message, Tool
+from veratune.serving.http.tools import family_of, make_parser
 
 CALL = '{"name": "light", "arguments": {"on": true}}'
 TEXTS = {
@@ -74,13 +80,6 @@ def test_no_text_is_lost(family, text):
     assert content == text
 
 
-def test_a_named_tool_takes_the_whole_text():
-    parser = NamedToolParser(["light"])
-    assert parser.feed('{"on": ').content == ""
-    parser.feed("true}")
-    assert [(c.name, c.arguments) for c in parser.finish().calls] == [("light", '{"on": true}')]
-
-
 def test_families_are_told_by_their_templates():
     assert family_of("{% if tools %}<tool_call>{% endif %}") == "hermes"
     assert family_of("{% if tools %}[TOOL_CALLS]{% endif %}") == "mistral"
@@ -103,7 +102,7 @@ TOOL = {
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    server = RunningServer(tmp_path_factory.mktemp("tools"))
+    server = RunningServer(tmp_path_factory.mktemp("tools"), max_model_len=1024)
     server.prompts, plain = [], server.engine.submit
 
     def submit(request):
@@ -158,12 +157,176 @@ def test_the_openai_client_calls_tools(served):
         assert "<tools>" not in served.prompts[-1]
 
 
-def test_tools_that_the_model_cannot_have_are_refused(served):
-    served.engine.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+LIGHT = {
+    "type": "function",
+    "function": {
+        "name": "light",
+        "parameters": {
+            "type": "object",
+            "properties": {"room": {"$ref": "#/$defs/Room"}, "on": {"type": "boolean"}},
+            "required": ["room", "on"],
+            "additionalProperties": False,
+            "$defs": {"Room": {"enum": ["kitchen", "hall"]}},
+        },
+    },
+}
+TIMER = {"type": "function", "function": {"name": "timer"}}
+TEMPLATES = {
+    "none": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}",
+    "hermes": TEMPLATE,
+    "mistral": "{% if tools %}[TOOL_CALLS]{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}",
+    "llama3": "{% if tools %}<|python_tag|>{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}",
+}
+NAMED = {"type": "function", "function": {"name": "light"}}
+ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NAMED]}}
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory):
+    """A server of a random model, whose completions follow their grammar alone."""
+    server = RunningServer(tmp_path_factory.mktemp("random"), max_model_len=1024)
+    server.engine.eos_token_ids = {1}
+    yield server
+    server.stop()
+
+
+def checked(call):
+    """A call's name, after a check of its arguments."""
+    arguments = json.loads(call.function.arguments)
+    if call.function.name == "light":
+        jsonschema.validate(arguments, LIGHT["function"]["parameters"])
+    else:
+        assert (call.function.name, arguments) == ("timer", {})
+    return call.function.name
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("choice", ["required", NAMED, ALLOWED], ids=["required", "named", "some"])
+def test_a_required_call_matches_its_schema(random_model, template, choice):
+    random_model.engine.tokenizer.chat_template = TEMPLATES[template]
+    options = {"model": "base", "messages": TALK, "tools": [LIGHT, TIMER], "tool_choice": choice}
+    options |= {"max_tokens": 300, "parallel_tool_calls": False, "temperature": 1}
+    with random_model.openai() as client:
+        for seed in range(6):
+            (found,) = client.chat.completions.create(**options, seed=seed).choices
+            assert (found.finish_reason, found.message.content) == ("tool_calls", None)
+            (call,) = found.message.tool_calls
+            name = checked(call)
+            assert choice == "required" or name == "light"
+        chunks = list(client.chat.completions.create(**options, seed=5, stream=True))
+        deltas = [d for chunk in chunks for d in chunk.choices[0].delta.tool_calls or []]
+        assert "".join(d.function.arguments for d in deltas) == call.function.arguments
+        assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_several_calls_and_a_cut_one(random_model):
+    random_model.engine.tokenizer.chat_template = TEMPLATE
+    options = {"model": "base", "messages": TALK, "tools": [LIGHT, TIMER], "temperature": 1}
+    counts = set()
+    with random_model.openai() as client:
+        for seed in range(8):
+            (found,) = client.chat.completions.create(
+                **options, tool_choice="required", seed=seed, max_tokens=500
+            ).choices
+            assert all(map(checked, found.message.tool_calls))
+            counts.add(len(found.message.tool_calls))
+        assert len(counts) > 1
+        (cut,) = client.chat.completions.create(
+            **options, tool_choice="required", max_tokens=8
+        ).choices
+        assert (cut.finish_reason, cut.message.tool_calls) == ("length", None)
+
+
+def test_a_model_may_call_a_tool_or_follow_the_response_format(random_model):
+    random_model.engine.tokenizer.chat_template = TEMPLATE
+    schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}
+    schema["additionalProperties"] = False
+    kinds = set()
+    with random_model.openai() as client:
+        for seed in range(12):
+            (found,) = client.chat.completions.create(
+                model="base",
+                messages=TALK,
+                tools=[LIGHT],
+                response_format={
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": schema},
+                },
+                seed=seed,
+                max_tokens=400,
+            ).choices
+            kinds.add(found.finish_reason)
+            if found.finish_reason == "stop":
+                jsonschema.validate(json.loads(found.message.content), schema)
+            else:
+                assert all(map(checked, found.message.tool_calls))
+    assert kinds == {"stop", "tool_calls"}
+
+
+def test_a_template_without_tools_gets_them_as_text(served):
+    served.engine.tokenizer.chat_template = CHAT
+    sent = [
+        {"role": "system", "content": "Be brief."},
+        *TALK,
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "a", "type": "function", "function": {"name": "light", "arguments": "{}"}}
+        ]},
+        {"role": "tool", "tool_call_id": "a", "content": "done"},
+        {"role": "tool", "tool_call_id": "b", "content": [{"type": "text", "text": "twice"}]},
+    ]  # fmt: skip
+    talk = [Message.model_validate(message) for message in sent]
+    encoder = PromptEncoder(served.engine)
+    found = served.engine.tokenizer.decode(encoder.encode_chat(talk, [Tool(**TOOL)]))
+    system, _, rest = found.partition("</s><|user|>light please</s>")
+    assert system.startswith("<|system|>Be brief.\n\nYou may call tools.")
+    assert '<tools>\n{"name": "light"' in system
+    assert rest == (
+        '<|assistant|><tool_call>\n{"name": "light", "arguments": {}}\n</tool_call></s>'
+        "<|user|><tool_response>\ndone\n</tool_response>\n<tool_response>\ntwice\n"
+        "</tool_response></s><|assistant|>"
+    )
+
+
+def test_wrong_tools_are_refused_by_name(served):
+    served.engine.tokenizer.chat_template = TEMPLATE
+    number = {"type": "function", "function": {"name": "x", "parameters": {"type": "number"}}}
     with served.http() as http:
-        body = {"model": "base", "messages": TALK, "tools": [TOOL]}
-        refused = http.post("/v1/chat/completions", json=body)
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tools")
+        for param, why, change in (
+            ("tool_choice", "there are no tools", {"tool_choice": "required"}),
+            (
+                "tool_choice",
+                "'lamp' is none of the tools",
+                {
+                    "tools": [TOOL],
+                    "tool_choice": {"type": "function", "function": {"name": "lamp"}},
+                },
+            ),
+            ("tools", "an object is wanted", {"tools": [number], "tool_choice": "required"}),
+            (
+                "guided_regex",
+                "only JSON may be combined with tools",
+                {"tools": [TOOL], "guided_regex": "a"},
+            ),
+            (
+                "response_format",
+                "a tool must be called",
+                {
+                    "tools": [TOOL],
+                    "tool_choice": "required",
+                    "response_format": {"type": "json_object"},
+                },
+            ),
+            (
+                "chat_template_kwargs",
+                "is no variable",
+                {"chat_template_kwargs": {"tokenize": True}},
+            ),
+        ):
+            refused = http.post(
+                "/v1/chat/completions", json={"model": "base", "messages": TALK, **change}
+            )
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+            assert why in refused.json()["error"]["message"]
         bad = [{"role": "assistant", "tool_calls": [{"function": {"name": "x", "arguments": "{"}}]}]
         refused = http.post("/v1/chat/completions", json={"model": "base", "messages": bad})
         assert "arguments of the call of 'x' are no JSON" in refused.json()["error"]["message"]
@@ -171,3 +334,11 @@ def test_tools_that_the_model_cannot_have_are_refused(served):
             "/v1/chat/completions", json={"model": "base", "messages": [{"role": "user"}]}
         )
         assert (empty.status_code, "a text is wanted" in empty.text) == (400, True)
+
+
+def test_variables_reach_the_template(served):
+    served.engine.tokenizer.chat_template = "{{ mood }}{% if tools %}<tool_call>{% endif %}"
+    with served.http() as http:
+        body = {"model": "base", "messages": TALK, "chat_template_kwargs": {"mood": "please"}}
+        assert http.post("/v1/chat/completions", json=body).status_code == 200
+    assert served.prompts[-1] == "please"

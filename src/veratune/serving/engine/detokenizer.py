@@ -19,16 +19,25 @@ class Detokenizer:
         tokenizer: Decodes tokens.
         stop: Texts that end the completion and are not part of it.
         min_tokens: Tokens before which no stop counts.
+        context: Last tokens of the prompt, where the text continues it. SentencePiece tokenizers
+            drop the space of a text's first token.
     """
 
-    def __init__(self, tokenizer: Decoder, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
-        self.tokenizer, self.stop, self.min_tokens = tokenizer, stop, min_tokens
-        self.tokens: list[int] = []
+    def __init__(
+        self,
+        tokenizer: Decoder,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        context: Sequence[int] = (),
+    ) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        self.min_tokens = min_tokens + len(context)
+        self.tokens: list[int] = list(context)
         self.stopped = False
         self._text = ""  # complete characters so far
         self._sent = 0
         self._context = 0  # decoding starts here, as text may depend on the token before
-        self._decoded = 0  # tokens whose text is in _text
+        self._decoded = len(context)  # tokens whose text is in _text
 
     def add(self, token: int) -> str:
         """Add a token and return the text that may be sent now."""

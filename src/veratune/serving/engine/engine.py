@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+_TEXT_CONTEXT = 6  # tokens of a prompt that the text of its completion may depend on
 
 
 class Engine:
@@ -170,6 +171,7 @@ class Engine:
         while time.monotonic() < end and (self.scheduler.waiting or self.scheduler.running):
             time.sleep(0.01)
         self._thread.stop()
+        self.grammars.checker.close()
         self.lifecycle.close(list(self.batch.requests))
 
     def forget(self, key: Key) -> None:
@@ -235,7 +237,12 @@ class Engine:
                 seed=params.seed if params.seed is not None else next(self._seeds),
                 matcher=request.matcher,
             ),
-            Detokenizer(self.tokenizer, params.stop, params.min_tokens),
+            Detokenizer(
+                self.tokenizer,
+                params.stop,
+                params.min_tokens,
+                request.tokens[-_TEXT_CONTEXT:] if request.continues_text else (),
+            ),
         )
         self.batch.add(request, state)
         if self.prefix_cache is None or params.prompt_logprobs is not None:

@@ -12,22 +12,26 @@ import torch
 from torch import Tensor
 
 from veratune.errors import ConfigError, UnsupportedError
+from veratune.serving.engine.grammar_check import GrammarChecker
 
 if TYPE_CHECKING:
-    from llguidance import LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
     from llguidance._lib import JsonCompileOptions
     from transformers import PreTrainedTokenizerBase
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
 MAX_GRAMMAR_BYTES = 64 * 1024
 # Bounds on llguidance's work: a grammar over them fails instead of holding up the engine.
-_MAX_GRAMMAR_SIZE = 200_000
-_INITIAL_LEXER_FUEL = 1_000_000
-_STEP_LEXER_FUEL = 200_000
-_STEP_MAX_ITEMS = 50_000
-_MAX_LEXER_STATES = 50_000
+_LIMITS: dict[str, int | bool] = {
+    "max_grammar_size": 200_000,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 50_000,
+    "verbose_errors": False,
+}
 # One way to write a value: a model cannot spend its tokens on white space.
-_JSON_STYLE: "JsonCompileOptions" = {
+JSON_STYLE: "JsonCompileOptions" = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
@@ -41,26 +45,9 @@ class GrammarMatcher:
         bits: Mask of the tokens that may come next, as 32-bit words on the CPU.
     """
 
-    def __init__(self, grammar: "Grammar") -> None:
-        import llguidance
-
-        compiler = grammar.compiler
-        self.vocab_size = compiler.vocab_size
-        self._matcher = llguidance.LLMatcher(
-            compiler.tokenizer,
-            grammar.source,
-            log_level=0,
-            limits=llguidance.LLParserLimits(
-                max_grammar_size=_MAX_GRAMMAR_SIZE,
-                initial_lexer_fuel=_INITIAL_LEXER_FUEL,
-                step_lexer_fuel=_STEP_LEXER_FUEL,
-                step_max_items=_STEP_MAX_ITEMS,
-                max_lexer_states=_MAX_LEXER_STATES,
-                verbose_errors=False,
-            ),
-        )
-        self._raise_error()
-        self.bits = torch.zeros((self.vocab_size + 31) // 32, dtype=torch.int32)
+    def __init__(self, matcher: "LLMatcher", vocab_size: int) -> None:
+        self.vocab_size, self._matcher = vocab_size, matcher
+        self.bits = torch.zeros((vocab_size + 31) // 32, dtype=torch.int32)
         self._fill()
 
     @property
@@ -84,9 +71,7 @@ class GrammarMatcher:
         self._raise_error()
 
     def _raise_error(self) -> None:
-        if self._matcher.is_error():
-            message = " ".join(str(self._matcher.get_error()).split())[:300]
-            raise UnsupportedError(f"the grammar cannot be used: {message}")
+        _raise_error(self._matcher)
 
 
 class GrammarCompiler:
@@ -105,6 +90,7 @@ class GrammarCompiler:
         self._hf_tokenizer = tokenizer
         self._eos_token_ids = sorted(eos_token_ids)
         self._tokenizer: LLTokenizer | None = None
+        self.checker = GrammarChecker(_LIMITS)
         self._lock = threading.Lock()
 
     @property
@@ -166,21 +152,34 @@ class GrammarCompiler:
             return Grammar(self, matcher.grammar_from_regex(source))
         if kind == "lark":
             return Grammar(self, matcher.grammar_from_lark(source))
-        schema = '{"type": "object"}' if kind == "json_object" else source
-        try:
-            json.loads(schema)
-            source = matcher.grammar_from_json_schema(schema, overrides=_JSON_STYLE)
-        except (ValueError, RecursionError) as error:
-            message = " ".join(str(error).split())[:300]
-            raise ConfigError(f"the JSON schema cannot be read: {message}") from None
-        return Grammar(self, source)
+        return Grammar(
+            self, _from_schema('{"type": "object"}' if kind == "json_object" else source)
+        )
+
+
+def _from_schema(source: str) -> str:
+    """A JSON schema in llguidance's form. Raises ConfigError."""
+    import llguidance
+
+    try:
+        schema = json.loads(source)
+        if not isinstance(schema, dict):
+            raise ValueError(f"it is {source[:20]}; an object is wanted")
+        # llguidance's own options would let a schema switch its checks off.
+        schema.pop("x-guidance", None)
+        return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)
+    except (ValueError, RecursionError) as error:
+        message = " ".join(str(error).split())[:300]
+        raise ConfigError(f"the JSON schema cannot be read: {message}") from None
 
 
 class Grammar:
-    """A grammar in llguidance's form. `matcher` compiles it, which may take some 100 ms."""
+    """A grammar in llguidance's form. The first `matcher` compiles it (up to some 100 ms)."""
 
     def __init__(self, compiler: GrammarCompiler, source: str) -> None:
         self.compiler, self.source = compiler, source
+        self._start: LLMatcher | None = None
+        self._lock = threading.Lock()
 
     def matcher(self) -> GrammarMatcher:
         """Return a matcher at the start of the grammar.
@@ -188,7 +187,29 @@ class Grammar:
         Raises:
             UnsupportedError: the grammar is wrong or too complex.
         """
-        return GrammarMatcher(self)
+        with self._lock:
+            if self._start is None:
+                self._start = self._compile()
+            return GrammarMatcher(self._start.deep_copy(), self.compiler.vocab_size)
+
+    def _compile(self) -> "LLMatcher":
+        import llguidance
+
+        self.compiler.checker.check(self.source)
+        matcher = llguidance.LLMatcher(
+            self.compiler.tokenizer,
+            self.source,
+            log_level=0,
+            limits=llguidance.LLParserLimits(**_LIMITS),  # type: ignore[arg-type]
+        )
+        _raise_error(matcher)
+        return matcher
+
+
+def _raise_error(matcher: "LLMatcher") -> None:
+    if matcher.is_error():
+        message = " ".join(str(matcher.get_error()).split())[:300]
+        raise UnsupportedError(f"the grammar cannot be used: {message}")
 
 
 def forbidden_tokens(

@@ -87,6 +87,8 @@ class GenerationRequest(BaseRequest[OutputDelta]):
         tokens: Token ids of the prompt.
         sampling: How the completion is sampled.
         grammar: A compiled grammar that the completion must follow.
+        continues_text: Whether the completion's text continues the prompt's; False for a message
+            of its own.
 
     Attributes:
         output_token_ids: Token ids of the completion so far.
@@ -98,6 +100,7 @@ class GenerationRequest(BaseRequest[OutputDelta]):
     tokens: Sequence[int]
     sampling: SamplingParams
     grammar: Grammar | None = None
+    continues_text: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,6 +12,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from veratune.errors import UnsupportedError, VeratuneError
 from veratune.serving.feedback.feedback import Feedback
+from veratune.serving.http.batch_runner import BatchRunner
 from veratune.serving.http.config import HttpConfig
 from veratune.serving.http.dependencies import Context
 from veratune.serving.http.errors import ApiError, to_api_error
@@ -19,7 +20,16 @@ from veratune.serving.http.limiter import TenantLimiter
 from veratune.serving.http.metrics import EngineMetrics, Latencies
 from veratune.serving.http.middleware import AccessLog, Authentication, BodyLimits, OriginCheck
 from veratune.serving.http.pools import ThreadPools
-from veratune.serving.http.routes import adapters, chat, encoding, health
+from veratune.serving.http.routes import (
+    adapters,
+    batches,
+    chat,
+    encoding,
+    health,
+    responses,
+    scoring,
+    tokens,
+)
 from veratune.serving.http.routes import feedback as feedback_routes
 from veratune.serving.http.routes import jobs as jobs_routes
 from veratune.serving.jobs.jobs import Jobs
@@ -55,7 +65,11 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if runner is not None:
+            await runner.start()
         yield
+        if runner is not None:
+            await runner.close()
         pools.close()
 
     app = FastAPI(
@@ -66,11 +80,22 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.registry = registry
-    app.state.context = Context(
-        service, jobs, config, limiter, pools, Latencies(registry), feedback
-    )
+    context = Context(service, jobs, config, limiter, pools, Latencies(registry), feedback)
+    runner = BatchRunner(jobs, context, batches.ENDPOINTS) if jobs is not None else None
+    app.state.context, app.state.batch_runner = context, runner
     registry.register(EngineMetrics(service))
-    for room in (health, adapters, chat, encoding, jobs_routes, feedback_routes):
+    for room in (
+        health,
+        adapters,
+        chat,
+        responses,
+        encoding,
+        scoring,
+        tokens,
+        jobs_routes,
+        batches,
+        feedback_routes,
+    ):
         app.include_router(room.router)
     if config.metrics:
         app.include_router(health.metrics_router)

@@ -11,11 +11,12 @@ from veratune.errors import AdapterNotFoundError, UnsupportedError
 from veratune.serving.feedback.feedback import Feedback
 from veratune.serving.http.config import HttpConfig
 from veratune.serving.http.errors import ApiError
+from veratune.serving.http.fields import check_extra_fields
 from veratune.serving.http.limiter import TenantLimiter
 from veratune.serving.http.metrics import Latencies
 from veratune.serving.http.pools import ThreadPools
 from veratune.serving.http.prompts import PromptEncoder
-from veratune.serving.http.schemas import ApiBody
+from veratune.serving.http.schemas.base import ApiBody
 from veratune.serving.jobs.jobs import Jobs
 from veratune.serving.keys import Caller
 from veratune.serving.service import Service
@@ -44,9 +45,9 @@ class Context:
             self._encoder = PromptEncoder(self.service.require_engine())
         return self._encoder
 
-    def note_ignored(self, body: ApiBody) -> None:
-        """Log the unknown fields of a body, one line for each name."""
-        for name in body.model_extra or {}:
+    def check_extra_fields(self, body: ApiBody) -> None:
+        """Refuse unsupported fields of a body, and log unknown ones, one line for each name."""
+        for name in check_extra_fields(body.model_extra or {}):
             if name not in self.ignored_fields and len(self.ignored_fields) < _MAX_NOTED:
                 self.ignored_fields.add(name)
                 log.info("unknown field %.100r is ignored", name)

@@ -4,22 +4,21 @@ events.
 
 import asyncio
 import contextlib
-import json
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from fastapi import Request, Response
+from fastapi import Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 
 from veratune.serving.engine.engine import Engine
 from veratune.serving.engine.protocol import ServingEngine
 from veratune.serving.engine.requests import BaseRequest, GenerationRequest, OutputDelta
+from veratune.serving.http.builders import ResponseBuilder, dump, usage_of
 from veratune.serving.http.dependencies import Context
 from veratune.serving.http.errors import ApiError, to_api_error
-from veratune.serving.http.responses import ResponseFormat, usage_of
-from veratune.serving.http.schemas import GenerationBody
 
 T = TypeVar("T")
 R = TypeVar("R", bound=BaseRequest)
@@ -30,6 +29,29 @@ class ClientGoneError(Exception):
     """The client closed the connection before its response was whole."""
 
 
+@dataclasses.dataclass(frozen=True)
+class StreamSettings:
+    """How a response is sent.
+
+    Attributes:
+        stream: As server-sent events.
+        n: Choices of each prompt.
+        include_usage: Whether a stream ends with the usage.
+        continuous_usage: Whether every event has the usage so far.
+    """
+
+    stream: bool = False
+    n: int = 1
+    include_usage: bool = False
+    continuous_usage: bool = False
+
+
+class Client(Protocol):
+    """Who waits for a response: a connection, or a batch."""
+
+    async def is_disconnected(self) -> bool: ...
+
+
 class GenerationCall:
     """The requests of one HTTP call. The first one that fails fails the call and cancels the
     rest.
@@ -38,26 +60,28 @@ class GenerationCall:
     def __init__(
         self,
         engine: Engine,
-        http: Request,
+        client: Client,
         context: Context,
         requests: Sequence[GenerationRequest],
-        response_format: ResponseFormat,
+        builder: ResponseBuilder,
+        options: StreamSettings,
     ) -> None:
         """Prepare; `respond` submits the requests.
 
         Args:
             engine: Runs the requests.
-            http: The call.
+            client: Who waits for the response.
             context: The application's context.
             requests: `n` for each prompt in a row.
-            response_format: Turns output into JSON.
+            builder: Turns output into JSON.
+            options: How the response is sent.
         """
-        self.engine, self.http, self.context = engine, http, context
-        self.requests, self.format = requests, response_format
+        self.engine, self.client, self.context = engine, client, context
+        self.requests, self.builder, self.options = requests, builder, options
         self._outputs: asyncio.Queue[tuple[int, OutputDelta | BaseException]] = asyncio.Queue()
         self._streaming = False  # a streaming response notices by itself that its client has gone
 
-    async def respond(self, body: GenerationBody) -> Response:
+    async def respond(self) -> Response:
         """Run the requests.
 
         Returns:
@@ -68,9 +92,9 @@ class GenerationCall:
         deltas = self._deltas()
         try:
             first = await anext(deltas)
-            if body.stream:
+            if self.options.stream:
                 self._streaming = True
-                events = self._events(first, deltas, body)
+                events = self._events(first, deltas)
                 return StreamingResponse(events, media_type="text/event-stream")
             outputs: list[list[OutputDelta]] = [[] for _ in self.requests]
             outputs[first[0]].append(first[1])
@@ -80,8 +104,8 @@ class GenerationCall:
             return Response(status_code=499)
         except Exception as error:
             raise to_api_error(error) from error
-        whole = self.format.whole(outputs, usage_of(self.requests, body.n))
-        return JSONResponse(_dump(whole))
+        whole = self.builder.whole(outputs, usage_of(self.requests, self.options.n))
+        return JSONResponse(dump(whole))
 
     def _submit(self) -> None:
         loop = asyncio.get_running_loop()
@@ -111,7 +135,7 @@ class GenerationCall:
                 now = time.monotonic()
                 if now >= poll and not self._streaming:
                     poll = now + _DISCONNECT_POLL
-                    if await self.http.is_disconnected():
+                    if await self.client.is_disconnected():
                         raise ClientGoneError
                 if now > deadline:
                     raise ApiError(504, f"the response took over {timeout:g} s", "server_error")
@@ -128,26 +152,31 @@ class GenerationCall:
                 self.context.latencies.observe(self._base_name, request)
 
     async def _events(
-        self,
-        first: tuple[int, OutputDelta],
-        deltas: AsyncIterator[tuple[int, OutputDelta]],
-        body: GenerationBody,
+        self, first: tuple[int, OutputDelta], deltas: AsyncIterator[tuple[int, OutputDelta]]
     ) -> AsyncIterator[str]:
+        builder, options = self.builder, self.options
         async with contextlib.aclosing(deltas):  # type: ignore[type-var]
             try:
                 for index in range(len(self.requests)):
-                    opening = self.format.opening(index)
-                    if opening is not None:
-                        yield _event(_dump(opening))
-                yield _event(_dump(self.format.chunk(*first)))
+                    for content in builder.opening(index):
+                        yield builder.event(content)
+                for content in self._chunks(*first):
+                    yield builder.event(content)
                 async for index, delta in deltas:
-                    yield _event(_dump(self.format.chunk(index, delta)))
-                if body.include_usage:
-                    usage = usage_of(self.requests, body.n)
-                    yield _event(_dump(self.format.usage_chunk(usage)))
+                    for content in self._chunks(index, delta):
+                        yield builder.event(content)
+                usage = usage_of(self.requests, options.n)
+                for content in builder.closing(usage, options.include_usage):
+                    yield builder.event(content)
             except Exception as error:
-                yield _event(to_api_error(error).body())
-            yield "data: [DONE]\n\n"
+                yield builder.error_event(to_api_error(error))
+            yield builder.end_of_stream
+
+    def _chunks(self, index: int, delta: OutputDelta) -> list[BaseModel]:
+        usage = None
+        if self.options.continuous_usage:
+            usage = usage_of(self.requests, self.options.n)
+        return self.builder.chunks(index, delta, usage)
 
     @property
     def _base_name(self) -> str:
@@ -196,11 +225,3 @@ def _poster(
     index: int,
 ) -> Callable[[OutputDelta | BaseException], None]:
     return lambda delta: post_threadsafe(loop, outputs.put_nowait, (index, delta))
-
-
-def _dump(response: BaseModel) -> dict[str, object]:
-    return response.model_dump(mode="json", exclude_unset=True, warnings=False)
-
-
-def _event(content: object) -> str:
-    return f"data: {json.dumps(content)}\n\n"

@@ -65,9 +65,11 @@ class ThreadPools:
         self.read = BoundedPool("read", threads=8, max_queue=512)
         self.write = BoundedPool("write", threads=4, max_queue=32)
         self.tokenize = BoundedPool("tokenize", threads=2, max_queue=512)
+        self.grammar = BoundedPool("grammar", threads=2, max_queue=64)
+        self.batch = BoundedPool("batch", threads=2, max_queue=4096)
         self.health = BoundedPool("health", threads=1, max_queue=4)
 
     def close(self) -> None:
         """Stop all of them."""
-        for pool in (self.read, self.write, self.tokenize, self.health):
+        for pool in vars(self).values():
             pool.close()

@@ -40,6 +40,18 @@ class TokenTexts:
         """A token's text."""
         return self.bytes_of(token).decode(errors="replace")
 
+    def name_of(self, token: int) -> str:
+        r"""A token's text; "bytes:\xe2\x82" for a part of a character, as OpenAI has it."""
+        data = self.bytes_of(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token has no text in a completion."""
+        return token in self._special
+
     @cached_property
     def _special(self) -> frozenset[int]:
         return frozenset(self.tokenizer.all_special_ids)

@@ -22,6 +22,39 @@ _MISTRAL, _PYTHON_TAG = "[TOOL_CALLS]", "<|python_tag|>"
 
 
 @dataclasses.dataclass(frozen=True)
+class CallFormat:
+    """How a family writes calls.
+
+    Attributes:
+        begin: Before a call's object.
+        end: After it.
+        arguments: The key of the arguments.
+        separator: Between calls.
+        opening: Before the first call.
+        closing: After the last call.
+    """
+
+    begin: str = ""
+    end: str = ""
+    arguments: str = "arguments"
+    separator: str = ""
+    opening: str = ""
+    closing: str = ""
+
+    def around(self, name: str) -> tuple[str, str]:
+        """The text before and after the arguments of a call."""
+        begin = f'{self.begin}{{"name": {json.dumps(name)}, "{self.arguments}": '
+        return begin, "}" + self.end
+
+
+CALL_FORMATS: dict[Family, CallFormat] = {
+    "hermes": CallFormat(f"{_OPEN}\n", f"\n{_CLOSE}", separator="\n"),
+    "mistral": CallFormat(separator=", ", opening="[", closing="]"),
+    "llama3_json": CallFormat(arguments="parameters", separator="; "),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class ToolCall:
     """A call of a tool.
 
@@ -159,22 +192,6 @@ class JsonParser(ToolParser):
             return ToolOutput()
         calls = self.calls_in(self._text.strip().removeprefix(self.marker))
         return ToolOutput("", calls) if calls else ToolOutput(self._text)
-
-
-class NamedToolParser(ToolParser):
-    """The whole completion is the arguments of one tool: a named tool_choice."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        super().__init__(names)
-        self._text = ""
-
-    def feed(self, text: str) -> ToolOutput:
-        self._text += text
-        return ToolOutput()
-
-    def finish(self) -> ToolOutput:
-        (name,) = self.names
-        return ToolOutput("", (ToolCall(name, self._text.strip()),))
 
 
 def make_parser(family: Family, names: Sequence[str]) -> ToolParser:

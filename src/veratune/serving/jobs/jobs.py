@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from veratune.errors import ConfigError, DataError, InUseError, QueueFullError
+from veratune.serving.jobs.batches import BatchRepository
 from veratune.serving.jobs.models import Event, Job, Setting, TrainableModel, TrainingFile
 from veratune.serving.jobs.repository import JobRepository
 from veratune.serving.jobs.worker import Publish, Worker
@@ -52,6 +53,7 @@ class Jobs:
             StoreError: The folder cannot be opened.
         """
         self.repository = JobRepository(Path(folder))
+        self.batches = BatchRepository(Path(folder))
         self.worker = Worker(self.repository, models, publish, command)
         self.models, self.check_settings = dict(models), check_settings
         self.max_jobs_per_tenant = max_jobs_per_tenant
@@ -64,6 +66,7 @@ class Jobs:
     def close(self) -> None:
         """Stop. A running job is resumed at the next start."""
         self.worker.close()
+        self.batches.close()
         self.repository.close()
 
     def problem(self) -> str | None:
@@ -83,11 +86,15 @@ class Jobs:
             DataError: Names the first line that is no JSON object.
             QueueFullError: The tenant has too many files.
         """
-        _check_lines(data)
+        check_lines(data)
         if len(self.repository.files(tenant)) >= self.max_files_per_tenant:
             raise QueueFullError(
                 f"this tenant has {self.max_files_per_tenant} files already; delete some"
             )
+        return self.add_output_file(tenant, name, purpose, data)
+
+    def add_output_file(self, tenant: str, name: str, purpose: str, data: bytes) -> TrainingFile:
+        """Store a file that the server made, as `add_file` but whatever it holds."""
         identity = f"file-{secrets.token_hex(12)}"
         file = TrainingFile(identity, tenant, name[:200], purpose, len(data), time.time())
         self.repository.add_file(file, data)
@@ -232,7 +239,7 @@ class Jobs:
                 )
 
 
-def _check_lines(data: bytes) -> None:
+def check_lines(data: bytes) -> None:
     """Raise DataError for data that is not one JSON object a line."""
     rows = 0
     for number, line in enumerate(data.split(b"\n"), 1):

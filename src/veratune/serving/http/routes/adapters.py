@@ -17,7 +17,7 @@ from veratune.serving.http.dependencies import (
     page,
 )
 from veratune.serving.http.errors import ApiError
-from veratune.serving.http.schemas import LoadAdapterBody, RollBackBody
+from veratune.serving.http.schemas.adapters import LoadAdapterBody, RollBackBody
 from veratune.serving.service import Service
 from veratune.serving.store.base import Version
 

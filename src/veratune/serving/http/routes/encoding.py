@@ -1,8 +1,6 @@
 """Embeddings in the OpenAI API's shape, and classes in vLLM's, from an encoder."""
 
-import asyncio
 import base64
-from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,16 +8,12 @@ from fastapi import APIRouter
 from openai.types import CreateEmbeddingResponse, Embedding
 from openai.types.create_embedding_response import Usage
 
-from veratune.serving.engine.encoder import Encoder, EncodeRequest, Want
-from veratune.serving.http.dependencies import CallerDep, Context, ContextDep
+from veratune.serving.http.dependencies import CallerDep, ContextDep
+from veratune.serving.http.encoding import Encoded, check_count, encode, encode_and_run
 from veratune.serving.http.errors import ApiError
-from veratune.serving.http.generation import submit_and_wait
-from veratune.serving.http.schemas import ClassifyBody, EmbeddingBody
-from veratune.serving.keys import Caller
+from veratune.serving.http.schemas.encoding import ClassifyBody, EmbeddingBody
 
 router = APIRouter()
-MAX_INPUTS = 2048  # of one call, as OpenAI has it
-Encoded = Mapping[str, Sequence[int]]
 
 
 @router.post("/v1/embeddings")
@@ -28,7 +22,7 @@ async def embeddings(
 ) -> dict[str, object]:
     """A vector of length 1 for each input, computed with the model's own adapter."""
     encoder = context.service.require_encoder()
-    context.note_ignored(body)
+    context.check_extra_fields(body)
     width, vocabulary = encoder.model.config.hidden_size, encoder.model.config.vocab_size
     if body.dimensions is not None and body.dimensions != width:
         raise ApiError(
@@ -37,15 +31,17 @@ async def embeddings(
             param="dimensions",
         )
     encoded: list[Encoded] = []
-    _check_count(len(body.inputs))
+    check_count(len(body.inputs))
     for entry in body.inputs:
         if isinstance(entry, str):
-            encoded += await _encode(context, encoder, [(entry,)])
+            encoded += await encode(context, encoder, [(entry,)])
         elif any(not 0 <= token < vocabulary for token in entry):
             raise ApiError(400, f"input: tokens are numbers from 0 to {vocabulary - 1}")
         else:
             encoded.append({"input_ids": entry, "attention_mask": [1] * len(entry)})
-    vectors, requests = await _run(context, encoder, caller, body.model, encoded, "embedding")
+    vectors, requests = await encode_and_run(
+        context, encoder, caller, body.model, encoded, "embedding"
+    )
     tokens = sum(request.size for request in requests)
     data = [
         Embedding.model_construct(
@@ -69,9 +65,9 @@ async def classify(body: ClassifyBody, caller: CallerDep, context: ContextDep) -
     An adapter that was trained on numbers gives its number instead.
     """
     encoder = context.service.require_encoder()
-    context.note_ignored(body)
+    context.check_extra_fields(body)
     texts, pairs = body.texts, body.pairs
-    _check_count(len(texts))
+    check_count(len(texts))
     if body.pair is not None and len(pairs) != len(texts):
         raise ApiError(
             400,
@@ -79,8 +75,8 @@ async def classify(body: ClassifyBody, caller: CallerDep, context: ContextDep) -
             param="pair",
         )
     inputs = [(text, *pairs[i : i + 1]) for i, text in enumerate(texts)]
-    encoded = await _encode(context, encoder, inputs)
-    logits, requests = await _run(context, encoder, caller, body.model, encoded, "logits")
+    encoded = await encode(context, encoder, inputs)
+    logits, requests = await encode_and_run(context, encoder, caller, body.model, encoded, "logits")
     lease = requests[0].lease
     labels = [str(label) for label in lease.task.get("labels", [])] if lease is not None else []
     tokens = sum(request.size for request in requests)
@@ -110,51 +106,3 @@ def _shown(vector: list[float], encoding: str) -> list[float] | str:
     if encoding == "float":
         return vector
     return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()
-
-
-def _check_count(inputs: int) -> None:
-    if not 1 <= inputs <= MAX_INPUTS:
-        raise ApiError(400, f"input: {inputs} texts; 1 to {MAX_INPUTS} are wanted", param="input")
-
-
-async def _encode(
-    context: Context, encoder: Encoder, inputs: Sequence[tuple[str, ...]]
-) -> list[Encoded]:
-    """Token ids of texts or pairs, by the tokenizer in a thread."""
-    longest = max(map(len, encoder.tokenizer.get_vocab()), default=1)
-    for texts in inputs:
-        if sum(map(len, texts)) > encoder.max_model_len * longest:
-            raise ApiError(
-                400,
-                f"input: {sum(map(len, texts))} characters cannot fit into the "
-                f"{encoder.max_model_len} tokens of this model; shorten it",
-                code="context_length_exceeded",
-                param="input",
-            )
-    return await context.pools.tokenize.run(lambda: [encoder.encode(*texts) for texts in inputs])
-
-
-async def _run(
-    context: Context,
-    encoder: Encoder,
-    caller: Caller,
-    model: str,
-    encoded: Sequence[Encoded],
-    want: Want,
-) -> tuple[list[list[float]], list[EncodeRequest]]:
-    """The numbers of every input, and the requests. The first request that fails fails the call."""
-    fields = await context.pools.read.run(context.service.request_fields, caller, model, encoder)
-    requests = [EncodeRequest(**fields, encoded=entry, want=want) for entry in encoded]
-    for request in requests:
-        encoder.check(request)
-    context.limiter.count_tokens(caller.tenant, sum(request.size for request in requests))
-    outputs: list[list[float]] = []
-    # A long list takes its turns with other tenants' requests, a batch at a time.
-    size = encoder.config.max_num_seqs
-    for start in range(0, len(requests), size):
-        batch = [submit_and_wait(encoder, request) for request in requests[start : start + size]]
-        for output in await asyncio.gather(*batch, return_exceptions=True):
-            if isinstance(output, BaseException):
-                raise output
-            outputs.append(output)
-    return outputs, requests

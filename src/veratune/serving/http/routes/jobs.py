@@ -5,7 +5,7 @@ from starlette.datastructures import UploadFile
 
 from veratune.serving.http.dependencies import ContextDep, JobsDep, Limit, TenantDep, page
 from veratune.serving.http.errors import ApiError
-from veratune.serving.http.schemas import JobBody
+from veratune.serving.http.schemas.adapters import JobBody
 from veratune.serving.jobs.models import Job, TrainingFile
 from veratune.serving.store.base import check_name
 
