@@ -22,6 +22,7 @@ from veratune.serving.http.structured import Constraint, tool_constraint
 from veratune.serving.http.tool_reader import ToolReader
 from veratune.serving.http.tools import family_of, make_parser
 
+MAX_CALLS = 8  # of a constrained completion; small models would call for ever
 _DEFAULT_TOKENS = 256  # of a chat completion without max_tokens
 
 
@@ -70,7 +71,9 @@ async def prepare_chat(context: Context, settings: ChatSettings) -> PreparedChat
             param=constraint.param,
         )
     if callable_ and (required or constraint is not None):
-        constraint = tool_constraint(family, callable_, settings.parallel_tool_calls, constraint)
+        named = isinstance(settings.tool_choice, NamedToolChoice)
+        most = MAX_CALLS if settings.parallel_tool_calls and not named else 1
+        constraint = tool_constraint(family, callable_, most, constraint)
     schemas = sum(len(tool.model_dump_json()) for tool in shown)
     encoder.check_size(sum(m.characters for m in settings.messages) + schemas, "messages")
     grammar = await grammar_for(context, constraint)

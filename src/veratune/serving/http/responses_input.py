@@ -53,7 +53,7 @@ def tools_of(body: ResponsesBody) -> tuple[list[Tool], ToolChoice]:
     ]
     choice = body.tool_choice
     if isinstance(choice, NamedTool):
-        return tools, _named(choice)
+        return tools, NamedToolChoice.model_validate(_named(choice))
     if isinstance(choice, AllowedTools):
         allowed = {"mode": choice.mode, "tools": [_named(tool) for tool in choice.tools]}
         return tools, AllowedToolChoice.model_validate(
@@ -72,8 +72,8 @@ def format_of(body: ResponsesBody) -> Constraint | None:
     return of_format(output, "text")
 
 
-def _named(tool: NamedTool) -> NamedToolChoice:
-    return NamedToolChoice.model_validate({"type": "function", "function": {"name": tool.name}})
+def _named(tool: NamedTool) -> dict[str, object]:
+    return {"type": "function", "function": {"name": tool.name}}
 
 
 def _text(content: str | list[Part]) -> str:

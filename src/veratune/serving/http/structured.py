@@ -102,14 +102,14 @@ def compile_constraint(compiler: GrammarCompiler, constraint: Constraint) -> Gra
 
 
 def tool_constraint(
-    family: Family, tools: Sequence[Tool], parallel: bool, other: Constraint | None = None
+    family: Family, tools: Sequence[Tool], most: int, other: Constraint | None = None
 ) -> Constraint:
     """Completions that are calls of tools, with arguments that match the tools' schemas.
 
     Args:
         family: How the model writes calls.
         tools: The tools that may be called.
-        parallel: Whether more than one call may be made.
+        most: The most calls.
         other: What a completion without calls must match; None where a call is required.
 
     Raises:
@@ -117,7 +117,8 @@ def tool_constraint(
     """
     style = CALL_FORMATS[family]
     names = " | ".join(f"call_{i}" for i in range(len(tools)))
-    calls = f"call ({json.dumps(style.separator)} call)*" if parallel else "call"
+    more = f" ({json.dumps(style.separator)} call){{0,{most - 1}}}" if most > 1 else ""
+    calls = "call" + more
     start = f"{_literal(style.opening)} {calls} {_literal(style.closing)}".strip()
     rules = [f"calls: {start}", f"call: {names}"]
     for i, tool in enumerate(tools):
