@@ -1,6 +1,7 @@
 """BatchRunner: runs batches beside other requests, one batch of each tenant at a time."""
 
 import asyncio
+import dataclasses
 import json
 import logging
 import secrets
@@ -100,13 +101,17 @@ class BatchRunner:
             await self._update(batch, "failed", errors=errors)
             return
         batch = await self._update(batch, "in_progress", total=len(lines))
-        done = {row["custom_id"] for row in await self._store(self.jobs.batches.results, batch)}
+        rows = await self._store(self.jobs.batches.results, batch)
+        done = {row["custom_id"] for row in rows}
+        good = sum(row["response"]["status_code"] == 200 for row in rows)
+        batch = dataclasses.replace(batch, completed=good, failed=len(rows) - good)
         await self._run_lines(batch, [line for line in lines if line.custom_id not in done])
         await self._finish(batch)
 
     async def _run_lines(self, batch: Batch, lines: list[BatchLine]) -> None:
         """Run requests a few at a time, until the batch is cancelled or expires."""
         waiting = iter(lines)
+        counts = {"completed": batch.completed, "failed": batch.failed}
 
         async def work() -> None:
             for line in waiting:
@@ -115,12 +120,18 @@ class BatchRunner:
                     return
                 result = await self._run_line(batch, line)
                 await self._store(self.jobs.batches.append_result, batch, result)
+                good = result["response"]["status_code"] == 200
+                counts["completed" if good else "failed"] += 1
+                await self._store(self.jobs.batches.update, batch, **counts)
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(CONCURRENCY):
-                group.create_task(work())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(CONCURRENCY):
+                    group.create_task(work())
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
 
-    async def _run_line(self, batch: Batch, line: BatchLine) -> dict[str, object]:
+    async def _run_line(self, batch: Batch, line: BatchLine) -> dict[str, Any]:
         """The result of one request; 429 and 503 are tried again until the batch expires."""
         while True:
             status, body, wait = await self._call(batch, line)

@@ -21,6 +21,7 @@ from veratune.serving.http.schemas.chat import (
 from veratune.serving.http.structured import Constraint, tool_constraint
 from veratune.serving.http.tool_reader import ToolReader
 from veratune.serving.http.tools import family_of, make_parser
+from veratune.serving.keys import Caller
 
 MAX_CALLS = 8  # of a constrained completion; small models would call for ever
 _DEFAULT_TOKENS = 256  # of a chat completion without max_tokens
@@ -49,11 +50,12 @@ class PreparedChat:
     tools: ToolReader | None
 
 
-async def prepare_chat(context: Context, settings: ChatSettings) -> PreparedChat:
+async def prepare_chat(context: Context, caller: Caller, settings: ChatSettings) -> PreparedChat:
     """Tokenize a conversation and compile its grammar.
 
     Args:
         context: The application's context.
+        caller: Who calls.
         settings: What the client asks.
 
     Raises:
@@ -76,7 +78,7 @@ async def prepare_chat(context: Context, settings: ChatSettings) -> PreparedChat
         constraint = tool_constraint(family, callable_, most, constraint)
     schemas = sum(len(tool.model_dump_json()) for tool in shown)
     encoder.check_size(sum(m.characters for m in settings.messages) + schemas, "messages")
-    grammar = await grammar_for(context, constraint)
+    grammar = await grammar_for(context, caller, constraint)
     prompt = await context.pools.tokenize.run(
         encoder.encode_chat, settings.messages, shown, settings.template_kwargs
     )

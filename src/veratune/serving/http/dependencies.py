@@ -1,7 +1,9 @@
 """Dependencies of routes: the caller, the service, the jobs, the application context."""
 
+import asyncio
 import dataclasses
 import logging
+import weakref
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -38,12 +40,19 @@ class Context:
     feedback: Feedback | None = None
     ignored_fields: set[str] = dataclasses.field(default_factory=set)
     _encoder: PromptEncoder | None = None
+    _grammar_locks: weakref.WeakValueDictionary[str, asyncio.Lock] = dataclasses.field(
+        default_factory=weakref.WeakValueDictionary
+    )
 
     def prompt_encoder(self) -> PromptEncoder:
         """The encoder of prompts for the causal model. Raises UnsupportedError without one."""
         if self._encoder is None:
             self._encoder = PromptEncoder(self.service.require_engine())
         return self._encoder
+
+    def grammar_lock(self, tenant: str) -> asyncio.Lock:
+        """Held while a grammar of a tenant is compiled, so that others need not wait for many."""
+        return self._grammar_locks.setdefault(tenant, asyncio.Lock())
 
     def check_extra_fields(self, body: ApiBody) -> None:
         """Refuse unsupported fields of a body, and log unknown ones, one line for each name."""

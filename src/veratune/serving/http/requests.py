@@ -47,12 +47,15 @@ def sampling_of(
     )
 
 
-async def grammar_for(context: Context, constraint: Constraint | None) -> Grammar | None:
-    """Compile a constraint in a thread of its own kind. Raises ApiError."""
+async def grammar_for(
+    context: Context, caller: Caller, constraint: Constraint | None
+) -> Grammar | None:
+    """Compile a constraint in a thread, one of each tenant at a time. Raises ApiError."""
     if constraint is None:
         return None
     compiler = context.service.require_engine().grammars
-    return await context.pools.grammar.run(compile_constraint, compiler, constraint)
+    async with context.grammar_lock(caller.tenant):
+        return await context.pools.grammar.run(compile_constraint, compiler, constraint)
 
 
 async def make_requests(

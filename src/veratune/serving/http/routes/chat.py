@@ -36,7 +36,7 @@ async def run_chat(body: ChatBody, client: Client, caller: Caller, context: Cont
         body.max_completion_tokens or body.max_tokens,
         body.chat_template_kwargs,
     )
-    prepared = await prepare_chat(context, settings)
+    prepared = await prepare_chat(context, caller, settings)
     params = sampling_of(body, prepared.max_tokens, body.top_logprobs if body.logprobs else None)
     requests = await make_requests(
         context, caller, body, [prepared.prompt], params, grammar=prepared.grammar
@@ -71,7 +71,7 @@ async def run_completion(
             prompts.append(prompt)
             text = await context.pools.tokenize.run(encoder.decode, prompt) if body.echo else ""
         echoes += [text] * body.n
-    grammar = await grammar_for(context, constraint_of(body))
+    grammar = await grammar_for(context, caller, constraint_of(body))
     params = sampling_of(body, body.max_tokens, body.logprobs, body.logprobs if body.echo else None)
     requests = await make_requests(
         context, caller, body, prompts, params, grammar=grammar, continues_text=True

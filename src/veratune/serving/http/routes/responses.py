@@ -42,7 +42,7 @@ async def run_response(
         format_of(body),
         body.max_output_tokens,
     )
-    prepared = await prepare_chat(context, settings)
+    prepared = await prepare_chat(context, caller, settings)
     logprobs = body.top_logprobs if _LOGPROBS in body.include else None
     params = sampling_of(body, prepared.max_tokens, logprobs)
     requests = await make_requests(
