@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+collect_ignore_glob = ["scripts/*"]  # they run in the clients' environments
 ROOT = Path(__file__).parents[2]
 CLIENTS = Path(os.environ.get("VERATUNE_CLIENTS", ROOT / "out" / "clients"))
 MODEL = Path(os.environ.get("VERATUNE_CLIENTS_MODEL", ROOT / "out" / "demo" / "smollm2"))
