@@ -10,6 +10,7 @@ import pytest
 
 from tests.serving.http.fakes import FILES, RunningServer
 from tests.serving.jobs.fakes import CHAT
+from veratune.errors import JobNotFoundError
 from veratune.serving.http.batch_lines import parse_lines
 from veratune.serving.jobs.batches import BatchRepository
 
@@ -118,6 +119,10 @@ def test_a_restart_goes_on_after_the_last_result(tmp_path):
     ended = store.update(batch, "cancelled")
     assert store.update(ended, "completed") == ended
     assert dataclasses.asdict(store.get("ann", batch.id))["total"] == 3
+    store.delete_tenant("ann")
+    assert (store.list_batches("ann"), list((tmp_path / "batches").iterdir())) == ([], [])
+    with pytest.raises(JobNotFoundError):
+        store.append_result(batch, {})
     store.close()
 
 

@@ -40,6 +40,7 @@ def evil_file(pattern):
         shapes=renamed(own.shapes),
         d=renamed(own.d),
         b=renamed(own.b),
+        layer_ranks=None if own.layer_ranks is None else renamed(own.layer_ranks),
         weight_fingerprint=None,
     )
     return native.encode(changed)

@@ -84,6 +84,8 @@ class BatchRunner:
             await self._run(batch)
         except (StoreError, OSError):
             raise
+        except JobNotFoundError:  # the batch was deleted with its tenant
+            await self._store(self.jobs.batches.drop_results, batch)
         except Exception as error:
             log.error("batch %s failed", batch.id, exc_info=error)
             reason = "internal error; the server's log has the cause"

@@ -138,9 +138,14 @@ class BatchRepository:
 
         Returns:
             The stored batch.
+
+        Raises:
+            JobNotFoundError: It was deleted.
         """
         with self._db.write() as db:
             row = db.execute("SELECT record FROM batches WHERE id = ?", (batch.id,)).fetchone()
+            if row is None:
+                raise JobNotFoundError(f"no batch {batch.id!r}")
             stored = _batch(row[0])
             if stored.status not in UNFINISHED:
                 return stored
@@ -154,7 +159,8 @@ class BatchRepository:
         return stored
 
     def append_result(self, batch: Batch, result: Mapping[str, Any]) -> None:
-        """Keep the result of one request."""
+        """Keep the result of one request. Raises JobNotFoundError for a deleted batch."""
+        self.get(batch.tenant, batch.id)
         with self._results(batch).open("a") as file:
             file.write(json.dumps(result) + "\n")
 
@@ -173,6 +179,14 @@ class BatchRepository:
     def drop_results(self, batch: Batch) -> None:
         """Delete the results of a batch that has ended; its files have them."""
         self._results(batch).unlink(missing_ok=True)
+
+    def delete_tenant(self, tenant: str) -> None:
+        """Delete a tenant's batches and their results."""
+        rows = self._db.query("SELECT record FROM batches WHERE tenant = ?", (tenant,))
+        self._db.execute("DELETE FROM batches WHERE tenant = ?", (tenant,))
+        for row in rows:
+            self.drop_results(_batch(row[0]))
+        self._db.scrub()
 
     def _results(self, batch: Batch) -> Path:
         return self.folder / f"{batch.id}.jsonl"

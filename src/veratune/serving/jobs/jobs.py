@@ -199,7 +199,7 @@ class Jobs:
         return self.repository.job(tenant, job)
 
     def delete_tenant(self, tenant: str, seconds: float = 30.0) -> tuple[int, int]:
-        """Delete a tenant's jobs and files; unfinished jobs are cancelled.
+        """Delete a tenant's jobs, batches and files; unfinished jobs are cancelled.
 
         Args:
             tenant: Whose.
@@ -223,6 +223,7 @@ class Jobs:
             if time.monotonic() > end:
                 raise InUseError("a job of this tenant is still ending; try again")
             time.sleep(0.05)
+        self.batches.delete_tenant(tenant)
         return self.repository.delete_tenant(tenant)
 
     def _check_columns(self, data: bytes, model: str) -> None:

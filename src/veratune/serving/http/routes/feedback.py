@@ -9,7 +9,7 @@ from veratune.errors import UnsupportedError
 from veratune.serving.feedback.feedback import MAX_CHARACTERS, MAX_MESSAGES, Feedback
 from veratune.serving.feedback.models import Example, FeedbackRun
 from veratune.serving.http.dependencies import CallerDep, ContextDep, Limit, TenantDep, page
-from veratune.serving.http.schemas import StrictBody
+from veratune.serving.http.schemas.base import StrictBody
 
 router = APIRouter()
 
