@@ -86,6 +86,7 @@ def run(name: str, method: str, seed: int, options: argparse.Namespace) -> dict[
         **describe_machine(),
         **changes,
         **result,
+        "method": method,
     }
 
 

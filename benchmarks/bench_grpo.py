@@ -98,6 +98,7 @@ def run(method: str, seed: int, options: argparse.Namespace) -> dict[str, object
         **describe_machine(),
         **changes,
         **result,
+        "method": method,
     }
 
 

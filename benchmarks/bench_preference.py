@@ -89,6 +89,7 @@ def run(method: str, seed: int, loss: str, options: argparse.Namespace) -> dict[
         **describe_machine(),
         **changes,
         **result,
+        "method": method,
     }
 
 
