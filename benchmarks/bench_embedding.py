@@ -77,7 +77,6 @@ def run(name: str, method: str, seed: int, options: argparse.Namespace) -> dict[
     result.pop("path")
     return {
         "data": name,
-        "method": method,
         "seed": seed,
         "train_rows": options.train,
         "held_out_rows": options.held_out,

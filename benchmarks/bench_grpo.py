@@ -89,7 +89,6 @@ def run(method: str, seed: int, options: argparse.Namespace) -> dict[str, object
     state = folder / "checkpoints" / f"checkpoint-{options.steps}" / "trainer_state.json"
     log = json.loads(state.read_text())["log_history"]
     return {
-        "method": method,
         "seed": seed,
         "curve": [[e["step"], round(e["reward"], 4)] for e in log if "reward" in e],
         "held_out_curve": [[e["step"], e["eval_reward"]] for e in log if "eval_reward" in e],

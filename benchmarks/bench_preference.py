@@ -23,6 +23,7 @@ COMMON = {
     "batch_size": 4,
     "epochs": 1,
     "max_length": 96,
+    "system": "Answer.",
     "device": "cpu",
     "preview": 0,
     "keep": "last",
@@ -58,6 +59,29 @@ def make_pairs(source: str, work: Path, train: int, held_out: int) -> None:
         (data / f"{name}.jsonl").write_text(text)
 
 
+def scores(method: str, seed: int, path: str, options: argparse.Namespace) -> dict[str, object]:
+    """Held-out win rates of the base model and of what was trained."""
+    from veratune.config import VeraConfig
+    from veratune.tasks.registry import task_class
+    from veratune.training.methods import build_method
+
+    changes, adapter = METHODS[method]
+    task = task_class("preference")(max_length=COMMON["max_length"], system=COMMON["system"])
+    tokenizer = task.load_processor(options.model)
+    model = task.load_model(options.model, tokenizer, dtype="float32").eval()
+    held_out = task.load_examples(str(Path(options.work) / "data" / "validation.jsonl"))
+    encoded = task.encode(held_out, tokenizer)
+    before = task.score(model, encoded, tokenizer, 1)
+    own = build_method(
+        changes.get("method", "vera"),
+        VeraConfig(**(adapter | {"seed": seed})),
+        changes.get("options", {}),
+    )
+    own.prepare(model, (), task.to_metadata())
+    own.read(model, Path(path).parent)
+    return {"before": before, "after": task.score(model.eval(), encoded, tokenizer, 1)}
+
+
 def run(method: str, seed: int, loss: str, options: argparse.Namespace) -> dict[str, object]:
     """Train once, or read a finished run."""
     from veratune.analysis.machine import describe_machine
@@ -69,17 +93,16 @@ def run(method: str, seed: int, loss: str, options: argparse.Namespace) -> dict[
     changes, adapter = METHODS[method]
     folder = Path(options.work) / f"{method.replace(' ', '_')}-{loss}-{seed}"
     settings = TrainSettings(
-        model=options.model, data=str(Path(options.work) / "data"), out=str(folder), seed=seed, basis_seed=seed,
+        model=options.model, data=str(Path(options.work) / "data" / "train.jsonl"), out=str(folder), seed=seed, basis_seed=seed,
         resume=(folder / RUN).is_file(), save_steps=20, loss=loss, **COMMON, **changes,
     )  # fmt: skip
     start = resource.getrusage(resource.RUSAGE_SELF)
     if not (folder / RESULTS).is_file():
         train(settings, VeraConfig(**adapter))
     result = json.loads((folder / RESULTS).read_text())
-    result.pop("path")
+    result |= scores(method, seed, result.pop("path"), options)
     end = resource.getrusage(resource.RUSAGE_SELF)
     return {
-        "method": method,
         "loss_name": loss,
         "seed": seed,
         "train_pairs": options.train,
@@ -136,8 +159,8 @@ def main() -> None:
     flags.add_argument("--data", required=True, help="Alpaca's parquet file")
     flags.add_argument("--work", default="out/preference", help="folder for the runs")
     flags.add_argument("--seeds", type=int, default=3)
-    flags.add_argument("--train", type=int, default=200)
-    flags.add_argument("--held-out", type=int, default=100)
+    flags.add_argument("--train", type=int, default=32)
+    flags.add_argument("--held-out", type=int, default=24)
     flags.add_argument("--memory", choices=["sft", "dpo"], help="measure that alone, and print it")
     options = flags.parse_args()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
