@@ -73,7 +73,10 @@ def results() -> str:
     """Quality and serving, one line each, with the page that has the whole table."""
     rows = [
         ("[GLUE MRPC](docs/mrpc.md), MiniLM, three seeds", _mrpc()),
-        ("[Five GLUE tasks](docs/language.md) on few rows, MiniLM, mean score", _glue()),
+        (
+            "[1,500 rows of STS-B](docs/quality.md), MiniLM, three rates each, three seeds",
+            _quality(),
+        ),
         ("[A DDPM of digits adapted to clothes](docs/vision.md), epsilon MSE", _ddpm()),
         ("[Serving](docs/benchmarks.md#serving) SmolLM2-135M on two cores", _serving()),
     ]
@@ -93,19 +96,26 @@ def _mrpc() -> str:
     return "accuracy: " + ", ".join(texts)
 
 
-def _glue() -> str:
-    page = (ROOT / "docs" / "language.md").read_text()
-    start = page.index("## table2")
-    measured = page[start : page.index("Printed in the paper for", start)]
-    found = re.findall(r"^\| ([^|]+) \| ([\d,]+) \|.*\| ([\d.]+) \|$", measured, re.M)
-    means = {name: f"{mean} ({values} values)" for name, values, mean in found}
+def _quality() -> str:
+    """Mean ± deviation over seeds on the small STS-B cell, of methods that had all their trials."""
+    from veratune_lab.paper.experiment import spread
+    from veratune_lab.quality.experiment import Quality
+    from veratune_lab.quality.report import final_score, finished
+
+    cells = finished(Quality(), read("reproduce/quality"))
     names = {
-        "full fine-tuning": "Full",
-        "LoRA r=8": "LoRA",
-        "VeRA": "VeRA",
-        "VeRA, only d, all linear layers": "VeRA, only d, all linear",
+        "head alone": "head alone",
+        "VeRA, `--recipe small`": "principal d, r=64",
+        "VeRA q,v r=192": "VeRA q,v, r=192",
+        "LoRA r=8 q,v": "LoRA r=8, q,v",
+        "LoRA r=1 on all linear layers": "LoRA r=1, all-linear",
     }
-    return ", ".join(f"{shown} {means[name]}" for shown, name in names.items())
+    texts = []
+    for shown, name in names.items():
+        lines = cells["stsb-1500", name]
+        size = f"{lines[0]['trained']:,} values, {lines[0]['bytes'] / 1000:.0f} kB"
+        texts.append(f"{shown} {spread(lines, final_score)} ({size})")
+    return "Pearson: " + ", ".join(texts)
 
 
 def _ddpm() -> str:

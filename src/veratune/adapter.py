@@ -203,7 +203,8 @@ def extract(model: nn.Module, name: str | None = None) -> Adapter:
     """Return an adapter of a model as data; the tensors are copies on the CPU.
 
     Args:
-        model: A model with adapters, or a wrapper of one. Under FSDP every rank must call.
+        model: A model with adapters, or a wrapper of one. Under FSDP2 or ZeRO-3 every
+            rank must call.
         name: The adapter; default: the active one, or the only one. A merged adapter is extracted
             as its vectors, never as W + ΔW.
 
@@ -460,7 +461,7 @@ def _head_state(adapter: Adapter, path: str) -> dict[str, Tensor]:
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    return full_tensor(tensor.detach()).to("cpu", copy=True).contiguous()
+    return full_tensor(tensor).detach().to("cpu", copy=True).contiguous()
 
 
 def _kind(kernel: tuple[int, ...]) -> str:

@@ -31,7 +31,7 @@ def weight_fingerprint(model: nn.Module, sites: list[Site]) -> Tensor | None:
     base = base_module(model, site.module)
     unmerged = _unmerged(model.get_submodule(site.module), site.part.parameter)
     weight = unmerged if unmerged is not None else dense_weight(base, site.part.parameter)
-    if weight is None or weight.device.type == "meta":
+    if weight is None or weight.device.type == "meta" or weight.numel() == 0:
         return None
     flat = weight_matrix(base, weight).reshape(-1)
     index = torch.linspace(0, flat.numel() - 1, FINGERPRINT_VALUES, dtype=torch.float64).long()
@@ -47,8 +47,8 @@ def base_fingerprint(model: nn.Module, heads: list[str]) -> Tensor | None:
     for a weight that cannot be read (quantized) and equals anything.
 
     Args:
-        model: The model, with or without adapters; merged ones are not seen. Under FSDP every rank
-            must call.
+        model: The model, with or without adapters; merged ones are not seen. Under FSDP2 or
+            ZeRO-3 every rank must call.
         heads: Paths of modules that are trained in full and do not count.
 
     Returns:
@@ -98,8 +98,20 @@ def _sample(weights: int) -> tuple[int, list[int]]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor whole, gathered from all ranks where FSDP has sharded it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """Return a tensor whole, gathered from all ranks where FSDP2 or ZeRO-3 has sharded it."""
+    if hasattr(tensor, "full_tensor"):
+        return tensor.full_tensor()
+    if _is_partitioned(tensor):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor
+
+
+def _is_partitioned(tensor: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 holds a part of it on each rank, and an empty tensor in place."""
+    return tensor.numel() == 0 and getattr(tensor, "ds_numel", 0) > 0
 
 
 def _base_weights(model: nn.Module, heads: list[str]) -> list[Tensor]:
@@ -111,7 +123,7 @@ def _base_weights(model: nn.Module, heads: list[str]) -> list[Tensor]:
             continue
         wrapper = _wrapper(model, path)
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.dim() > 1:
+            if parameter is not None and len(getattr(parameter, "ds_shape", parameter.shape)) > 1:
                 unmerged = _unmerged(wrapper, name)
                 out.setdefault(id(parameter), parameter if unmerged is None else unmerged)
     return list(out.values())
@@ -130,8 +142,9 @@ def _unmerged(module: nn.Module | None, parameter: str) -> Tensor | None:
 
 def _windows(weight: Tensor, count: int) -> Tensor:
     """`count` windows of consecutive weights, (count, 64); NaN for a weight that is not dense."""
-    if hasattr(weight, "full_tensor"):  # sharded by FSDP2: gathered by all ranks
-        weight = full_tensor(weight)
+    whole = full_tensor(weight)  # sharded by FSDP2 or ZeRO-3: gathered by all ranks
+    if whole is not weight:
+        weight = whole
     elif not is_dense(weight):
         return torch.full((count, _WINDOW), torch.nan, device=weight.device)
     return _take(weight.reshape(-1), count)

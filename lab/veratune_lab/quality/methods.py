@@ -47,6 +47,13 @@ CONTESTANTS: dict[str, Contestant] = {
     "LoRA r=8, q,v": _peft("lora", (5e-4, 2e-3, 5e-3), QV, r=8, lora_alpha=8),
     "LoRA r=1, all-linear": _peft("lora", (5e-4, 2e-3, 5e-3), LINEAR, r=1, lora_alpha=1),
     "VeRA q,v, r=192": Contestant(rates=(1e-2, 3e-2, 1e-1), vera=VeraConfig(rank=192, targets=QV)),
+    "VeRA all-linear, r=192": Contestant(
+        rates=(5e-3, 1e-2, 2e-2), vera=VeraConfig(rank=192, targets=LINEAR)
+    ),
+    "principal d and b, r=192": Contestant(
+        rates=(5e-3, 1e-2, 2e-2),
+        vera=VeraConfig(rank=192, targets=LINEAR, basis="principal"),
+    ),
     "principal d, r=24": _d_alone(24, (1e-2, 2e-2, 4e-2), "principal"),
     "random d, r=24": _d_alone(24, (1e-2, 2e-2, 4e-2)),
     "BitFit": Contestant(rates=(1e-3, 3e-3, 1e-2), settings={"method": "bitfit"}),
