@@ -124,9 +124,22 @@ def page(experiment: Tuned, lines: Sequence[Line]) -> str:
     return "\n".join([
         "## Scores", "", scores_of_all, "", measured_on(lines), "",
         "## Differences from LoRA r=8 on query and value", "", _paired(cells, tasks, names), "",
+        "## Rates at the edge", "", _edges(cells), "",
         "## Constant predictions", "", _empty(cells, tasks), "",
         "## Not run yet", "", _missing(cells, lines), "",
     ])  # fmt: skip
+
+
+def _edges(cells: Mapping[tuple[str, str], list[Line]]) -> str:
+    """The cells whose chosen rate is the least or the largest of the three."""
+    out = []
+    for (task, name), found in cells.items():
+        rates, rate = CONTESTANTS[name].rates, found[0]["rate"]
+        if rate in (rates[0], rates[-1]):
+            kind = "least" if rate == rates[0] else "largest"
+            out.append(f"- {TASKS[task].title}: {name} was best at the {kind} rate, {rate:g}.")
+    said = "A method whose best rate is the least or the largest of its three may do better yet."
+    return "\n".join([said, "", *out]) if out else "No method was best at the edge of its rates."
 
 
 def _missing(cells: Mapping[tuple[str, str], list[Line]], lines: Sequence[Line]) -> str:
@@ -196,5 +209,5 @@ def draw(experiment: Tuned, lines: Sequence[Line], folder: Path) -> list[Path]:
         points[name] = [(cells[tasks[0], name][0]["bytes"], statistics.mean(scores), "")]
     if not points:
         return []
-    title = "mean of " + ", ".join(TASKS[task].title for task in tasks)
+    title = ("mean of " if len(tasks) > 1 else "") + ", ".join(TASKS[task].title for task in tasks)
     return [draw_against(points, folder / "bytes.png", "bytes of the file", "score", title)]
