@@ -20,6 +20,7 @@ check(text.length > 0, "streamText");
 const { object } = await generateObject({ model, schema, prompt, ...limit });
 check(schema.safeParse(object).success, "generateObject");
 const streamed = streamObject({ model, schema, prompt, ...limit });
+for await (const part of streamed.partialObjectStream) void part;
 check(schema.safeParse(await streamed.object).success, "streamObject");
 
 const tools = {
@@ -28,5 +29,6 @@ const tools = {
 const called = await generateText({ model, prompt, tools, toolChoice: "required", ...limit });
 check(schema.safeParse(called.toolCalls[0].input).success, "generateText with tools");
 const stream = streamText({ model, prompt, tools, toolChoice: "required", ...limit });
+await stream.consumeStream();
 check((await stream.toolCalls)[0].toolName === "set_light", "streamText with tools");
 console.log("ok");

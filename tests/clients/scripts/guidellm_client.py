@@ -26,5 +26,5 @@ for route in ("/v1/chat/completions", "/v1/completions"):
         (benchmark,) = json.loads(report.read_text())["benchmarks"]
         totals = benchmark["metrics"]["request_totals"]
         print(route, totals, flush=True)
-        assert (totals["successful"], totals["errored"]) == (6, 0)
+        assert totals["successful"] == totals["total"] >= 4  # it may stop before the sixth one
 print("ok")

@@ -25,7 +25,8 @@ SCHEMA = {
     "required": ["room", "on"],
     "additionalProperties": False,
 }
-TOOL = {"type": "function", "function": {"name": "set_light", "parameters": SCHEMA}}
+FUNCTION = {"name": "set_light", "parameters": SCHEMA, "strict": True}
+TOOL = {"type": "function", "function": FUNCTION}
 
 
 def check_chat():
@@ -40,7 +41,7 @@ def check_chat():
 
 
 def check_tools():
-    options = {"model": MODEL, "tools": [TOOL], "max_tokens": 60}
+    options = {"model": MODEL, "tools": [TOOL], "max_tokens": 60, "parallel_tool_calls": False}
     for choice in ("required", {"type": "function", "function": {"name": "set_light"}}):
         reply = client.chat.completions.create(messages=TALK, tool_choice=choice, **options)
         message = reply.choices[0].message
@@ -71,7 +72,7 @@ def check_responses():
     assert isinstance(parsed.output_parsed, Command)
     tool = {"type": "function", "name": "set_light", "parameters": SCHEMA, "strict": True}
     with client.responses.stream(
-        input=TALK, tools=[tool], tool_choice="required", **options
+        input=TALK, tools=[tool], tool_choice="required", parallel_tool_calls=False, **options
     ) as stream:
         (call, *_) = stream.get_final_response().output
     jsonschema.validate(json.loads(call.arguments), SCHEMA)
