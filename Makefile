@@ -62,6 +62,7 @@ docs: install
 	$(BIN)/python docs/make_reproduced.py
 	$(BIN)/python docs/make_quality.py
 	$(BIN)/python docs/make_readme.py
+	$(BIN)/python docs/make_exits.py
 
 # The documentation, in out/site. A broken link, a missing anchor or a page outside the menu fails.
 site: install

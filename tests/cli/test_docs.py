@@ -54,6 +54,11 @@ def test_the_page_of_accuracy_per_byte_is_made_of_its_lines():
     assert (ROOT / "docs" / "quality.md").read_text() == make.page(), "run make docs"
 
 
+def test_the_figures_of_the_exits_are_those_that_were_measured():
+    make = load(ROOT / "docs" / "make_exits.py")
+    assert make.PAGE.read_text() == make.page(), "run make docs"
+
+
 def test_links_between_pages_lead_somewhere():
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
