@@ -13,7 +13,7 @@ class Command(BaseModel):
     on: bool
 
 
-plain = openai.OpenAI(base_url=sys.argv[1] + "/v1", api_key="none", timeout=300)
+plain = openai.OpenAI(base_url=sys.argv[1] + "/v1", api_key="none", timeout=900)
 for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA):
     client = instructor.from_openai(plain, mode=mode)
     found = client.chat.completions.create(

@@ -9,7 +9,7 @@ from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel
 
 OPTIONS = {"base_url": sys.argv[1] + "/v1", "api_key": "none"}
-model = ChatOpenAI(model="smollm2", max_tokens=80, timeout=300, **OPTIONS)
+model = ChatOpenAI(model="smollm2", max_tokens=80, timeout=900, **OPTIONS)
 question = HumanMessage("Turn on the light in the kitchen, please.")
 
 

@@ -5,7 +5,7 @@ import sys
 
 import litellm
 
-OPTIONS = {"api_base": sys.argv[1] + "/v1", "api_key": "none", "max_tokens": 60, "timeout": 300}
+OPTIONS = {"api_base": sys.argv[1] + "/v1", "api_key": "none", "max_tokens": 60, "timeout": 900}
 TALK = [{"role": "user", "content": "Turn on the light in the kitchen, please."}]
 SCHEMA = {
     "type": "object",

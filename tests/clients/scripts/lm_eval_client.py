@@ -52,13 +52,14 @@ with tempfile.TemporaryDirectory() as folder:
     keys = ("question", "choices", "label")
     data.write_text("".join(json.dumps(dict(zip(keys, r, strict=True))) + "\n" for r in ROWS))
     (Path(folder) / "small_choice.yaml").write_text(TASK.format(data=data))
-    for name, path in (("smollm2", base), ("tuned", merged)):
+    for name, path in (("tuned", merged), ("smollm2", base)):
         served = {
             "model": name,
             "base_url": url + "/v1/completions",
             "tokenizer": base,
             "tokenizer_backend": "huggingface",
             "max_retries": 1,
+            "timeout": 900,
         }
         through, accuracy = likelihoods(folder, "local-completions", served)
         direct, wanted = likelihoods(

@@ -3,7 +3,7 @@ import OpenAI from "openai";
 import { zodFunction, zodResponseFormat } from "openai/helpers/zod";
 import { z } from "zod";
 
-const client = new OpenAI({ baseURL: process.argv[2] + "/v1", apiKey: "none", timeout: 300_000 });
+const client = new OpenAI({ baseURL: process.argv[2] + "/v1", apiKey: "none", timeout: 900_000 });
 const messages = [{ role: "user", content: "Turn on the light in the kitchen, please." }];
 const Command = z.object({ room: z.enum(["kitchen", "hall"]), on: z.boolean() });
 const check = (good, what) => { if (!good) throw new Error(what); console.log(what); };

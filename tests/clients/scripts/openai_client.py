@@ -9,7 +9,7 @@ import jsonschema
 import openai
 from pydantic import BaseModel
 
-client = openai.OpenAI(base_url=sys.argv[1] + "/v1", api_key="none", max_retries=0, timeout=300)
+client = openai.OpenAI(base_url=sys.argv[1] + "/v1", api_key="none", max_retries=0, timeout=900)
 MODEL, TUNED = "smollm2", "tuned"
 TALK = [{"role": "user", "content": "Turn on the light in the kitchen, please."}]
 

@@ -10,7 +10,7 @@ from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 provider = OpenAIProvider(base_url=sys.argv[1] + "/v1", api_key="none")
-settings = {"max_tokens": 100, "timeout": 300}
+settings = {"max_tokens": 100, "timeout": 900}
 QUESTION = "Turn on the light in the kitchen, please."
 
 
