@@ -29,6 +29,7 @@ HERE = Path(__file__).parent
 LINES = HERE / "results" / "fleet.jsonl"
 PAGE = HERE.parent / "docs" / "fleet.md"
 TRAIN, EVAL = 32, 16
+STEPS = 16  # of one tenant: 4 epochs of 4 batches
 COMMON = {"batch_size": 8, "epochs": 4, "lr": 5e-2, "head_lr": 3e-2, "device": "cpu"}
 LORA = {"rank": 8, "alpha": 16, "lr": 5e-3}
 RANK, TARGETS = 256, ["query", "value"]
@@ -291,10 +292,15 @@ def results(work: Path) -> list[dict[str, Any]]:
         **describe_machine(), "threads": 1,
     }  # fmt: skip
     cpu = sum(cost["cpu_seconds"] for cost in costs)
-    lines = [{"way": "fleet", "tenants": len(trained), "cpu_seconds": cpu / len(trained)}]
-    lines[0] |= _scores(
-        trained, lambda r: r["after"]["accuracy"], lambda r: r["before"]["accuracy"]
-    )
+    active = _active_steps(work / "fleet" / "active-0.safetensors")
+    taken = sum(r["steps"] for r in trained) + sum(active)
+    fleet = {"way": "fleet", "tenants": len(trained) + len(active), "finished": len(trained)}
+    fleet |= {"tenant_steps": taken, "cpu_seconds": cpu / taken * STEPS}
+    if trained:
+        fleet |= _scores(
+            trained, lambda r: r["after"]["accuracy"], lambda r: r["before"]["accuracy"]
+        )
+    lines: list[dict[str, Any]] = [fleet]
     for method in ("command", "vera", "lora"):
         rows = [line for line in own if line["method"] == method]
         costs_each = [row["cpu_seconds"] for row in rows]
@@ -303,8 +309,9 @@ def results(work: Path) -> list[dict[str, Any]]:
         if method != "command":
             line |= _scores(rows, lambda r: r["after"], lambda r: r["before"])
             pairs = [scores[r["tenant"]] - r["after"] for r in rows if r["tenant"] in scores]
-            line["fleet_minus"] = statistics.mean(pairs)
-            line["standard_error"] = statistics.stdev(pairs) / len(pairs) ** 0.5
+            if len(pairs) > 1:
+                line["fleet_minus"] = statistics.mean(pairs)
+                line["standard_error"] = statistics.stdev(pairs) / len(pairs) ** 0.5
         if method == "lora":
             line["lora"] = LORA
         lines.append(line)
@@ -313,6 +320,16 @@ def results(work: Path) -> list[dict[str, Any]]:
         line["fleet_is_faster_by"] = line["cpu_seconds"] / lines[0]["cpu_seconds"]
     rounded = [{k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()} for r in lines]
     return [line | about for line in rounded]
+
+
+def _active_steps(path: Path) -> list[int]:
+    """The steps of tenants that were in training when the run was stopped."""
+    import safetensors
+
+    if not path.is_file():
+        return []
+    with safetensors.safe_open(path, "pt") as file:
+        return [run["step"] for run in json.loads(file.metadata()["runs"])]
 
 
 def _scores(rows: list[Any], after: Callable[[Any], float], before: Callable[[Any], float]) -> Any:
