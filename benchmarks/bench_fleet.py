@@ -305,7 +305,8 @@ def results(work: Path) -> list[dict[str, Any]]:
         rows = [line for line in own if line["method"] == method]
         costs_each = [row["cpu_seconds"] for row in rows]
         line = {"way": method, "tenants": len(rows), "cpu_seconds": statistics.mean(costs_each)}
-        line["spread"] = statistics.stdev(costs_each)
+        if len(rows) > 1:
+            line["spread"] = statistics.stdev(costs_each)
         if method != "command":
             line |= _scores(rows, lambda r: r["after"], lambda r: r["before"])
             pairs = [scores[r["tenant"]] - r["after"] for r in rows if r["tenant"] in scores]
@@ -376,11 +377,11 @@ def page(work: Path) -> None:
     others = [line for line in _notes(LINES) if line.get("way") not in NAMES]
     LINES.write_text("".join(json.dumps(line) + "\n" for line in (*lines, *others)))
     print(table(lines))
-    start, end = "<!-- bench_fleet -->\n", "\n<!-- end -->"
+    start, end = "<!-- bench_fleet -->\n", "<!-- end -->"
     text = PAGE.read_text()
     if start in text:
         head, rest = text.split(start)
-        PAGE.write_text(head + start + table(lines) + end + rest.split(end)[1])
+        PAGE.write_text(head + start + table(lines) + "\n\n" + end + rest.split(end)[1])
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ that `veratune serve` reads.
 
 import contextlib
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -140,14 +139,6 @@ def run_fleet(
     Raises:
         VeratuneError: For mistakes in settings, model, data or store.
     """
-    if fleet.workers > 1 and rank is None:
-        if "WORLD_SIZE" in os.environ:
-            raise ConfigError(
-                f"workers is {fleet.workers}, but torchrun has started workers; leave it out"
-            )
-        from veratune.fleet.cluster import train_on_ray
-
-        return train_on_ray(settings, vera, fleet, finished=finished)
     with contextlib.ExitStack() as stack:
 
         def adapters_of(address: str) -> StoreAdapters:

@@ -55,10 +55,6 @@ def train_fleet(
     world = int(os.environ.get("WORLD_SIZE", "1")) if world is None else world
     vera = dataclasses.replace(vera, seed=settings.basis_seed)
     check_settings(settings, fleet)
-    if fleet.workers > 1 and world == 1:
-        raise ConfigError(
-            f"workers is {fleet.workers}, but this call trains in one process; use veratune.Fleet"
-        )
     if sink is None and fleet.store is not None:
         raise ConfigError(
             f"store is {fleet.store!r}, but train_fleet got no sink; use veratune.Fleet"
@@ -68,23 +64,16 @@ def train_fleet(
             raise ConfigError(f"continue_from: {fleet.continue_from!r} is no folder of adapters")
         source = AdapterFolder(Path(fleet.continue_from))
     out = Path(settings.out)
-    if rank == 0 or settings.resume:
-        open_folder(out, settings, vera, fleet, world)
+    _open(out, settings, vera, fleet, rank)
     sink = sink or AdapterFolder(out / ADAPTERS)
     return Worker(settings, vera, fleet, sink, source, finished, rank, world).run()
 
 
-def open_folder(
-    out: Path, settings: TrainSettings, vera: VeraConfig, fleet: FleetSettings, world: int
+def _open(
+    out: Path, settings: TrainSettings, vera: VeraConfig, fleet: FleetSettings, rank: int
 ) -> None:
-    """Check a run's folder: empty for a new run, with the same settings for a resumed one.
-
-    Raises:
-        OutputError: The folder is not empty, or there is nothing to resume.
-        ConfigError: A setting differs.
-    """
+    """A new run wants an empty folder, a resumed one the settings it was started with."""
     now, path = run_settings(settings, vera) | dataclasses.asdict(fleet), out / SETTINGS
-    now["workers"] = world  # they decide which tenants a worker has
     if settings.resume:
         if not path.is_file():
             raise OutputError(f"{out}: there is no fleet to resume (no {SETTINGS})")
@@ -95,6 +84,6 @@ def open_folder(
                     f"{out}: the fleet was started with {key} = {before.get(key)!r}, "
                     f"not {now.get(key)!r}; resume it unchanged"
                 )
-    else:
+    elif rank == 0:
         refuse_used(out, "choose another, empty it, or go on with --resume true")
         write_atomic(path, yaml.safe_dump(now, sort_keys=False).encode())

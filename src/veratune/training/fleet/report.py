@@ -19,7 +19,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     lines = [
         json.loads(line)
         for path in sorted(folder.glob("results-*.jsonl"))
-        for line in path.read_text().rpartition("\n")[0].splitlines()  # whole lines alone
+        for line in path.read_text().splitlines()
     ]
     return sorted(lines, key=lambda line: line["tenant"])
 
