@@ -107,7 +107,7 @@ def plan(
         if on_preview is not None:
             for example in list(run.data.train.select(range(min(settings.preview, 1)))):
                 on_preview(run.task.preview(example, run.data.processor))
-        dataset = run.trainer.train_dataset
+        dataset: Any = run.trainer.train_dataset
         lengths = _lengths(dataset)
         run.trainer.train_dataset = Subset(dataset, _probe_rows(settings, len(dataset), lengths))
         run.trainer.add_callback(timer)

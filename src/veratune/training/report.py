@@ -135,6 +135,9 @@ def _curves(run: _RunFiles) -> str:
     if rates:
         right.plot(*zip(*rates, strict=True), marker="o", markersize=3, color="tab:orange")
     right.set(xlabel="step", ylabel="learning rate")
+    for axes in (left, right):
+        if not axes.lines:
+            axes.text(0.5, 0.5, "no step was logged", ha="center", transform=axes.transAxes)
     return f"<h2>Training</h2>{_image(figure)}"
 
 
