@@ -13,6 +13,7 @@ import logging
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import ray
 from fastapi import FastAPI
@@ -120,7 +121,7 @@ class Front:
             message = await receive()
             body, more = body + message.get("body", b""), message.get("more_body", False)
         handle = self.worker.options(stream=True, multiplexed_model_id=self._model_id(scope, body))
-        responses = handle.respond.remote({k: scope[k] for k in _SCOPE if k in scope}, body)
+        responses: Any = handle.respond.remote({k: scope[k] for k in _SCOPE if k in scope}, body)
         left = asyncio.ensure_future(_wait_for_disconnect(receive))
         left.add_done_callback(lambda done: None if done.cancelled() else responses.cancel())
         started = False
