@@ -107,8 +107,10 @@ async def make_requests(
             raise ApiError(
                 400,
                 f"{len(request.tokens)} prompt tokens and {request.sampling.max_tokens} of "
-                f"max_tokens are over the {engine.max_model_len} that this model takes here; "
-                "shorten the prompt or lower max_tokens",
+                # litellm knows the error by the words about the maximum context length.
+                f"max_tokens are over the {engine.max_model_len} that fit; this model's maximum "
+                f"context length is {engine.max_model_len} tokens: shorten the prompt or lower "
+                "max_tokens",
                 code="context_length_exceeded",
                 param="prompt" if isinstance(body, CompletionBody) else "messages",
             )
