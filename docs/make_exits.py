@@ -17,6 +17,29 @@ def read(measure: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["measure"] == measure]
 
 
+def llama() -> str:
+    """The demo's adapter in llama.cpp, beside veratune."""
+    lines = read("llama.cpp")
+    out = [
+        "| The demo's adapter | Exact match | Loss | Same best token | Largest logit difference |",
+        "|---|---|---|---|---|",
+    ]
+    for line in lines:
+        cells = [f"{line['exact_match']:.1%}", f"{line['loss']:.4f}", f"{line['same_tokens']:.1%}"]
+        difference = f"{line['logit_difference']:.1e}" if "logit_difference" in line else ""
+        out.append(f"| {line['way']} | {' | '.join([*cells, difference])} |")
+    first, last = lines[0], lines[-1]
+    return "\n".join(
+        [
+            *out,
+            "",
+            f"32 held-out prompts; llama-cpp-python {last['llama_cpp_python']}; logits up to "
+            f"{last['largest_logit']:.0f}, float32 KV cache. {first['machine']}, torch {first['torch']}, "
+            f"beside {first['beside']}.",
+        ]
+    )
+
+
 def storage() -> str:
     """What storage costs in score."""
     lines = read("storage")
@@ -38,7 +61,7 @@ def storage() -> str:
     return "\n".join(out)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"storage": storage}
+BLOCKS: dict[str, Callable[[], str]] = {"llama": llama, "storage": storage}
 
 
 def page() -> str:

@@ -71,7 +71,9 @@ def test_python_runs(mark, code, workspace):
 def test_commands_parse(line):
     _, name, *words = shlex.split(line, comments=True)
     assert name in COMMANDS
-    parser = importlib.import_module(f"veratune.cli.{name.replace('-', '_')}_").parser()
+    module = importlib.import_module(f"veratune.cli.{name.replace('-', '_')}_")
+    parser = module.parser()
+    words = module.with_find_lr(words) if name == "train" else words
     flags = {word.partition("=")[0][2:] for word in words if word.startswith("--")}
     assert flags <= parser.flags(), flags - parser.flags()
     assert not any("_" in flag for flag in flags)

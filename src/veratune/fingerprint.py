@@ -1,5 +1,7 @@
 """Fingerprints of a base model's weights: is this the model that an adapter was trained on?"""
 
+import sys
+
 import torch
 from torch import Tensor, nn
 
@@ -102,9 +104,8 @@ def full_tensor(tensor: Tensor) -> Tensor:
     if hasattr(tensor, "full_tensor"):
         return tensor.full_tensor()
     if _is_partitioned(tensor):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([tensor]):
+        zero = sys.modules["deepspeed"].zero  # whose tensor it is
+        with zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
     return tensor
 

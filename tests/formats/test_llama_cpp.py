@@ -98,3 +98,26 @@ def test_the_merged_model(real, dtype, error, tmp_path, capsys):
     out = tmp_path / "merged.gguf"
     merge_gguf(adapter, lora_pairs(adapter), base, out, dtype)
     check(llama_logits(tmp_path, out), model, error, capsys)
+
+
+def test_the_demos_adapter_scores_as_in_veratune(tmp_path, monkeypatch, capsys):
+    """Held-out exact match by each GGUF, as benchmarks/bench_llama_cpp.py measures it."""
+    if not PYTHON:
+        pytest.skip("VERATUNE_LLAMA_PYTHON names no Python with llama-cpp-python")
+    folder = Path(__file__).parents[2] / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    bench = importlib.import_module("bench_llama_cpp")
+    if not (bench.DEMO / "run" / "adapter.safetensors").is_file():
+        pytest.skip("no adapter of the demo; make demo trains it")
+    own = bench.wanted(tmp_path)
+    wanted = bench.scores(own.best, own)["exact_match"]
+    assert wanted > 0.5
+    for name, way in bench.make_ways(tmp_path):
+        found = bench.run_llama(way, own, tmp_path, threads=2)
+        with capsys.disabled():
+            print(f"\n{name}: exact match {found['exact_match']:.1%}, veratune {wanted:.1%}")
+        if "F32" in name:
+            assert found["exact_match"] == wanted
+            assert found["logit_difference"] < 5e-3
+        assert abs(found["exact_match"] - wanted) <= 3 / len(own.sequences)
+        assert found["loss"] == pytest.approx(own.loss, abs=0.02)

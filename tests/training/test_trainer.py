@@ -34,7 +34,7 @@ class Idle(nn.Module):
         return {"loss": (y - labels[:, None]).square().mean(), "logits": y}
 
 
-def trainer(model, folder):
+def trainer(model, folder, **more):
     rows = Dataset.from_dict({"x": torch.randn(4, 4).tolist(), "labels": [0.0, 1.0, 0.0, 1.0]})
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -43,6 +43,7 @@ def trainer(model, folder):
         use_cpu=True,
         save_strategy="no",
         disable_tqdm=True,
+        **more,
     )
     method = VeraMethod(vt.VeraConfig())
     return VeraTrainer(
@@ -68,4 +69,13 @@ def test_a_layer_that_is_passed_by_is_named(tmp_path):
     model = vt.attach(Reader(), vt.VeraConfig(rank=2, targets=["called"]))
     before = vt.extract(model).b["called"].clone()
     trainer(model, tmp_path).train()  # no warning: warnings are errors here
+    assert not torch.equal(vt.extract(model).b["called"], before)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("warmup", [0.06, 1, 5])
+def test_a_single_step_trains_whatever_the_warm_up(warmup, tmp_path):
+    model = vt.attach(Reader(), vt.VeraConfig(rank=2, targets=["called"]))
+    before = vt.extract(model).b["called"].clone()
+    trainer(model, tmp_path, warmup_steps=warmup).train()
     assert not torch.equal(vt.extract(model).b["called"], before)

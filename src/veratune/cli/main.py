@@ -90,10 +90,14 @@ def run_command(
             f"{command} needs the package {error.name!r}: pip install 'veratune[{EXTRAS}]'", 1
         )
     except KeyboardInterrupt:
-        return _fail("interrupted; a training run goes on with --resume", 130)
+        return _fail("interrupted; --resume goes on from a training run's last checkpoint", 130)
     except BrokenPipeError:  # the reader of our output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}", 1)
 
 
 def overview() -> str:

@@ -98,7 +98,8 @@ class TrainSettings:
         epochs: passes over the data.
         max_steps: optimizer steps; over 0 it goes before epochs.
         warmup_ratio: share of all steps in which the learning rate rises, in [0, 1).
-        warmup_steps: their number; over 0 it goes before warmup_ratio.
+        warmup_steps: their number; over 0 it goes before warmup_ratio. The last step of a run
+            is never warm-up.
         lr_scheduler: how the learning rate falls after that.
         ema: decay of an exponential moving average of the trained values, which is what is kept in
             the end; 0 for none.

@@ -104,6 +104,19 @@ class MethodTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
         return self.optimizer
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The schedule, whose last step at least is no warm-up: a single step would train nothing.
+
+        Args:
+            num_training_steps: Optimizer steps of the run.
+            optimizer: As for Trainer.
+        """
+        rising = self.args.get_warmup_steps(num_training_steps)
+        self.args.warmup_steps = min(rising, max(num_training_steps - 1, 0))
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)

@@ -13,6 +13,11 @@ from veratune.serving.http.app import create_app
 from veratune.serving.http.config import HttpConfig
 
 CALLS = (
+    "POST /v1/feedback",
+    "GET /v1/feedback",
+    "DELETE /v1/feedback/{example}",
+    "GET /v1/feedback/runs",
+    "DELETE /v1/tenants/{tenant}",
     "GET /health", "GET /ready", "GET /metrics", "GET /v1/models", "GET /v1/models/{model}", "PUT /v1/adapters/{name}", "GET /v1/adapters",
     "GET /v1/adapters/{name}", "DELETE /v1/adapters/{name}", "GET /v1/adapters/{name}/versions", "POST /v1/adapters/{name}/rollback",
     "POST /v1/load_lora_adapter", "POST /v1/unload_lora_adapter", "POST /v1/chat/completions", "POST /v1/completions", "POST /v1/embeddings",

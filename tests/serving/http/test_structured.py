@@ -92,7 +92,7 @@ def test_every_whole_completion_matches_its_schema(served, schema):
             checker(schema, format_checker=checker.FORMAT_CHECKER).validate(json.loads(content))
         else:
             assert reason == "length"
-    unbounded = schema in SCHEMAS[-4:]
+    unbounded = schema in SCHEMAS[-4:] or "$ref" in schema
     assert unbounded or all(reason == "stop" for reason, _ in texts)
 
 

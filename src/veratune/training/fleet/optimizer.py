@@ -86,6 +86,7 @@ def schedule(name: str, warmup: float) -> Callable[[int, int], float]:
 
     def factor(step: int, total: int) -> float:
         rising = math.ceil(total * warmup) if warmup < 1 else int(warmup)
+        rising = min(rising, max(total - 1, 0))  # a single step would train nothing
         if step < rising:
             return step / max(1, rising)
         if name == "constant_with_warmup":
