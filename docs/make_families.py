@@ -207,8 +207,14 @@ _SPECIAL: dict[str, dict[str, object]] = {
                     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "esm": {"vocab_size": 99, "pad_token_id": 0, "mask_token_id": 3},
     "falcon": {"head_dim": None},
+    "mobilebert": {"true_hidden_size": 32, "intra_bottleneck_size": 32, "embedding_size": 32,
+                   "hidden_size": 32},
+    "prophetnet": {"num_hidden_layers": None, "num_encoder_layers": 2, "num_decoder_layers": 2,
+                   "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4,
+                  "mamba_chunk_size": 8},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1,
-              "attn_layer_indices": [1]},
+              "mamba_chunk_size": 8, "attn_layer_indices": [1]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
               "expert_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4},
     "qwen3_next": {**_DELTA, "shared_expert_intermediate_size": 16},
@@ -218,7 +224,7 @@ _SPECIAL: dict[str, dict[str, object]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "mamba": {"state_size": 4}, "falcon_mamba": {"state_size": 4},
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 4, "n_groups": 1},
-    "squeezebert": {"embedding_size": 32}, "mobilebert": {"true_hidden_size": 32},
+    "squeezebert": {"embedding_size": 32},
     "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 1, "d_head": 8, "d_inner": 48,
                "num_hidden_layers": None, "num_blocks": None, "architectures": ["FunnelModel"]},
     "xlnet": {"d_inner": 48, "d_head": 8, "max_position_embeddings": None},
@@ -355,7 +361,9 @@ def table(families: list[str]) -> str:
         "# Families", "",
         "Tiny models with random weights, made by `docs/make_families.py`. \"yes\" means exact: "
         "loaded, merged and mixed outputs equal those of the adapter alone, and unmerge and detach "
-        "give back every bit. \"refused\" means an error that names the layer.", "",
+        "give back every bit. \"refused\" means an error that names the layer. "
+        "\"model\" means that the tiny model itself does not run, or that its output does not read "
+        "the adapted layer (SqueezeBERT's pooler).", "",
         "| family | targets | adapted | layers | " + " | ".join(STEPS) + " |",
         "|---|---|---|---|" + "---|" * len(STEPS),
     ]  # fmt: skip

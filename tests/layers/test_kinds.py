@@ -54,3 +54,23 @@ def test_a_layer_without_sizes_is_refused():
         vt.attach(model, vt.VeraConfig(rank=2, targets=["1"]))
     model(torch.ones(1, 3))
     vt.attach(model, vt.VeraConfig(rank=2, targets=["0", "1"]))
+
+
+class Router(nn.Linear):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().forward(x).topk(1)
+
+
+class Unannotated(nn.Linear):
+    def forward(self, x):
+        return (super().forward(x),)
+
+
+def test_a_router_that_returns_a_tuple_is_no_linear_layer():
+    model = nn.Sequential(nn.Linear(4, 4), Router(4, 4))
+    assert not is_linear(model[1])
+    vt.attach(model, vt.VeraConfig(rank=2, targets=["all-linear"]))
+    assert isinstance(model[1], Router)
+    model = vt.attach(nn.Sequential(Unannotated(4, 4)), vt.VeraConfig(rank=2, targets=["0"]))
+    with pytest.raises(UnsupportedError, match="'0' is a Unannotated, which returns a tuple"):
+        model(torch.ones(1, 4))

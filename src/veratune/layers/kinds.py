@@ -9,8 +9,14 @@ from veratune.errors import UnsupportedError
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether this is nn.Linear, a subclass (quantized ones too), or Hugging Face's Conv1D."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    """Whether this is nn.Linear, a subclass (quantized ones too), or Hugging Face's Conv1D.
+
+    A subclass that returns a tuple is none: the router of PhiMoE returns weights and experts.
+    """
+    if isinstance(module, nn.Linear):
+        returned = type(module).forward.__annotations__.get("return")
+        return not str(returned).startswith("tuple")
+    return is_conv1d(module)
 
 
 def is_attention(module: nn.Module) -> bool:

@@ -53,7 +53,13 @@ class VeraLinear(VeraWeightLayer):
                 f"plan={vectors[0].config.plan!r} puts ΔW into the weight of layer '{self.name}', "
                 f"but {reason}; use plan='auto', 'factored' or 'dense'"
             )
-        return add_to_parts(self.base(x), [(v.part, v(x)) for v in vectors])
+        y = self.base(x)
+        if not isinstance(y, Tensor):
+            raise UnsupportedError(
+                f"layer '{self.name}' is a {type(self.base).__name__}, which returns a "
+                f"{type(y).__name__}; an adapter adds to a tensor, so exclude it"
+            )
+        return add_to_parts(y, [(v.part, v(x)) for v in vectors])
 
     def _fallback_reason(self, x: Tensor, vectors: VeraVectors) -> str | None:
         """Why the base layer must be called for this x; None if its weight can be read."""
