@@ -131,7 +131,7 @@ def test_requests_and_tokens_of_a_tenant_are_limited(tmp_path):
             assert ann.post("/v1/completions", json=body).status_code == 200
             assert ann.post("/v1/completions", json=body).status_code == 200
             refused = ann.post("/v1/completions", json=body)
-            assert (refused.status_code, int(refused.headers["Retry-After"]) > 1) == (429, True)
+            assert (refused.status_code, int(refused.headers["Retry-After"]) >= 1) == (429, True)
             assert "50 tokens a minute" in refused.json()["error"]["message"]
             never = ann.post("/v1/completions", json=body | {"max_tokens": 60})
             assert (never.status_code, "lower max_tokens" in never.text) == (400, True)
