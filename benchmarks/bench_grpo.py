@@ -11,9 +11,9 @@ import argparse
 import json
 import os
 import random
-import resource
 import statistics
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -70,21 +70,16 @@ def run(method: str, seed: int, options: argparse.Namespace) -> dict[str, object
     """Train once, or read a finished run."""
     from veratune.analysis.machine import describe_machine
     from veratune.config import VeraConfig
-    from veratune.training.run import train
-    from veratune.training.run_folder import RESULTS, RUN
-    from veratune.training.settings import TrainSettings
+    from veratune_lab.paper.experiment import train_once
 
     changes, adapter = METHODS[method]
     folder = Path(options.work) / f"{method.replace(' ', '_').replace(',', '')}-{seed}"
-    settings = TrainSettings(
+    settings = dict(
         model=options.model, data=str(Path(options.work) / "data"), out=str(folder), seed=seed, basis_seed=seed,
-        resume=(folder / RUN).is_file(), max_steps=options.steps, **COMMON, **changes,
+        max_steps=options.steps, **COMMON, **changes,
     )  # fmt: skip
-    start = resource.getrusage(resource.RUSAGE_SELF)
-    if not (folder / RESULTS).is_file():
-        train(settings, VeraConfig(**adapter))
-    end = resource.getrusage(resource.RUSAGE_SELF)
-    result = json.loads((folder / RESULTS).read_text())
+    start = time.process_time()
+    result = train_once(settings, VeraConfig(**adapter))
     result.pop("path")
     state = folder / "checkpoints" / f"checkpoint-{options.steps}" / "trainer_state.json"
     log = json.loads(state.read_text())["log_history"]
@@ -92,7 +87,7 @@ def run(method: str, seed: int, options: argparse.Namespace) -> dict[str, object
         "seed": seed,
         "curve": [[e["step"], round(e["reward"], 4)] for e in log if "reward" in e],
         "held_out_curve": [[e["step"], e["eval_reward"]] for e in log if "eval_reward" in e],
-        "cpu_seconds": round(end.ru_utime - start.ru_utime + end.ru_stime - start.ru_stime, 1),
+        "cpu_seconds": round(time.process_time() - start, 1),
         "beside": "other work on the same two cores",
         **describe_machine(),
         **changes,

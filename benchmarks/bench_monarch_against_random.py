@@ -66,19 +66,15 @@ def run(
     name: str, basis: str, rate: float, seed: int, model: str, data: Path, work: Path
 ) -> dict[str, object]:
     from veratune.config import VeraConfig
-    from veratune.training.run import train
-    from veratune.training.run_folder import RESULTS, RUN
-    from veratune.training.settings import TrainSettings
+    from veratune_lab.paper.experiment import train_once
 
     task = TASKS[name]
     folder = work / "runs" / f"{name}-{basis}-{rate}-{seed}"
-    if not (folder / RESULTS).is_file():
-        settings = TrainSettings(
-            model=model, data=str(data), out=str(folder), lr=rate, seed=seed, basis_seed=seed, device="cpu", preview=0,
-            resume=(folder / RUN).is_file(), **task["settings"],
-        )  # fmt: skip
-        train(settings, VeraConfig(rank=task["rank"], basis=basis))
-    result = json.loads((folder / RESULTS).read_text())
+    settings = dict(
+        model=model, data=str(data), out=str(folder), lr=rate, seed=seed, basis_seed=seed, device="cpu", preview=0,
+        **task["settings"],
+    )  # fmt: skip
+    result = train_once(settings, VeraConfig(rank=task["rank"], basis=basis))
     return {
         **task["settings"], "task": name, "basis": basis, "lr": rate, "seed": seed, "rank": task["rank"], "score": task["score"],
         "before": result["before"][task["score"]], "after": result["after"][task["score"]], "trained": result["trained"],

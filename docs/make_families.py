@@ -2,7 +2,7 @@
 
 Each family's model is made from a small configuration with random weights, and goes through
 attach, a training step, save, load, merge, unmerge, rows and detach, with the default targets and
-with all-linear. `python docs/make_families.py` writes the table; the tests run parts of it.
+with all-linear. `python -m docs.make_families`, in the folder above, writes the table; the tests run parts of it.
 """
 
 import argparse

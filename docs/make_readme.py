@@ -1,11 +1,12 @@
 """Fill the measured blocks of README.md from benchmarks/results: python docs/make_readme.py (a test compares them)."""
 
 import json
-import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from veratune_lab.pages import fill
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "README.md"
@@ -145,12 +146,7 @@ BLOCKS: dict[str, Callable[[], str]] = {"demo": demo, "speed": speed, "results":
 
 def page() -> str:
     """README.md with its blocks filled."""
-    text = PAGE.read_text()
-    for name, make in BLOCKS.items():
-        pattern = rf"(<!-- measured: {name} -->\n).*?(\n<!-- end -->)"
-        text, count = re.subn(pattern, lambda m: m[1] + make() + m[2], text, flags=re.S)  # noqa: B023
-        assert count == 1, f"README.md has no block {name!r}"
-    return text
+    return fill(PAGE, BLOCKS)
 
 
 if __name__ == "__main__":

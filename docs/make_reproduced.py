@@ -13,6 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from veratune_lab.pages import fill
+
 HERE = Path(__file__).parent
 LINES = HERE.parent / "benchmarks" / "results" / "reproduce"
 PICTURES = HERE / "pictures"
@@ -148,8 +150,7 @@ def recipes() -> str:
         f"{'; '.join(parts)}, with {sizes['VeRA, only d, all linear']:,} values against VeRA's {sizes['VeRA']:,} and the {sizes['LoRA']:,} of LoRA "
         "rank 8, medians of two or three seeds."
     )
-    before, _, rest = (HERE / "recipes.md").read_text().partition("<!-- measured -->\n")
-    return f"{before}<!-- measured -->\n{text}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
+    return fill(HERE / "recipes.md", {"d alone": lambda: text})
 
 
 if __name__ == "__main__":

@@ -24,6 +24,38 @@ def seeded(make):
     return make().eval()
 
 
+MOE = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": LIVELY,
+    "pad_token_id": 0,
+}
+
+
+def mixtral() -> nn.Module:
+    """Unseeded, as the other mixtures of experts: see `seeded`."""
+    config = hf.MixtralConfig(**MOE, num_local_experts=4, num_experts_per_tok=2)
+    return hf.MixtralForCausalLM(config)
+
+
+def qwen3_moe() -> nn.Module:
+    config = hf.Qwen3MoeConfig(
+        **MOE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, head_dim=8
+    )
+    return hf.Qwen3MoeForCausalLM(config)
+
+
+def gpt_oss() -> nn.Module:
+    """Its experts' matrices are stored transposed, and have biases."""
+    config = hf.GptOssConfig(**MOE, num_local_experts=4, num_experts_per_tok=2, head_dim=8)
+    return hf.GptOssForCausalLM(config)
+
+
 def bert(labels: int | None = None, **options) -> nn.Module:
     config = hf.BertConfig(
         vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,

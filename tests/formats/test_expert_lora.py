@@ -16,38 +16,21 @@ from veratune.formats.expert_lora import expert_stacks
 from veratune.formats.export import export
 from veratune.formats.lora_matrices import LoraPair, lora_pairs
 
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "intermediate_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
 TOKENS = torch.randint(1, 60, (2, 7), generator=torch.Generator().manual_seed(1))
 EXPERTS = ["gate_up_proj", "down_proj"]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def mixtral():
-    config = hf.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
-    return fakes.seeded(lambda: hf.MixtralForCausalLM(config))
+    return fakes.seeded(fakes.mixtral)
 
 
 def qwen3_moe():
-    config = hf.Qwen3MoeConfig(
-        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, head_dim=8
-    )
-    return fakes.seeded(lambda: hf.Qwen3MoeForCausalLM(config))
+    return fakes.seeded(fakes.qwen3_moe)
 
 
 def gpt_oss():
-    """Its experts' matrices are stored transposed, and have biases."""
-    config = hf.GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=8)
-    return fakes.seeded(lambda: hf.GptOssForCausalLM(config))
+    return fakes.seeded(fakes.gpt_oss)
 
 
 def dbrx():

@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 
 import veratune as vt
+from tests import fakes
 from tests.fakes import scramble, seeded
 from veratune.adapter import extract
 from veratune.errors import UnsupportedError
@@ -16,35 +17,12 @@ from veratune.ops.matrix import dense
 from veratune.serving.pool.pool import AdapterPool
 from veratune.targets import find_sites
 
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "intermediate_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
 TOKENS = torch.randint(1, 60, (2, 7), generator=torch.Generator().manual_seed(1))
-
-
-def mixtral():
-    config = hf.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
-    return hf.MixtralForCausalLM(config)
-
-
-def qwen3():
-    config = hf.Qwen3MoeConfig(
-        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, head_dim=8
-    )
-    return hf.Qwen3MoeForCausalLM(config)
 
 
 def qwen2():
     config = hf.Qwen2MoeConfig(
-        **SIZES,
+        **fakes.MOE,
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=12,
@@ -54,8 +32,7 @@ def qwen2():
 
 
 def gpt_oss():
-    config = hf.GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=8)
-    model = hf.GptOssForCausalLM(config)
+    model = fakes.gpt_oss()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "bias" in name or "sinks" in name:
@@ -65,7 +42,7 @@ def gpt_oss():
 
 def deepseek():
     config = hf.DeepseekV3Config(
-        **SIZES, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, n_group=2,
+        **fakes.MOE, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, n_group=2,
         topk_group=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4,
         qk_nope_head_dim=4, v_head_dim=8, n_shared_experts=1,
     )  # fmt: skip
@@ -88,9 +65,9 @@ def dbrx():
 
 
 FAMILIES = {
-    "mixtral": mixtral,
+    "mixtral": fakes.mixtral,
     "qwen2": qwen2,
-    "qwen3": qwen3,
+    "qwen3": fakes.qwen3_moe,
     "gpt_oss": gpt_oss,
     "deepseek": deepseek,
     "dbrx": dbrx,

@@ -146,17 +146,29 @@ def fine_tune(
         "task": task.name,
         **settings,
     }
-    run = TrainSettings(**own, resume=(folder / RUN).is_file())
     if method is None:  # a table gives every method the same configuration
-        used = {name: getattr(vera, name) for name in fields_used(run.method)}
-        vera = VeraConfig(**used)
-    if not (folder / RESULTS).is_file():
-        train(run, vera, task=task, method=method)
-    result = json.loads((folder / RESULTS).read_text())
+        used = fields_used(own.get("method", TrainSettings.method))
+        vera = VeraConfig(**{name: getattr(vera, name) for name in used})
+    result = train_once(own, vera, task, method)
     result.pop("path")
     return result | {
         key: own[key] for key in ("lr", "b_lr", "head_lr", "epochs", "batch_size") if key in own
     }
+
+
+def train_once(
+    settings: Mapping[str, Any],
+    vera: VeraConfig,
+    task: Task | None = None,
+    method: Method | None = None,
+) -> Line:
+    """The results of the run in the folder `out`: made now, resumed, or read where it is finished."""
+    folder = Path(settings["out"])
+    run = TrainSettings(**settings, resume=(folder / RUN).is_file())
+    if not (folder / RESULTS).is_file():
+        train(run, vera, task=task, method=method)
+    result: Line = json.loads((folder / RESULTS).read_text())
+    return result
 
 
 def load_trained(

@@ -139,8 +139,9 @@ def load(flags: Namespace, **more: Any) -> "LoadedModel":
 
 
 def run(argv: Sequence[str]) -> int:
-    flags = parse(parser(), argv)
-    _check(flags)
+    known = parser()
+    flags = parse(known, argv)
+    _check(flags, known.get_defaults())
     from veratune.inference.evaluate import evaluate, evaluate_with_base
 
     loaded = load(flags, columns=flags.columns)
@@ -163,11 +164,10 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _check(flags: Namespace) -> None:
+def _check(flags: Namespace, defaults: Namespace) -> None:
     """Refuse flags that what is scored does not read."""
     if bool(flags.harness) == (flags.data is not None):
         raise ConfigError("give either --data or --harness")
-    defaults = parser().get_defaults()
     names = (
         ("split", "data_config", "columns", "generate", "max_new_tokens")
         if flags.harness

@@ -6,6 +6,7 @@ that `veratune serve` reads.
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,13 @@ class StoreAdapters:
 def open_store(address: str) -> Store:
     """Open a store: a SQLite file, or a bucket by its URL. Raises StoreError."""
     return ObjectStore.from_url(address) if "://" in address else SqliteStore(address)
+
+
+@contextlib.contextmanager
+def open_adapters(address: str, name: str) -> Iterator[StoreAdapters]:
+    """The adapters of one name in a store, which is closed at the end. Raises StoreError."""
+    with contextlib.closing(open_store(address)) as store:
+        yield StoreAdapters(store, name)
 
 
 class Fleet:
@@ -142,9 +150,7 @@ def run_fleet(
     with contextlib.ExitStack() as stack:
 
         def adapters_of(address: str) -> StoreAdapters:
-            store = open_store(address)
-            stack.callback(store.close)
-            return StoreAdapters(store, fleet.adapter_name)
+            return stack.enter_context(open_adapters(address, fleet.adapter_name))
 
         sink: Sink | None = None if fleet.store is None else adapters_of(fleet.store)
         source: Source | None = None
@@ -176,9 +182,7 @@ def draw_fleet(settings: TrainSettings, fleet: FleetSettings) -> list[Path]:
     with contextlib.ExitStack() as stack:
         source: Source = AdapterFolder(out / ADAPTERS)
         if fleet.store is not None:
-            store = open_store(fleet.store)
-            stack.callback(store.close)
-            source = StoreAdapters(store, fleet.adapter_name)
+            source = stack.enter_context(open_adapters(fleet.store, fleet.adapter_name))
         pictures = (
             draw_scores(lines, metric, out / "scores.png"),
             draw_map(source, trained, out / "map.png", scores or None, metric),

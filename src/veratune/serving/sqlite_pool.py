@@ -37,6 +37,27 @@ class ConnectionPool:
         self._guard = threading.Lock()
         self._closed = False
 
+    def create(self, schema: str, owner: Path, kind: str, *folders: Path) -> None:
+        """Create the file with its folder and tables, where they are missing.
+
+        Args:
+            schema: Statements that create tables and indexes, separated by semicolons.
+            owner: The file or folder that an error names.
+            kind: What `owner` is opened as, for errors.
+            folders: More folders to create.
+
+        Raises:
+            StoreError: It cannot be opened.
+        """
+        try:
+            for folder in (self.path.parent, *folders):
+                folder.mkdir(parents=True, exist_ok=True)
+            with self.write() as db:
+                for statement in filter(str.strip, schema.split(";")):
+                    db.execute(statement)
+        except (OSError, StoreError) as error:
+            raise StoreError(f"{owner}: cannot be opened as {kind} ({error})") from error
+
     @contextlib.contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
         """A connection for queries.

@@ -31,6 +31,15 @@ from veratune.training.settings import TrainSettings
 from veratune.training.trainer import MethodTrainer
 from veratune.training.trainer_kind import trainer_kind
 
+# Overrides of a run that is measured: nothing of it is logged, evaluated or kept.
+MEASURED: dict[str, Any] = {
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "load_best_model_at_end": False,
+    "disable_tqdm": True,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:

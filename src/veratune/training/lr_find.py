@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError, OutputError
 from veratune.formats.atomic import write_atomic
-from veratune.training.build import build_run
+from veratune.training.build import MEASURED, build_run
 from veratune.training.settings import TrainSettings
 from veratune.training.trainer import MethodTrainer
 
@@ -100,11 +100,7 @@ def find_lr(settings: TrainSettings, vera: VeraConfig, steps: int = STEPS) -> Ra
             tried,
             vera,
             mixin=_RangeTrainer,
-            logging_strategy="no",
-            save_strategy="no",
-            eval_strategy="no",
-            load_best_model_at_end=False,
-            disable_tqdm=True,
+            **MEASURED,
         )
         run.trainer.recorder = recorder  # type: ignore[attr-defined]
         run.trainer.add_callback(recorder)

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from veratune.config import VeraConfig
 from veratune.errors import UnsupportedError
 from veratune.formats.atomic import refuse_used
-from veratune.training.build import Run, build_run
+from veratune.training.build import MEASURED, Run, build_run
 from veratune.training.packing import PackedDataset, best_fit
 from veratune.training.result import peak_memory
 from veratune.training.run import PreviewCallback
@@ -95,11 +95,7 @@ def plan(
             tried,
             vera,
             mixin=None,
-            logging_strategy="no",
-            save_strategy="no",
-            eval_strategy="no",
-            load_best_model_at_end=False,
-            disable_tqdm=True,
+            **MEASURED,
             train_sampling_strategy="sequential",
             max_steps=1 + PROBES,
         )

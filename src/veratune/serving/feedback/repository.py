@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from veratune.errors import JobNotFoundError, QueueFullError, StoreError
+from veratune.errors import JobNotFoundError, QueueFullError
 from veratune.serving.feedback.models import Due, Example, FeedbackRun, Kind, Messages
 from veratune.serving.sqlite_pool import ConnectionPool
 
@@ -39,13 +39,7 @@ class FeedbackRepository:
         """
         self.path, self.max_per_tenant = Path(path), max_per_tenant
         self._db = ConnectionPool(self.path)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self._db.write() as db:
-                for statement in filter(str.strip, _SCHEMA.split(";")):
-                    db.execute(statement)
-        except (OSError, StoreError) as error:
-            raise StoreError(f"{path}: cannot be opened as feedback ({error})") from error
+        self._db.create(_SCHEMA, self.path, "feedback")
 
     def add(self, tenant: str, adapter: str, kind: Kind, messages: Messages) -> Example:
         """Store an example. Every fifth that can be trained on is held out instead.

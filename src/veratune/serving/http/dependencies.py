@@ -4,8 +4,8 @@ import asyncio
 import dataclasses
 import logging
 import weakref
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, Query, Request
 
@@ -24,6 +24,7 @@ from veratune.serving.keys import Caller
 from veratune.serving.service import Service
 
 log = logging.getLogger(__name__)
+Entry = TypeVar("Entry")
 _MAX_NOTED = 1000  # field names; clients may send any
 
 
@@ -108,3 +109,10 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 def page(data: Sequence[object], more: bool, **others: object) -> dict[str, object]:
     """A list in the OpenAI API's shape."""
     return {"object": "list", "data": list(data), "has_more": more, **others}
+
+
+def first_page(
+    listed: Sequence[Entry], limit: int, show: Callable[[Entry], object]
+) -> dict[str, object]:
+    """The first `limit` entries; one more in `listed` tells that there is another page."""
+    return page([show(entry) for entry in listed[:limit]], len(listed) > limit)

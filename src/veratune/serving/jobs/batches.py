@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from veratune.errors import JobNotFoundError, StoreError
+from veratune.errors import JobNotFoundError
 from veratune.serving.sqlite_pool import ConnectionPool
 
 UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
@@ -75,11 +75,7 @@ class BatchRepository:
         """Open the folder, or create it. Raises StoreError."""
         self.folder = folder / "batches"
         self._db = ConnectionPool(folder / "batches.db")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._db.execute(_SCHEMA)
-        except (OSError, StoreError) as error:
-            raise StoreError(f"{folder}: cannot be opened as a folder of jobs ({error})") from error
+        self._db.create(_SCHEMA, folder, "a folder of jobs", self.folder)
 
     def close(self) -> None:
         """Close the database."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from veratune.errors import JobNotFoundError, StoreError
+from veratune.errors import JobNotFoundError
 from veratune.formats.atomic import write_atomic
 from veratune.serving.jobs.models import Event, Job, Level, Status, TrainingFile
 from veratune.serving.sqlite_pool import ConnectionPool, Value
@@ -35,13 +35,7 @@ class JobRepository:
         """Open the folder, or create it. Raises StoreError."""
         self.folder = folder
         self._db = ConnectionPool(folder / "jobs.db")
-        try:
-            (folder / "files").mkdir(parents=True, exist_ok=True)
-            with self._db.write() as db:
-                for statement in filter(str.strip, _SCHEMA.split(";")):
-                    db.execute(statement)
-        except (OSError, StoreError) as error:
-            raise StoreError(f"{folder}: cannot be opened as a folder of jobs ({error})") from error
+        self._db.create(_SCHEMA, folder, "a folder of jobs", folder / "files")
 
     def problem(self) -> str | None:
         """The reason why jobs cannot be stored now; None if they can."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from veratune.errors import AdapterFileError, AdapterNotFoundError, StoreError
+from veratune.errors import AdapterFileError, AdapterNotFoundError
 from veratune.serving.sqlite_pool import ConnectionPool
 from veratune.serving.store.base import Entry, Store, Version, check_name, check_names
 
@@ -36,15 +36,7 @@ class SqliteStore(Store):
         """
         self.path = Path(path)
         self._db = ConnectionPool(self.path, timeout=lock_timeout)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self._db.write() as db:
-                for statement in filter(str.strip, _SCHEMA.split(";")):
-                    db.execute(statement)
-        except (OSError, StoreError) as error:
-            raise StoreError(
-                f"{self.path}: cannot be opened as a store of adapters ({error})"
-            ) from error
+        self._db.create(_SCHEMA, self.path, "a store of adapters")
 
     def put(self, tenant: str, name: str, data: bytes) -> Version:
         if not data:

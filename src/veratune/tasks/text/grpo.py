@@ -13,18 +13,16 @@ from veratune.scoring.rewards import REWARDS, CheckedReward, OnError, columns_of
 from veratune.tasks.data import pick_columns
 from veratune.tasks.text.base import OnOverflow
 from veratune.tasks.text.chat_template import PLAIN_TEMPLATE, render
-from veratune.tasks.text.language import LanguageTask
+from veratune.tasks.text.language import ChatTask
 from veratune.tasks.text.pairs import Messages, read_prompt
 
 
-class Grpo(LanguageTask):
+class Grpo(ChatTask):
     """Reinforcement learning with verifiable rewards: GRPO (arXiv 2402.03300)."""
 
     name = "grpo"
     roles = {"prompt": ("prompt", "question", "instruction", "problem", "messages")}
-    accepted_settings = LanguageTask.accepted_settings | {
-        "system",
-        "on_overflow",
+    accepted_settings = ChatTask.accepted_settings | {
         "beta",
         "reward",
         "reward_weights",
@@ -73,7 +71,7 @@ class Grpo(LanguageTask):
         Raises:
             ConfigError: A value is invalid.
         """
-        super().__init__(columns, max_length, on_overflow)
+        super().__init__(columns, max_length, system, on_overflow)
         if on_overflow == "truncate":
             raise ConfigError("on_overflow is 'truncate', but a cut prompt asks nothing; use drop")
         if reward_weights and len(reward_weights) != len(reward):
@@ -95,7 +93,7 @@ class Grpo(LanguageTask):
                 f"temperature is {temperature} and beta is {beta}; temperature must be over 0, and "
                 "beta at least 0"
             )
-        self.system, self.beta, self.temperature = system, beta, temperature
+        self.beta, self.temperature = beta, temperature
         self.reward = list(reward)
         self.reward_weights = list(reward_weights) or [1.0] * len(self.reward)
         self.reward_options = dict(reward_options or {})
@@ -110,7 +108,6 @@ class Grpo(LanguageTask):
         """
         shipped = [i for i, name in enumerate(self.reward) if name in REWARDS]
         return super().to_metadata() | {
-            "system": self.system,
             "reward": [self.reward[i] for i in shipped],
             "reward_weights": [self.reward_weights[i] for i in shipped],
             "reward_options": self.reward_options,
@@ -185,12 +182,6 @@ class Grpo(LanguageTask):
             rows.append({"prompt": prompt, **{name: row[name] for name in used}})
         self.report_overflows(overflows, len(examples), "drop")
         return Dataset.from_list([row | self.reward_options for row in rows])
-
-    def with_system(self, prompt: Messages) -> Messages:
-        """A prompt with the task's system message, unless it has one of its own."""
-        if self.system and prompt[0]["role"] != "system":
-            return [{"role": "system", "content": self.system}, *prompt]
-        return prompt
 
     def collator(self, processor: PreTrainedTokenizerBase) -> Any:
         """None: TRL's trainer brings its own."""

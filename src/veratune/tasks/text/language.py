@@ -49,7 +49,43 @@ class LanguageTask(TextTask):
         return [(str(processor.decode(tokens)), on) for tokens, on in pieces]
 
 
-class Instruction(LanguageTask):
+class ChatTask(LanguageTask):
+    """Base of tasks on conversations, which may begin with a system message."""
+
+    accepted_settings = LanguageTask.accepted_settings | {"system", "on_overflow"}
+
+    def __init__(
+        self,
+        columns: Mapping[str, str] | None = None,
+        max_length: int = 512,
+        system: str = "",
+        on_overflow: OnOverflow = "drop",
+    ) -> None:
+        """Bind the task to columns.
+
+        Args:
+            columns: The data's column for each role with an unusual name.
+            max_length: Longest example, in tokens.
+            system: System message for conversations without one; "" for none.
+            on_overflow: What `encode` does with longer examples.
+
+        Raises:
+            ConfigError: `max_length` or `on_overflow` has an invalid value.
+        """
+        super().__init__(columns, max_length, on_overflow)
+        self.system = system
+
+    def to_metadata(self) -> dict[str, Any]:
+        return super().to_metadata() | {"system": self.system}
+
+    def with_system(self, messages: list[Message]) -> list[Message]:
+        """Messages with the task's system message, unless they begin with another."""
+        if self.system and messages[0]["role"] != "system":
+            return [{"role": "system", "content": self.system}, *messages]
+        return messages
+
+
+class Instruction(ChatTask):
     """Conversations, with the loss on the assistant's turns only.
 
     Rows hold messages (OpenAI's or ShareGPT's), or a prompt and a completion (Alpaca's, or TRL's);
@@ -68,12 +104,7 @@ class Instruction(LanguageTask):
         "tools": ("tools",),
     }
     optional = frozenset(roles)
-    accepted_settings = LanguageTask.accepted_settings | {
-        "system",
-        "on_overflow",
-        "train_on",
-        "chat_template",
-    }
+    accepted_settings = ChatTask.accepted_settings | {"train_on", "chat_template"}
 
     def __init__(
         self,
@@ -100,17 +131,17 @@ class Instruction(LanguageTask):
         Raises:
             ConfigError: `max_length`, `on_overflow`, `train_on` or `chat_template` is invalid.
         """
-        super().__init__(columns, max_length, on_overflow)
+        super().__init__(columns, max_length, system, on_overflow)
         if train_on not in get_args(TrainOn):
             raise ConfigError(
                 f"train_on is {train_on!r}; it must be one of {', '.join(get_args(TrainOn))}"
             )
-        self.system, self.train_on = system, train_on
+        self.train_on = train_on
         self.chat_template = read_chat_template(chat_template) if chat_template else ""
 
     def to_metadata(self) -> dict[str, Any]:
         template = {"chat_template": self.chat_template} if self.chat_template else {}
-        return super().to_metadata() | {"system": self.system} | template
+        return super().to_metadata() | template
 
     def load_processor(self, model: str) -> PreTrainedTokenizerBase:
         tokenizer = super().load_processor(model)
@@ -141,12 +172,6 @@ class Instruction(LanguageTask):
             tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
             texts.append(str(tokenizer.decode(tokens, skip_special_tokens=True)).strip())
         return texts
-
-    def with_system(self, messages: list[Message]) -> list[Message]:
-        """Messages with the task's system message, unless they begin with another."""
-        if self.system and messages[0]["role"] != "system":
-            return [{"role": "system", "content": self.system}, *messages]
-        return messages
 
     def encode(
         self, examples: Dataset, processor: PreTrainedTokenizerBase, training: bool = False

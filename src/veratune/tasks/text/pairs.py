@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from veratune.errors import ConfigError, DataError
 from veratune.tasks.text.chat_template import render
+from veratune.tasks.text.conversation import Message
 
-Messages = list[dict[str, str]]
+Messages = list[Message]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from veratune.errors import ConfigError, DataError
 from veratune.tasks.data import pick_columns
 from veratune.tasks.text.base import OnOverflow
-from veratune.tasks.text.language import LanguageTask
-from veratune.tasks.text.pairs import Messages, Pair, encode_turns, read_completion, read_pair
+from veratune.tasks.text.language import ChatTask
+from veratune.tasks.text.pairs import Pair, encode_turns, read_completion, read_pair
 
 Loss = Literal["dpo", "ipo", "orpo", "kto", "simpo"]
 Reference = Literal["base", "start"]
@@ -23,7 +23,7 @@ BETA: dict[str, float] = {"dpo": 0.1, "ipo": 0.1, "kto": 0.1, "orpo": 0.1, "simp
 WITHOUT_REFERENCE = ("orpo", "simpo")
 
 
-class PairTask(LanguageTask):
+class PairTask(ChatTask):
     """Base of tasks on pairs: a prompt, a chosen and a rejected completion of it.
 
     Each is text or a list of messages. Without a prompt column, chosen and rejected are whole
@@ -36,39 +36,8 @@ class PairTask(LanguageTask):
         "rejected": ("rejected",),
     }
     optional = frozenset({"prompt"})
-    accepted_settings = LanguageTask.accepted_settings | {"system", "on_overflow"}
     loss_per_token = False
     cross_entropy = False
-
-    def __init__(
-        self,
-        columns: Mapping[str, str] | None = None,
-        max_length: int = 512,
-        system: str = "",
-        on_overflow: OnOverflow = "drop",
-    ) -> None:
-        """Bind the task to columns.
-
-        Args:
-            columns: The data's column for each role with an unusual name.
-            max_length: Longest prompt with a completion, in tokens.
-            system: System message for prompts without one; "" for none.
-            on_overflow: What `encode` does with pairs of which one side is longer.
-
-        Raises:
-            ConfigError: `max_length` or `on_overflow` has an invalid value.
-        """
-        super().__init__(columns, max_length, on_overflow)
-        self.system = system
-
-    def to_metadata(self) -> dict[str, Any]:
-        return super().to_metadata() | {"system": self.system}
-
-    def with_system(self, conversation: Messages) -> Messages:
-        """A conversation with the task's system message, unless it has one of its own."""
-        if self.system and conversation[0]["role"] != "system":
-            return [{"role": "system", "content": self.system}, *conversation]
-        return conversation
 
     def pairs(self, examples: Dataset) -> list[Pair]:
         """The prompt, the chosen and the rejected completion of every example, as messages.

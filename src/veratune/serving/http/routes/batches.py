@@ -19,7 +19,7 @@ from veratune.serving.http.dependencies import (
     JobsDep,
     Limit,
     TenantDep,
-    page,
+    first_page,
 )
 from veratune.serving.http.errors import ApiError
 from veratune.serving.http.routes.chat import run_chat, run_completion
@@ -98,7 +98,7 @@ async def list_batches(
 ) -> dict[str, object]:
     """A tenant's batches, newest first."""
     listed = await context.pools.read.run(jobs.batches.list_batches, tenant, after, limit + 1)
-    return page([_shown(batch) for batch in listed[:limit]], len(listed) > limit)
+    return first_page(listed, limit, _shown)
 
 
 @router.get("/v1/batches/{batch}")

@@ -8,7 +8,7 @@ from pydantic import Field
 from veratune.errors import UnsupportedError
 from veratune.serving.feedback.feedback import MAX_CHARACTERS, MAX_MESSAGES, Feedback
 from veratune.serving.feedback.models import Example, FeedbackRun
-from veratune.serving.http.dependencies import CallerDep, ContextDep, Limit, TenantDep, page
+from veratune.serving.http.dependencies import CallerDep, ContextDep, Limit, TenantDep, first_page
 from veratune.serving.http.schemas.base import StrictBody
 
 router = APIRouter()
@@ -62,7 +62,7 @@ async def list_feedback(
 ) -> dict[str, object]:
     """A tenant's feedback, newest first."""
     listed = await context.pools.read.run(feedback.examples, tenant, after, limit + 1)
-    return page([_example(example) for example in listed[:limit]], len(listed) > limit)
+    return first_page(listed, limit, _example)
 
 
 @router.get("/v1/feedback/runs")
@@ -71,7 +71,7 @@ async def list_runs(
 ) -> dict[str, object]:
     """What training on a tenant's feedback gave, newest first."""
     listed = await context.pools.read.run(feedback.runs, tenant, limit + 1)
-    return page([_run(run) for run in listed[:limit]], len(listed) > limit)
+    return first_page(listed, limit, _run)
 
 
 @router.delete("/v1/feedback/{example}")

@@ -3,10 +3,17 @@
 from fastapi import APIRouter, Request, Response
 from starlette.datastructures import UploadFile
 
-from veratune.serving.http.dependencies import ContextDep, JobsDep, Limit, TenantDep, page
+from veratune.serving.http.dependencies import (
+    ContextDep,
+    JobsDep,
+    Limit,
+    TenantDep,
+    first_page,
+    page,
+)
 from veratune.serving.http.errors import ApiError
 from veratune.serving.http.schemas.adapters import JobBody
-from veratune.serving.jobs.models import Job, TrainingFile
+from veratune.serving.jobs.models import Event, Job, TrainingFile
 from veratune.serving.store.base import check_name
 
 router = APIRouter()
@@ -101,7 +108,7 @@ async def list_jobs(
 ) -> dict[str, object]:
     """A tenant's jobs, newest first."""
     listed = await context.pools.read.run(jobs.list_jobs, tenant, after, limit + 1)
-    return page([_job(job) for job in listed[:limit]], len(listed) > limit)
+    return first_page(listed, limit, _job)
 
 
 @router.get("/v1/fine_tuning/jobs/{job}")
@@ -133,18 +140,18 @@ async def list_events(
     number = after.removeprefix("event-")
     before = int(number) if number.isdecimal() and len(number) < 18 else 0
     listed = await context.pools.read.run(jobs.events, tenant, job, before, limit + 1)
-    data = [
-        {
-            "id": f"event-{event.number}",
-            "object": "fine_tuning.job.event",
-            "created_at": int(event.created),
-            "level": event.level,
-            "message": event.message,
-            "type": "message",
-        }
-        for event in listed[:limit]
-    ]
-    return page(data, len(listed) > limit)
+    return first_page(listed, limit, _event)
+
+
+def _event(event: Event) -> dict[str, object]:
+    return {
+        "id": f"event-{event.number}",
+        "object": "fine_tuning.job.event",
+        "created_at": int(event.created),
+        "level": event.level,
+        "message": event.message,
+        "type": "message",
+    }
 
 
 def _file(file: TrainingFile) -> dict[str, object]:
