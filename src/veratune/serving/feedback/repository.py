@@ -76,7 +76,15 @@ class FeedbackRepository:
             db.execute(
                 "INSERT INTO examples (id, tenant, adapter, kind, messages, held_out, created, "
                 "trained) VALUES (?, ?, ?, ?, ?, ?, ?, 0)",
-                (example.id, tenant, adapter, kind, json.dumps(messages), held_out, time.time()),
+                (
+                    example.id,
+                    tenant,
+                    adapter,
+                    kind,
+                    json.dumps(messages),
+                    held_out,
+                    example.created,
+                ),
             )
         return example
 
