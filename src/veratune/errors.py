@@ -22,7 +22,8 @@
     ├── InUseError           a file is needed by a fine-tuning job
     ├── ShutdownError        the server is shutting down
     ├── OutputError          the result could not be written
-    └── InterruptedRunError  a training run was ended by SIGTERM after writing a checkpoint
+    ├── DivergedError        the loss of a training run is not a finite number
+    └── InterruptedRunError  a training run was ended by a signal after writing a checkpoint
 
 Each message is one line: what was found, what was wanted, what to do.
 """
@@ -119,8 +120,12 @@ class OutputError(VeratuneError, OSError):
     """The result could not be written; an existing file is untouched."""
 
 
+class DivergedError(VeratuneError, ArithmeticError):
+    """The loss of a training run is not a finite number."""
+
+
 class InterruptedRunError(VeratuneError):
-    """A training run was ended by SIGTERM after writing a checkpoint."""
+    """A training run was ended by SIGTERM or Ctrl-C after writing a checkpoint."""
 
 
 def near(word: str, known: Iterable[str], count: int = 3) -> str:

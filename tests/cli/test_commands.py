@@ -74,6 +74,10 @@ def test_overview(capsys):
     [
         (["cuont"], "unknown command 'cuont'; did you mean 'count'"),
         (["count", "--modle", "x"], "unknown flag '--modle'; did you mean '--model'"),
+        (["train", "--learning-rate", "1e-3"], "'--learning-rate'; here it is --lr"),
+        (["train", "--load_in_4bit", "1"], "'--load-in-4bit'; here it is --quantize"),
+        (["train", "--quantize", "3bit"], "--quantize: '3bit' is none of 4bit, 8bit"),
+        (["export", "x", "--to", "ollama"], "mlx-lm; for ollama it is gguf-lora"),
         (["count", "--model", "x", "--rank", "many"], "rank"),
         (["count", "--model", "x", "--method", "lroa"], "method"),
         (

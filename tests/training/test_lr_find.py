@@ -30,6 +30,23 @@ def test_the_chosen_rate_is_where_the_loss_falls_fastest():
     assert choose_lr(RATES, risen).lr == found.lr
 
 
+def test_noise_at_low_rates_is_not_taken_for_progress():
+    losses = [1.0 + 0.1 * (-1) ** i for i in range(25)] + [1.0 - 0.06 * i for i in range(15)]
+    assert choose_lr(RATES, losses).lr > RATES[24]
+
+
+def test_a_head_learns_alone_before_the_range_test(tmp_path):
+    rows = "".join(json.dumps({"text": t, "label": t}) + "\n" for t in ("on", "off") * 8)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    settings = TrainSettings(
+        model=fakes.folder(fakes.llama(), tmp_path / "model"), task="text-classification",
+        data=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "run"), batch_size=4, device="cpu", preview=0, find_lr=True,
+    )  # fmt: skip
+    found = find_lr(settings, vt.VeraConfig(rank=4), steps=8)
+    np.testing.assert_allclose(found.rates, np.geomspace(LOWEST, HIGHEST, 8)[: len(found.rates)])
+    assert found.losses[0] < 0.5 * np.log(2)  # the head has learned before the first rate
+
+
 def test_a_loss_that_never_falls_is_refused():
     with pytest.raises(ConfigError, match="found no learning rate between 1e-05 and 1"):
         choose_lr(RATES, [1.0 + rate for rate in RATES])

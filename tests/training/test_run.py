@@ -508,28 +508,31 @@ def test_warmup_in_steps(place, tmp_path):
     assert rates[0] == pytest.approx(3e-2 * 9 / 12, rel=0.15)
 
 
-class SigtermAt(TrainerCallback):
-    """Sends SIGTERM to this process after one step."""
+class SignalAt(TrainerCallback):
+    """Sends a signal to this process in one step."""
 
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, number):
+        self.step, self.number = step, number
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
 
-def test_sigterm_writes_a_checkpoint_to_resume_from(place, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_to_resume_from(place, tmp_path, number):
     changes = {"max_steps": 8, "eval_data": None, "data": str(place / "sentiment" / "train.jsonl")}
     changes |= {"ignore_columns": ["score"]}
     whole = train(settings(place, tmp_path / "whole", **changes), VERA)
     broken = settings(place, tmp_path / "broken", **changes)
     method = VeraMethod(dataclasses.replace(VERA, seed=broken.basis_seed))
-    method.callbacks = [SigtermAt(2)]
-    former = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(InterruptedRunError, match="a checkpoint of step 3 is written"):
+    method.callbacks = [SignalAt(2, number)]
+    former = signal.getsignal(number)
+    with pytest.raises(
+        InterruptedRunError, match=f"{number.name} ended the run; a checkpoint of step 3"
+    ):
         train(broken, VERA, method=method)
-    assert signal.getsignal(signal.SIGTERM) is former
+    assert signal.getsignal(number) is former
     assert (tmp_path / "broken" / "checkpoints" / "checkpoint-3").is_dir()
     resumed = train(dataclasses.replace(broken, resume=True), VERA)
     assert resumed.steps == whole.steps == 8

@@ -5,7 +5,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 import veratune as vt
-from veratune.errors import UnsupportedError
+from veratune.errors import DivergedError, UnsupportedError
 from veratune.training.methods import LearningRates, VeraMethod
 from veratune.training.trainer import VeraTrainer
 
@@ -70,6 +70,15 @@ def test_a_layer_that_is_passed_by_is_named(tmp_path):
     before = vt.extract(model).b["called"].clone()
     trainer(model, tmp_path).train()  # no warning: warnings are errors here
     assert not torch.equal(vt.extract(model).b["called"], before)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    model = vt.attach(Reader(), vt.VeraConfig(rank=2, targets=["called"]))
+    run = trainer(model, tmp_path)
+    run.train_dataset = Dataset.from_dict({"x": [[1.0] * 4] * 4, "labels": [float("inf")] * 4})
+    with pytest.raises(DivergedError, match="the loss of step 1 is inf at a learning rate of 0.1"):
+        run.train()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -36,6 +36,49 @@ LISTS = (
     "allowed_hosts",
 )
 
+# Flags of PEFT, TRL and other trainers, and what they are called here.
+ALIASES = {
+    "adapter": "start-adapter",
+    "base-model": "model",
+    "bf16": "mixed-precision bf16",
+    "dataset": "data",
+    "dataset-name": "data",
+    "eval-dataset": "eval-data",
+    "fp16": "mixed-precision fp16",
+    "group-by-len": "group-by-length",
+    "learning-rate": "lr",
+    "load-in-4bit": "quantize",
+    "lora-dropout": "dropout",
+    "lora-r": "rank",
+    "lora-target-modules": "targets",
+    "lr-scheduler-type": "lr-scheduler",
+    "max-seq-length": "max-length",
+    "model-name": "model",
+    "model-name-or-path": "model",
+    "num-epochs": "epochs",
+    "num-train-epochs": "epochs",
+    "output": "out",
+    "output-dir": "out",
+    "per-device-train-batch-size": "batch-size",
+    "precision": "mixed-precision",
+    "r": "rank",
+    "resume-from-checkpoint": "resume",
+    "sample-packing": "packing",
+    "target-modules": "targets",
+    "train-batch-size": "batch-size",
+    "train-file": "data",
+    "vera-dropout": "dropout",
+}
+# Programs that read a format of another name.
+FORMATS = {
+    "comfyui": "kohya",
+    "llama.cpp": "gguf-lora",
+    "llamacpp": "gguf-lora",
+    "lora": "peft-lora",
+    "mlx": "mlx-lm",
+    "ollama": "gguf-lora",
+}
+
 # Measured settings by name; docs/recipes.md says on what they were measured.
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 
@@ -84,13 +127,23 @@ class Parser(ArgumentParser):
         unknown = re.search(r"[Uu]nrecognized arguments:? (\S+)", message)
         if unknown:
             flag = unknown.group(1)
+            alias = ALIASES.get(flag.lstrip("-").replace("_", "-"), "")
+            if alias.partition(" ")[0] in self.flags():
+                return f"unknown flag {flag!r}; here it is --{alias}"
             return f"unknown flag {flag!r}{near(flag, [f'--{name}' for name in self.flags()])}"
         line = " ".join(message.split())
         # Of an optional value, only the error about the value itself is useful.
         line = re.sub(
             r"Does not validate against any of the Union .*? Errors: - (.*?)"
-            r" - Expected a <class 'NoneType'> Given .*",
-            r"\1",
+            r" - Expected a <class 'NoneType'> Given value type: .*? Given value: (.*)",
+            lambda found: (
+                found[1] + ("" if "Got value" in found[1] else f". Got value: {found[2]}")
+            ),
+            line,
+        )
+        line = re.sub(
+            r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)",
+            lambda found: _no_choice(found[2], re.findall(r"'([^']*)'", found[1])),
             line,
         )
         return re.sub(
@@ -180,6 +233,14 @@ def print_json(value: object) -> None:
     """Print a value as JSON on standard output."""
     json.dump(value, sys.stdout, indent=2)
     sys.stdout.write("\n")
+
+
+def _no_choice(value: str, known: Sequence[str]) -> str:
+    """The end of a message about a value that is none of the known ones."""
+    hint = near(value, known)
+    if FORMATS.get(value.lower()) in known:
+        hint = f"; for {value} it is {FORMATS[value.lower()]}"
+    return f"{value!r} is none of {', '.join(known)}{hint}"
 
 
 def _normalize(parser: Parser, argv: Sequence[str]) -> list[str]:

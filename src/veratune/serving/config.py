@@ -128,10 +128,10 @@ class ServeConfig:
         for name, file in self.adapter_files():
             if is_address(file):
                 parse_address(file)
-            if not name or not (is_address(file) or Path(file).is_file()):
-                raise ConfigError(
-                    f"--adapters {name}={file}: NAME=FILE of an adapter's file is wanted"
-                )
+            if not name or not file:
+                raise ConfigError(f"--adapters {name}={file}: NAME=FILE is wanted")
+            if not is_address(file) and not Path(file).is_file():
+                raise ConfigError(f"--adapters {name}={file}: there is no file {file}")
         if self.replicas > 1 and self.jobs:
             raise ConfigError(
                 "--jobs: replicas keep nothing, so they do not fine-tune; start one server with "

@@ -26,7 +26,10 @@ def label_names(
     feature = examples.features[column]
     if hasattr(feature, "names"):
         return list(feature.names)
-    values = set(examples[column])
+    given = examples[column]
+    values = set(given)
+    if None in values:
+        raise DataError(f"row {given.index(None)}: column {column!r} is empty; a label is wanted")
     if all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         if min(values) < 0:
             raise DataError(

@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError
@@ -120,7 +120,8 @@ def build_run(
         loss_scale=task.target_scale**-2,
         **kind.extras(model, data),
     )
-    trainer.remove_callback(ProgressCallback)  # it writes to standard output
+    for callback in (ProgressCallback, PrinterCallback):  # they write to standard output
+        trainer.remove_callback(callback)
     trainer.add_callback(ProgressLogger)
     if progress_file := os.environ.get(PROGRESS_FILE):
         trainer.add_callback(ProgressFileCallback(Path(progress_file)))

@@ -1,4 +1,4 @@
-"""Trainer callbacks of a run: moving average, samples, progress lines, SIGTERM."""
+"""Trainer callbacks of a run: moving average, samples, progress lines, signals."""
 
 import signal
 import sys
@@ -123,40 +123,51 @@ class ProgressLogger(ProgressCallback):
             tqdm.write(line, file=sys.stderr)
 
 
-class SigtermCallback(TrainerCallback):
-    """Write a checkpoint on SIGTERM and stop after the current optimizer step.
+class SignalCallback(TrainerCallback):
+    """Write a checkpoint on SIGTERM or Ctrl-C, and stop after the current optimizer step.
 
-    Use it as a context manager: the signal's former handler comes back at the end. Python delivers
-    signals to the main thread alone, so in other threads nothing is installed.
+    A second signal acts as it would without this class. Use it as a context manager: the signals'
+    former handlers come back at the end. Python delivers signals to the main thread alone, so in
+    other threads nothing is installed.
     """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         """Build the callback; no handler is installed yet."""
-        self.received = False
-        self._former: Any = None
+        self.received: signal.Signals | None = None
+        self._former: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "SigtermCallback":
+    def __enter__(self) -> "SignalCallback":
         if threading.current_thread() is threading.main_thread():
-            self._former = signal.signal(signal.SIGTERM, self._on_signal)
+            self._former = {s: signal.signal(s, self._on_signal) for s in self.SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._former is not None:
-            signal.signal(signal.SIGTERM, self._former)
+        self._restore()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.received:
+        if self.received is not None:
             control.should_save = control.should_training_stop = True
 
     def raise_if_received(self, step: int) -> None:
-        """Raise InterruptedRunError if SIGTERM ended the run after `step` optimizer steps."""
-        if self.received:
+        """Raise InterruptedRunError if a signal ended the run after `step` optimizer steps."""
+        if self.received is not None:
             raise InterruptedRunError(
-                f"SIGTERM ended the run; a checkpoint of step {step} is written: "
+                f"{self.received.name} ended the run; a checkpoint of step {step} is written: "
                 "go on with --resume"
             )
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        self.received = signal.Signals(number)
+        self._restore()
+        tqdm.write(
+            f"{self.received.name}: writing a checkpoint after this step; once more stops at once",
+            file=sys.stderr,
+        )
+
+    def _restore(self) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)

@@ -21,6 +21,7 @@ from veratune.training.trainer import MethodTrainer
 
 LOWEST, HIGHEST = 1e-5, 1.0
 STEPS = 60
+HEAD_STEPS = 30  # before them, in which a new head learns alone
 LR_FILE = "lr-find.json"
 _DIVERGED = 4.0  # times the lowest smoothed loss
 _SMOOTHING = 0.8  # decay of the loss's moving average
@@ -64,7 +65,9 @@ class RangeTest:
 def find_lr(settings: TrainSettings, vera: VeraConfig, steps: int = STEPS) -> RangeTest:
     """Train for some steps at exponentially rising rates, and choose one.
 
-    The chosen rate is where the smoothed loss falls fastest. Nothing is kept of the model.
+    The chosen rate is where the smoothed loss falls fastest. A head learns alone for HEAD_STEPS
+    steps before: else its first progress would be taken for that of d and b. Nothing is kept of
+    the model.
 
     Args:
         settings: The run. Its other settings hold, the head's rate among them.
@@ -102,6 +105,9 @@ def find_lr(settings: TrainSettings, vera: VeraConfig, steps: int = STEPS) -> Ra
             mixin=_RangeTrainer,
             **MEASURED,
         )
+        head = any(True for _ in run.trainer.method.head(run.trainer.adapted))
+        recorder.skipped = HEAD_STEPS if head else 0
+        run.trainer.args.max_steps = steps + recorder.skipped
         run.trainer.recorder = recorder  # type: ignore[attr-defined]
         run.trainer.add_callback(recorder)
         run.trainer.train()
@@ -138,8 +144,7 @@ def choose_lr(rates: list[float], losses: list[float]) -> RangeTest:
         average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
         smoothed.append(average / (1 - _SMOOTHING**step))
     lowest = int(np.argmin(smoothed))
-    slopes = np.gradient(smoothed, np.log(rates)) if len(rates) > 1 else np.zeros(1)
-    falling = slopes[: lowest + 1]
+    falling = _slopes(np.log(rates), np.array(smoothed))[: lowest + 1]
     if len(rates) < 3 or not falling.min() < 0:
         raise ConfigError(
             f"the range test found no learning rate between {LOWEST:g} and {HIGHEST:g} at which "
@@ -149,10 +154,18 @@ def choose_lr(rates: list[float], losses: list[float]) -> RangeTest:
     return RangeTest(best, rates, losses, smoothed)
 
 
+def _slopes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The slope at every point: that of the line through the points around it."""
+    reach = max(1, len(x) // 10)
+    windows = [slice(max(0, i - reach), i + reach + 1) for i in range(len(x))]
+    return np.array([np.polyfit(x[w], y[w], 1)[0] if len(x[w]) > 1 else 0.0 for w in windows])
+
+
 class _Recorder(TrainerCallback):
     """Collects rates and losses, and stops when the loss diverges."""
 
     def __init__(self) -> None:
+        self.skipped = 0  # steps before the range test
         self.rates: list[float] = []
         self.losses: list[float] = []
         self.pending: list[float] = []
@@ -166,7 +179,10 @@ class _Recorder(TrainerCallback):
         if not math.isfinite(loss):
             control.should_training_stop = True
             return
-        self.rates.append(_rate(state.global_step - 1, state.max_steps))
+        step = state.global_step - 1 - self.skipped
+        if step < 0:
+            return
+        self.rates.append(_rate(step, state.max_steps - self.skipped))
         self.losses.append(loss)
         self.lowest = min(self.lowest, loss)
         if loss > _DIVERGED * self.lowest:
@@ -177,6 +193,7 @@ class _RangeTrainer(MethodTrainer):
     """Trainer whose adapter learning rates rise from LOWEST to HIGHEST; the head's stays."""
 
     recorder: _Recorder
+    stops_when_diverged = False  # the recorder ends the range test there
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -185,8 +202,12 @@ class _RangeTrainer(MethodTrainer):
         assert optimizer is not None
         head = {id(p) for p in self.method.head(self.adapted)}
 
+        skipped = self.recorder.skipped
+
         def rising(step: int) -> float:
-            return _rate(step, num_training_steps) / HIGHEST
+            if step < skipped:
+                return 0.0
+            return _rate(step - skipped, num_training_steps - skipped) / HIGHEST
 
         factors = [
             (lambda step: 1.0) if id(group["params"][0]) in head else rising

@@ -3,10 +3,12 @@
 import dataclasses
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tqdm import tqdm
 from transformers import TrainerCallback, set_seed
 
 from veratune.config import VeraConfig
@@ -14,7 +16,7 @@ from veratune.formats.atomic import write_atomic
 from veratune.inference.evaluate import clean_metrics
 from veratune.tasks.base import Task
 from veratune.training.build import build_run
-from veratune.training.callbacks import SigtermCallback
+from veratune.training.callbacks import SignalCallback
 from veratune.training.lr_find import find_lr, stored_lr
 from veratune.training.methods import Method
 from veratune.training.result import TrainResult, peak_memory
@@ -58,7 +60,8 @@ def train(
         The result, which is also written to results.json.
 
     Raises:
-        VeratuneError: A setting, the data or the model is wrong, or the run was ended by SIGTERM.
+        VeratuneError: A setting, the data or the model is wrong, the loss is not finite, or a
+            signal ended the run.
     """
     out = Path(settings.out)
     range_test = None
@@ -68,6 +71,7 @@ def train(
         check_out(settings, vera)
         range_test = find_lr(settings, vera)
         settings = dataclasses.replace(settings, lr=range_test.lr)
+        tqdm.write(f"learning rate found by the range test: {range_test.lr:g}", file=sys.stderr)
     run = build_run(settings, vera, task=task, method=method, checks_out=True)
     if is_first_process():
         if range_test is not None:
@@ -95,10 +99,10 @@ def _run(trainer: MethodTrainer, settings: TrainSettings, checkpoint: Path | Non
     before = _scores_before(trainer, out) if evaluates else {}
     set_seed(settings.seed)  # what was drawn so far must not matter to a resumed run
     start = time.perf_counter()
-    with SigtermCallback() as sigterm:
-        trainer.add_callback(sigterm)
+    with SignalCallback() as signals:
+        trainer.add_callback(signals)
         trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        sigterm.raise_if_received(trainer.state.global_step)
+        signals.raise_if_received(trainer.state.global_step)
     seconds = time.perf_counter() - start
     after = clean_metrics(trainer.evaluate()) if evaluates else {}
     return TrainResult(

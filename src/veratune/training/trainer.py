@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from veratune.errors import OutputError
+from veratune.errors import DivergedError, OutputError
 from veratune.inference.evaluate import TaskTrainer
 from veratune.training.methods import LearningRates, Method
 
@@ -18,8 +18,12 @@ from veratune.training.methods import LearningRates, Method
 class MethodTrainer(Trainer):
     """What every trainer of a run shares, TRL's included: it goes before their class.
 
+    Training ends with DivergedError at the first loss that is not finite.
+
     Checkpoints hold the method's file, the optimizer and the random states, never the base model.
     """
+
+    stops_when_diverged = True
 
     def __init__(
         self,
@@ -61,6 +65,12 @@ class MethodTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
+        if self.stops_when_diverged and not torch.isfinite(loss):
+            raise DivergedError(
+                f"the loss of step {self.state.global_step + 1} is {loss.item()} at a learning "
+                f"rate of {self.rates.adapter:g}: give a lower --lr, or --lr find, or look for "
+                "values that are not finite in the data"
+            )
         if self.state.global_step == 0 and not self.is_deepspeed_enabled:
             idle = [
                 name

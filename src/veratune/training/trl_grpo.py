@@ -1,11 +1,18 @@
 """TRL's GRPO trainer, on the project's rewards, files and learning rates."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
@@ -14,6 +21,37 @@ from veratune.tasks.text.grpo import Grpo
 from veratune.training.trl_preference import TRLTrainer
 
 ARGUMENTS = GRPOConfig
+
+
+FLAT_STEPS = 10
+
+
+class FlatRewardWarning(TrainerCallback):
+    """Warns when no prompt has had two different rewards for some steps: nothing is learned."""
+
+    def __init__(self) -> None:
+        """Start counting."""
+        self.flat = 0
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if "frac_reward_zero_std" not in logs:
+            return
+        self.flat = self.flat + 1 if logs["frac_reward_zero_std"] == 1 else 0
+        if self.flat == FLAT_STEPS and state.is_world_process_zero:
+            warnings.warn(
+                f"in {FLAT_STEPS} steps in a row, all completions of each prompt had the same "
+                f"reward (the last mean is {logs.get('reward', 0.0):.3g}), so nothing is learned: "
+                "give a reward that tells them apart, easier prompts or more --num-generations",
+                stacklevel=2,
+            )
 
 
 class VeraGRPOTrainer(TRLTrainer, GRPOTrainer):
@@ -38,6 +76,7 @@ class VeraGRPOTrainer(TRLTrainer, GRPOTrainer):
         """
         self.task, self.eval_encoded = task, eval_encoded
         super().__init__(*args, reward_funcs=list(task.rewards()), **kwargs)
+        self.add_callback(FlatRewardWarning())
         if reference is not None:
             # TRL would load a second base model where beta is set when it is built.
             policy = cast(PreTrainedModel, reference)

@@ -7,6 +7,7 @@ from tests import fakes
 from veratune.errors import ConfigError, DataError
 from veratune.tasks.text import language
 from veratune.tasks.text.chat_template import render
+from veratune.tasks.text.conversation import Conversation
 from veratune.tasks.text.language import IGNORED, CausalLM, Instruction
 
 PAIR = {"prompt": "turn the light on", "completion": "done"}
@@ -120,6 +121,16 @@ def test_bad_rows(rows, message):
 
 
 LONG = {"prompt": "turn the light on", "completion": "please " * 20}
+
+
+def test_an_empty_answer_is_counted():
+    rows = [PAIR, PAIR | {"completion": " "}, PAIR | {"completion": ""}]
+    with pytest.warns(
+        UserWarning, match="2 of 3 rows train on an empty answer, the first is row 1"
+    ):
+        encode(rows)
+    said = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}]
+    assert not Conversation(said, [], [None, None]).trains_empty("all")
 
 
 def test_an_answer_that_is_too_long_is_dropped_and_counted():

@@ -101,6 +101,14 @@ class Conversation:
             raise ValueError("every turn of the assistant has weight 0; there is nothing to learn")
         return turns
 
+    def trains_empty(self, train_on: TrainOn) -> bool:
+        """Whether a message that carries the loss says nothing: no content, calls or reasoning."""
+        said = ("content", "tool_calls", "reasoning_content")
+        return any(
+            not any(str(self.messages[turn].get(field) or "").strip() for field in said)
+            for turn in self.trained_turns(train_on)
+        )
+
 
 class RowReader:
     """Converts rows of one data set to conversations."""

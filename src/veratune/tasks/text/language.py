@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -191,6 +192,7 @@ class Instruction(ChatTask):
                 features=_ENCODED,
                 desc="Encoding",
             )
+        _warn_empty(encoded["empty"][:])
         lengths = encoded["length"][:]
         over = [number for number, length in enumerate(lengths) if length > self.max_length]
         if over and self.on_overflow == "fail":
@@ -199,7 +201,7 @@ class Instruction(ChatTask):
         if over and self.on_overflow == "drop":
             kept = [n for n, length in enumerate(lengths) if length <= self.max_length]
             encoded = encoded.select(kept)
-        return encoded.remove_columns("length")
+        return encoded.remove_columns(["length", "empty"])
 
     def _reader(self, examples: Dataset) -> RowReader:
         return RowReader(self._columns(examples), examples.features, self.system)
@@ -254,6 +256,7 @@ class _ConversationEncoder:
             "attention_mask": [1] * len(tokens),
             "labels": labels,
             "length": length,
+            "empty": conversation.trains_empty(self.train_on),
         }
 
     def _encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
@@ -279,6 +282,7 @@ _ENCODED = Features(
         "attention_mask": List(Value("int8")),
         "labels": List(Value("int64")),
         "length": Value("int64"),
+        "empty": Value("bool"),
     }
 )
 _SOURCE = hashlib.sha256(
@@ -287,6 +291,17 @@ _SOURCE = hashlib.sha256(
         for module in ("language", "chat_template", "conversation")
     )
 ).hexdigest()
+
+
+def _warn_empty(empty: Sequence[bool]) -> None:
+    """Warn of rows that teach the model to answer nothing."""
+    if any(empty):
+        warnings.warn(
+            f"{sum(empty):,} of {len(empty):,} rows train on an empty answer, the first is row "
+            f"{list(empty).index(True)}: the model learns to answer nothing there; remove them if "
+            "that is not meant",
+            stacklevel=3,
+        )
 
 
 class CausalLM(LanguageTask):
