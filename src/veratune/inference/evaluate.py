@@ -14,8 +14,10 @@ from transformers.trainer_callback import PrinterCallback
 from veratune.errors import UnsupportedError
 from veratune.inference.adapted import ADAPTER_NAME, LoadedModel
 from veratune.inference.generate import exact_match, generate_completions
+from veratune.inference.multimodal import generate_with_images
 from veratune.selection import use
-from veratune.tasks.text.language import Instruction
+from veratune.tasks.multimodal.image_text import ImageTextToText
+from veratune.tasks.text.language import ConversationTask, Instruction
 
 
 class TaskTrainer(Trainer):
@@ -69,7 +71,7 @@ def evaluate(
         data_config: Configuration of the data set id.
         batch_size: Examples in one forward pass.
         generate: Also complete every prompt greedily and score exact matches with the last turn
-            (task instruction).
+            (tasks instruction and image-text-to-text).
         max_new_tokens: Longest completion, in tokens.
 
     Returns:
@@ -77,29 +79,40 @@ def evaluate(
 
     Raises:
         DataError: The data cannot be read or do not fit the task.
-        UnsupportedError: `generate` with another task than instruction.
+        UnsupportedError: `generate` with a task without conversations.
     """
     task = loaded.task
-    if generate and not isinstance(task, Instruction):
+    if generate and not isinstance(task, ConversationTask):
         raise UnsupportedError(f"generate completes conversations; task {task.name!r} has none")
     examples = task.load_examples(data, split, data_config)
     result = _scores(loaded, task.encode(examples, loaded.processor), batch_size)
     if task.loss_per_token:
         result["perplexity"] = math.exp(min(result["loss"], 700.0))
-    if generate and isinstance(task, Instruction):
-        conversations = task.conversations(examples)
-        prompts = [c.messages[: c.assistant_turns[-1]] for c in conversations]
-        completions = generate_completions(
-            loaded.model,
-            loaded.processor,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            tools=[conversation.tools for conversation in conversations],
-        )
-        references = task.last_completions(conversations, loaded.processor)
-        result["exact_match"] = exact_match(completions, references)
+    if generate:
+        options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        result["exact_match"] = _exact_match(loaded, examples, options)
     return result
+
+
+def _exact_match(loaded: LoadedModel, examples: Dataset, options: Mapping[str, int]) -> float:
+    """The share of conversations whose last turn the model generates greedily."""
+    task, processor = loaded.task, loaded.processor
+    if isinstance(task, ImageTextToText):
+        shown = task.conversations(examples, processor)
+        conversations, tokenizer = [example.conversation for example in shown], processor.tokenizer
+    else:
+        assert isinstance(task, Instruction)
+        conversations, tokenizer = task.conversations(examples), processor
+    prompts = [c.messages[: c.assistant_turns[-1]] for c in conversations]
+    tools = [conversation.tools for conversation in conversations]
+    if isinstance(task, ImageTextToText):
+        images = [example.images for example in shown]
+        completions = generate_with_images(
+            loaded.model, processor, prompts, images, tools=tools, **options
+        )
+    else:
+        completions = generate_completions(loaded.model, processor, prompts, tools=tools, **options)
+    return exact_match(completions, task.last_completions(conversations, tokenizer))
 
 
 def _scores(loaded: LoadedModel, encoded: Dataset, batch_size: int) -> dict[str, float]:

@@ -6,6 +6,7 @@ from typing import Any
 from veratune.errors import AdapterFileError, ConfigError, near
 from veratune.tasks.base import Task
 from veratune.tasks.diffusion.generation import TextToImage, UnconditionalImage
+from veratune.tasks.multimodal.image_text import ImageTextToText
 from veratune.tasks.text.classification import TextClassification, TextRegression
 from veratune.tasks.text.embedding import Embedding, Reranker
 from veratune.tasks.text.grpo import Grpo
@@ -31,6 +32,7 @@ TASKS: dict[str, type[Task]] = {
         Reranker,
         ImageClassification,
         ObjectDetection,
+        ImageTextToText,
         TextToImage,
         UnconditionalImage,
     )

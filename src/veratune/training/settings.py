@@ -17,7 +17,7 @@ class TrainSettings:
         model: the base model: a folder, a .gguf file, or a Hugging Face id.
         task: text-classification, text-regression, instruction, causal-lm, preference, reward,
             grpo, seq2seq, embedding, reranker, image-classification, object-detection,
-            text-to-image or unconditional-image.
+            image-text-to-text, text-to-image or unconditional-image.
         data: training rows: a file (jsonl, json, csv, tsv, parquet, txt), a folder of files named
             after their splits, or a Hugging Face data set id.
         out: folder for the adapter, checkpoints, logs and results; it must be empty unless resume
@@ -38,6 +38,9 @@ class TrainSettings:
             the "last" one of each conversation, or "weights": all whose message has no weight 0.
         chat_template: a chat template instead of the tokenizer's (task instruction): a Jinja file,
             or the name of one that TRL ships, such as qwen2_5. The adapter file records it.
+        prompt: the user's message where rows have an image and a completion alone, such as
+            "Describe the image." (task image-text-to-text).
+        allow_urls: fetch images that rows name by an http(s) address (task image-text-to-text).
         image_size: side of the images, in pixels (tasks on images). Default: the processor's own.
         augment: what is done to training images: nothing, "flip" (left and right, at random), or
             "crop" (a random part of at least 0.35 of the image, and flip).
@@ -141,6 +144,8 @@ class TrainSettings:
     system: str | None = None
     train_on: Literal["all", "last", "weights"] | None = None
     chat_template: str | None = None
+    prompt: str | None = None
+    allow_urls: bool | None = None
     image_size: int | None = None
     augment: Literal["none", "flip", "crop"] | None = None
     bad_images: Literal["fail", "skip"] | None = None
@@ -304,6 +309,8 @@ TASK_SETTINGS = (
     "system",
     "train_on",
     "chat_template",
+    "prompt",
+    "allow_urls",
     "image_size",
     "augment",
     "bad_images",

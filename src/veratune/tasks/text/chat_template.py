@@ -93,6 +93,18 @@ def render(
     )
 
 
+def with_parts(message: Message) -> Message:
+    """A message with its content as a list of parts, as templates of vision-language models ask.
+
+    Args:
+        message: The message; an empty text has no part.
+    """
+    content = message["content"]
+    if isinstance(content, list):
+        return message
+    return message | {"content": [{"type": "text", "text": content}] if content else []}
+
+
 def read_chat_template(value: str) -> str:
     """The text of a chat template.
 
@@ -143,12 +155,18 @@ class ConversationRenderer:
     if there is one for it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Bind the renderer to a tokenizer and choose the template."""
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, parts: bool = False) -> None:
+        """Bind the renderer to a tokenizer and choose the template.
+
+        Args:
+            tokenizer: The tokenizer, with its chat template.
+            parts: Whether the template takes contents as lists of parts, as those of
+                vision-language models do.
+        """
+        self.tokenizer, self.parts = tokenizer, parts
         self.template: str | None = None  # None: the tokenizer's own
         self._rendered: dict[str, str] = {}
-        if not _has_marks(self._template()) and not self._keeps_prefixes():
+        if not parts and not _has_marks(self._template()) and not self._keeps_prefixes():
             self.template = _training_template(tokenizer)
 
     def pieces(self, conversation: Conversation) -> list[Piece]:
@@ -180,7 +198,7 @@ class ConversationRenderer:
         """Pieces by the template's {% generation %} marks."""
         renderer: Any = render_jinja_template  # annotated as if it returned text alone
         texts, indices = renderer(
-            [conversation.messages],
+            [self._messages(conversation.messages)],
             tools=conversation.tools or None,
             chat_template=self._template(conversation.tools),
             return_assistant_tokens_mask=True,
@@ -221,7 +239,11 @@ class ConversationRenderer:
     def _render(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], prompt: bool = False
     ) -> str:
-        return render(messages, self.tokenizer, prompt, tools, self.template)
+        return render(self._messages(messages), self.tokenizer, prompt, tools, self.template)
+
+    def _messages(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with their contents as the template takes them."""
+        return [with_parts(message) for message in messages] if self.parts else list(messages)
 
     def _keeps_prefixes(self) -> bool:
         """Whether earlier turns render alike when later ones come."""

@@ -10,7 +10,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, cast
 
 from datasets import Features, LargeList, List
@@ -19,6 +19,7 @@ from veratune.errors import DataError, near
 
 Message = dict[str, Any]
 TrainOn = Literal["all", "last", "weights"]
+Refuse = Callable[[str], NoReturn]
 
 # The role of a message by its name in the data.
 _ROLES = {
@@ -133,10 +134,7 @@ class RowReader:
         Raises:
             DataError: A field is invalid or unknown; names the row, the column and the message.
         """
-        values = {
-            role: _without_absent(row[column], self.features.get(column))
-            for role, column in self.columns.items()
-        }
+        values = self.values(row)
         prompt = 0
         if "messages" in values:
             messages = self._messages(number, "messages", values["messages"])
@@ -151,13 +149,34 @@ class RowReader:
         self._check_call_ids(number, messages)
         return Conversation(messages, tools, weights, prompt)
 
+    def values(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The value of each role in one row."""
+        return {
+            role: _without_absent(row[column], self.features.get(column))
+            for role, column in self.columns.items()
+        }
+
+    def content(self, role: str, value: Any, refuse: Refuse) -> Any:
+        """The content of a message as text: of parts, their texts joined; "" for null.
+
+        Args:
+            role: The message's role.
+            value: Its content in the data.
+            refuse: Raises DataError about it.
+        """
+        if value is None or isinstance(value, str):
+            return value or ""
+        if not isinstance(value, list):
+            refuse(f"content is {short(value)}; text or a list of parts is wanted")
+        return "".join(_part_text(part, refuse) for part in value)
+
     def refuse(self, number: int, role: str, problem: str) -> NoReturn:
         """Raise DataError about one column of one row."""
         raise DataError(f"row {number}, column {self.columns.get(role, role)!r}: {problem}")
 
     def _messages(self, number: int, role: str, value: Any) -> list[Message]:
         if not isinstance(value, list) or not value:
-            self.refuse(number, role, f"{_short(value)}; a list of {{role, content}} is wanted")
+            self.refuse(number, role, f"{short(value)}; a list of {{role, content}} is wanted")
         return [self._message(number, role, index, message) for index, message in enumerate(value)]
 
     def _message(self, number: int, role: str, index: int, value: Any) -> Message:
@@ -167,7 +186,7 @@ class RowReader:
             self.refuse(number, role, f"message {index}: {problem}")
 
         if not isinstance(value, Mapping):
-            refuse(f"{_short(value)}; {{role, content}} is wanted")
+            refuse(f"{short(value)}; {{role, content}} is wanted")
         given = {key: item for key, item in value.items() if item is not None}
         if "from" in given:
             return _sharegpt_message(given, refuse)
@@ -175,8 +194,9 @@ class RowReader:
         content = given.pop("content", None)
         if not isinstance(name, str) or name not in _ROLES:
             known = ", ".join(_ROLES)
-            refuse(f"role is {_short(name)}; it must be one of {known}{near(str(name), _ROLES)}")
-        message: Message = {"role": _ROLES[name], "content": _text(content, refuse)}
+            refuse(f"role is {short(name)}; it must be one of {known}{near(str(name), _ROLES)}")
+        speaker = _ROLES[name]
+        message: Message = {"role": speaker, "content": self.content(speaker, content, refuse)}
         _add_fields(message, given, refuse)
         if not message["content"] and content is None:
             said = {"tool_calls", "reasoning_content"} & set(message)
@@ -197,16 +217,16 @@ class RowReader:
             messages = self._messages(number, "prompt", prompt)
         elif isinstance(prompt, str):
             if more is not None and not isinstance(more, str):
-                self.refuse(number, "input", f"{_short(more)}; text is wanted")
+                self.refuse(number, "input", f"{short(more)}; text is wanted")
             messages = self._history(number, history)
             text = f"{prompt}\n\n{more}" if more else prompt
             messages.append({"role": "user", "content": text})
         else:
-            self.refuse(number, "prompt", f"{_short(prompt)}; text or messages are wanted")
+            self.refuse(number, "prompt", f"{short(prompt)}; text or messages are wanted")
         if isinstance(completion, str):
             return [*messages, {"role": "assistant", "content": completion}], len(messages)
         if not isinstance(completion, list):
-            self.refuse(number, "completion", f"{_short(completion)}; text or messages are wanted")
+            self.refuse(number, "completion", f"{short(completion)}; text or messages are wanted")
         turns = self._messages(number, "completion", completion)
         return messages + turns, len(messages)
 
@@ -219,7 +239,7 @@ class RowReader:
                 self.refuse(
                     number,
                     "history",
-                    f"{_short(pair)}; a pair of instruction and response is wanted",
+                    f"{short(pair)}; a pair of instruction and response is wanted",
                 )
             messages.append({"role": "user", "content": pair[0]})
             messages.append({"role": "assistant", "content": pair[1]})
@@ -228,7 +248,7 @@ class RowReader:
     def _system(self, number: int, messages: list[Message], system: Any) -> str:
         """The system message to put before the messages: the row's, or else the task's."""
         if system is not None and not isinstance(system, str):
-            self.refuse(number, "system", f"{_short(system)}; text is wanted")
+            self.refuse(number, "system", f"{short(system)}; text is wanted")
         if messages[0]["role"] == "system":
             if system and system != messages[0]["content"]:
                 self.refuse(number, "system", "the messages begin with another system message")
@@ -245,17 +265,17 @@ class RowReader:
             return []
         entries = _from_json(value, refuse) if isinstance(value, str) else value
         if not isinstance(entries, list):
-            refuse(f"{_short(entries)}; a list of tools is wanted")
+            refuse(f"{short(entries)}; a list of tools is wanted")
         tools = []
         for entry in entries:
             tool = _from_json(entry, refuse) if isinstance(entry, str) else entry
             if not isinstance(tool, Mapping):
-                refuse(f"{_short(tool)}; a JSON schema of a function is wanted")
+                refuse(f"{short(tool)}; a JSON schema of a function is wanted")
             if "function" not in tool:
                 tool = {"type": "function", "function": dict(tool)}
             function = tool["function"]
             if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-                refuse(f"{_short(tool)}; a function with a name is wanted")
+                refuse(f"{short(tool)}; a function with a name is wanted")
             tools.append(dict(tool))
         return tools
 
@@ -273,15 +293,15 @@ class RowReader:
                 )
 
 
-def _sharegpt_message(given: dict[str, Any], refuse: Any) -> Message:
+def _sharegpt_message(given: dict[str, Any], refuse: Refuse) -> Message:
     """A turn {from, value} as a message."""
     name, value = given.pop("from"), given.pop("value", None)
     if name not in _SHAREGPT_ROLES:
         known = ", ".join(_SHAREGPT_ROLES)
         hint = near(str(name), _SHAREGPT_ROLES)
-        refuse(f"from is {_short(name)}; it must be one of {known}{hint}")
+        refuse(f"from is {short(name)}; it must be one of {known}{hint}")
     if not isinstance(value, str):
-        refuse(f"value is {_short(value)}; text is wanted")
+        refuse(f"value is {short(value)}; text is wanted")
     if name == "function_call":
         called = _from_json(value, lambda problem: refuse(f"function_call: {problem}"))
         calls = called if isinstance(called, list) else [called]
@@ -293,7 +313,7 @@ def _sharegpt_message(given: dict[str, Any], refuse: Any) -> Message:
     return message
 
 
-def _add_fields(message: Message, given: dict[str, Any], refuse: Any) -> None:
+def _add_fields(message: Message, given: dict[str, Any], refuse: Refuse) -> None:
     """Check the fields beside role and content, and add them to the message."""
     role = message["role"]
     for key, value in given.items():
@@ -305,15 +325,15 @@ def _add_fields(message: Message, given: dict[str, Any], refuse: Any) -> None:
             )
         if key == "tool_calls":
             if not isinstance(value, list):
-                refuse(f"tool_calls is {_short(value)}; a list is wanted")
+                refuse(f"tool_calls is {short(value)}; a list is wanted")
             if value:
                 message[key] = [_tool_call(call, refuse) for call in value]
         elif key == "weight":
             if value not in (0, 1):
-                refuse(f"weight is {_short(value)}; it must be 0 or 1")
+                refuse(f"weight is {short(value)}; it must be 0 or 1")
             message[key] = int(value)
         elif not isinstance(value, str):
-            refuse(f"{key} is {_short(value)}; text is wanted")
+            refuse(f"{key} is {short(value)}; text is wanted")
         elif key in _REASONING:
             if message.setdefault("reasoning_content", value) != value:
                 refuse("two different fields of reasoning")
@@ -321,10 +341,10 @@ def _add_fields(message: Message, given: dict[str, Any], refuse: Any) -> None:
             message[key] = value
 
 
-def _tool_call(call: Any, refuse: Any) -> dict[str, Any]:
+def _tool_call(call: Any, refuse: Refuse) -> dict[str, Any]:
     """A tool call with its arguments as an object."""
     if not isinstance(call, Mapping):
-        refuse(f"a tool call is {_short(call)}; {{name, arguments}} is wanted")
+        refuse(f"a tool call is {short(call)}; {{name, arguments}} is wanted")
     given = {key: value for key, value in call.items() if value is not None}
     function = given.pop("function", None)
     if function is None:
@@ -334,48 +354,38 @@ def _tool_call(call: Any, refuse: Any) -> dict[str, Any]:
     if isinstance(given.get("id"), str):
         made["id"] = given.pop("id")
     if not isinstance(function, Mapping) or kind != "function" or given:
-        refuse(f"a tool call is {_short(call)}; {{id, type: function, function}} is wanted")
+        refuse(f"a tool call is {short(call)}; {{id, type: function, function}} is wanted")
     unknown = sorted(set(function) - {"name", "arguments"})
     name, arguments = function.get("name"), function.get("arguments")
     if not isinstance(name, str) or unknown:
-        refuse(f"a tool call's function is {_short(function)}; {{name, arguments}} is wanted")
+        refuse(f"a tool call's function is {short(function)}; {{name, arguments}} is wanted")
     if isinstance(arguments, str):
         arguments = _from_json(
             arguments, lambda problem: refuse(f"the arguments of the call of {name!r}: {problem}")
         )
     if not isinstance(arguments, Mapping):
         refuse(
-            f"the arguments of the call of {name!r} are {_short(arguments)}; "
-            "a JSON object is wanted"
+            f"the arguments of the call of {name!r} are {short(arguments)}; a JSON object is wanted"
         )
     return made | {"function": {"name": name, "arguments": dict(arguments)}}
 
 
-def _text(content: Any, refuse: Any) -> str:
-    """The content of a message as text: of parts, their texts joined; "" for null."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        refuse(f"content is {_short(content)}; text or a list of parts is wanted")
-    texts = []
-    for part in content:
-        given = (
-            {k: v for k, v in part.items() if v is not None} if isinstance(part, Mapping) else {}
+def _part_text(part: Any, refuse: Refuse) -> str:
+    """The text of a part {type: text, text}."""
+    given = {k: v for k, v in part.items() if v is not None} if isinstance(part, Mapping) else {}
+    if given.get("type") != "text" or not isinstance(given.get("text"), str) or len(given) != 2:
+        refuse(
+            f"a part of the content is {short(part)}; this task reads parts {{type: text, text}} "
+            "only"
         )
-        if given.get("type") != "text" or not isinstance(given.get("text"), str) or len(given) != 2:
-            refuse(
-                f"a part of the content is {_short(part)}; this task reads parts "
-                "{type: text, text} only"
-            )
-        texts.append(given["text"])
-    return "".join(texts)
+    return str(given["text"])
 
 
-def _from_json(text: str, refuse: Any) -> Any:
+def _from_json(text: str, refuse: Refuse) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        refuse(f"{_short(text)} is no JSON: {error}")
+        refuse(f"{short(text)} is no JSON: {error}")
 
 
 def _without_absent(value: Any, feature: Any) -> Any:
@@ -392,6 +402,7 @@ def _without_absent(value: Any, feature: Any) -> Any:
     return value
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as Python writes it, cut at 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

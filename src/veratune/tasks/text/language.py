@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from datasets import Dataset, Features, List, Value
 from transformers import (
@@ -86,25 +86,14 @@ class ChatTask(LanguageTask):
         return messages
 
 
-class Instruction(ChatTask):
-    """Conversations, with the loss on the assistant's turns only.
+class ConversationTask(ChatTask):
+    """Base of tasks on conversations with the loss on turns of the assistant.
 
-    Rows hold messages (OpenAI's or ShareGPT's), or a prompt and a completion (Alpaca's, or TRL's);
-    see `veratune.tasks.text.conversation`. The tokenizer's chat template puts them together.
+    Attributes:
+        content_parts: Whether chat templates take contents as lists of parts.
     """
 
-    name = "instruction"
-    packs = True
-    roles = {
-        "messages": ("messages", "conversations"),
-        "prompt": ("prompt", "instruction", "question"),
-        "input": ("input", "context"),
-        "completion": ("completion", "output", "response", "answer"),
-        "history": ("history",),
-        "system": ("system",),
-        "tools": ("tools",),
-    }
-    optional = frozenset(roles)
+    content_parts: ClassVar[bool] = False
     accepted_settings = ChatTask.accepted_settings | {"train_on", "chat_template"}
 
     def __init__(
@@ -144,6 +133,39 @@ class Instruction(ChatTask):
         template = {"chat_template": self.chat_template} if self.chat_template else {}
         return super().to_metadata() | template
 
+    def last_completions(
+        self, conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase
+    ) -> list[str]:
+        """The last turn of the assistant as generation decodes it, calls of tools included."""
+        renderer, texts = ConversationRenderer(tokenizer, self.content_parts), []
+        for conversation in conversations:
+            last = conversation.assistant_turns[-1]
+            text = next(p.text for p in renderer.pieces(conversation) if p.turn == last)
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+            texts.append(str(tokenizer.decode(tokens, skip_special_tokens=True)).strip())
+        return texts
+
+
+class Instruction(ConversationTask):
+    """Conversations, with the loss on the assistant's turns only.
+
+    Rows hold messages (OpenAI's or ShareGPT's), or a prompt and a completion (Alpaca's, or TRL's);
+    see `veratune.tasks.text.conversation`. The tokenizer's chat template puts them together.
+    """
+
+    name = "instruction"
+    packs = True
+    roles = {
+        "messages": ("messages", "conversations"),
+        "prompt": ("prompt", "instruction", "question"),
+        "input": ("input", "context"),
+        "completion": ("completion", "output", "response", "answer"),
+        "history": ("history",),
+        "system": ("system",),
+        "tools": ("tools",),
+    }
+    optional = frozenset(roles)
+
     def load_processor(self, model: str) -> PreTrainedTokenizerBase:
         tokenizer = super().load_processor(model)
         if self.chat_template:
@@ -161,18 +183,6 @@ class Instruction(ChatTask):
         """
         reader = self._reader(examples)
         return [reader.read(number, row) for number, row in enumerate(examples)]
-
-    def last_completions(
-        self, conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase
-    ) -> list[str]:
-        """The last turn of the assistant as generation decodes it, calls of tools included."""
-        renderer, texts = ConversationRenderer(tokenizer), []
-        for conversation in conversations:
-            last = conversation.assistant_turns[-1]
-            text = next(p.text for p in renderer.pieces(conversation) if p.turn == last)
-            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-            texts.append(str(tokenizer.decode(tokens, skip_special_tokens=True)).strip())
-        return texts
 
     def encode(
         self, examples: Dataset, processor: PreTrainedTokenizerBase, training: bool = False

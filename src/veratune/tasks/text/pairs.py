@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from veratune.errors import ConfigError, DataError
 from veratune.tasks.text.chat_template import render
-from veratune.tasks.text.conversation import Message
+from veratune.tasks.text.conversation import Message, short
 
 Messages = list[Message]
 
@@ -70,7 +70,7 @@ def read_pair(number: int, row: Mapping[str, Any]) -> Pair:
     _check_completion(number, "rejected", rejected)
     if chosen == rejected:
         raise DataError(
-            f"row {number}: chosen and rejected are equal ({_short(chosen[-1]['content'])}); a "
+            f"row {number}: chosen and rejected are equal ({short(chosen[-1]['content'])}); a "
             "pair must differ, leave the row out"
         )
     return Pair(prompt, chosen, rejected)
@@ -134,8 +134,7 @@ def _messages(number: int, role: str, value: Any) -> Messages:
         return [{"role": "assistant", "content": value}]
     if not isinstance(value, list) or not value:
         raise DataError(
-            f"row {number}: {role} is {_short(value)}; text or a list of {{role, content}} is "
-            "wanted"
+            f"row {number}: {role} is {short(value)}; text or a list of {{role, content}} is wanted"
         )
     for message in value:
         if (
@@ -144,7 +143,7 @@ def _messages(number: int, role: str, value: Any) -> Messages:
             or not isinstance(message.get("content"), str)
         ):
             raise DataError(
-                f"row {number}: a message of {role} is {_short(message)}; {{role, content}} with "
+                f"row {number}: a message of {role} is {short(message)}; {{role, content}} with "
                 "text is wanted"
             )
         more = [k for k, v in message.items() if k not in ("role", "content") and v is not None]
@@ -166,8 +165,3 @@ def _check_completion(number: int, side: str, messages: Messages) -> None:
             )
     if not last["content"].strip():
         raise DataError(f"row {number}: {side} is empty; give a completion or leave the row out")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

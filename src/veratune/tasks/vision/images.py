@@ -180,27 +180,44 @@ def validate_images_with_sizes(
 
 
 def decode_image(value: Mapping[str, Any], row: int) -> pil.Image:
-    """An encoded image as RGB, upright: grey, 16-bit and palette images too; what is transparent
-    becomes white.
+    """An encoded image as RGB, upright; see `read_image`.
 
     value: {bytes, path} as data sets store it. Raises DataError naming the row and, where there is
     one, the file.
     """
-    name = f"row {row}" + (
-        f" ({os.path.basename(value['path'])})" if value and value.get("path") else ""
-    )
+    file = f" ({os.path.basename(value['path'])})" if value and value.get("path") else ""
+    try:
+        return read_image(value)
+    except ValueError as error:
+        raise DataError(f"row {row}{file}: {error}") from None
+
+
+def read_image(value: Mapping[str, Any], max_pixels: int | None = None) -> pil.Image:
+    """Decode an image as RGB, upright: grey, 16-bit and palette images too; what is transparent
+    becomes white.
+
+    Args:
+        value: {bytes, path} as data sets store it.
+        max_pixels: Most pixels, which are counted before anything is decoded; None for Pillow's
+            own limit.
+
+    Raises:
+        ValueError: There is no image, it has too many pixels, or it cannot be decoded.
+    """
     if not value or (value.get("bytes") is None and not value.get("path")):
-        raise DataError(f"{name}: no image")
+        raise ValueError("no image")
     try:
         source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
         with warnings.catch_warnings(), pil.open(source) as file:
             warnings.simplefilter("ignore")
-            image = ImageOps.exif_transpose(file)
-            image.load()
+            pixels = file.width * file.height
+            if max_pixels is None or pixels <= max_pixels:
+                image = ImageOps.exif_transpose(file)
+                image.load()
     except (OSError, ValueError, SyntaxError, pil.DecompressionBombError, struct.error) as error:
-        raise DataError(
-            f"{name}: not a readable image ({' '.join(str(error).split())[:120]})"
-        ) from None
+        raise ValueError(f"not a readable image ({' '.join(str(error).split())[:120]})") from None
+    if max_pixels is not None and pixels > max_pixels:
+        raise ValueError(f"an image of {pixels:,} pixels; at most {max_pixels:,} are decoded")
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         wide = np.asarray(image, dtype=np.float32)
         return pil.fromarray(
