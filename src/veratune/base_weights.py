@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from veratune.basis.directions import LayerDirections
 from veratune.basis.principal import PrincipalBasis
 from veratune.config import VeraConfig
 from veratune.errors import BasisError
@@ -17,10 +18,13 @@ _LIVE = "_veratune_principal"
 
 
 class _LiveBases:
-    """The bases in use on one model; a copied or pickled model starts with none."""
+    """The bases and directions in use on one model; a copied or pickled model has none."""
 
     def __init__(self) -> None:
         self.bases: weakref.WeakValueDictionary[Any, PrincipalBasis] = weakref.WeakValueDictionary()
+        self.layers: weakref.WeakValueDictionary[Any, LayerDirections] = (
+            weakref.WeakValueDictionary()
+        )
 
     def __reduce__(self) -> tuple[type["_LiveBases"], tuple[()]]:
         return _LiveBases, ()
@@ -29,8 +33,9 @@ class _LiveBases:
 def principal_basis(model: nn.Module, config: VeraConfig, sites: list[Site]) -> PrincipalBasis:
     """The basis of an adapter with basis="principal" on this model.
 
-    Adapters with equal seed, layers and ranks get the same object, and share one copy of A and B,
-    as long as the weights have not been written to in between.
+    Adapters with equal seed, layers and ranks get the same object. Those that have only some layers
+    and their ranks in common share A and B of these. Both hold as long as the weights have not been
+    written to in between. Nothing is computed here.
 
     Args:
         model: The base model, adapted or not.
@@ -42,13 +47,24 @@ def principal_basis(model: nn.Module, config: VeraConfig, sites: list[Site]) -> 
     key = (config.seed, tuple((site.name, site.rank) for site in sites), written)
     basis = live.bases.get(key)
     if basis is None:
-        # An adapter that was taken out of its model must not keep the model in memory.
-        weights = {
-            site.name: functools.partial(_weight_in, weakref.ref(model), site) for site in sites
+        layers = {
+            site.name: _directions(model, live, config.seed, site, version)
+            for site, version in zip(sites, written, strict=True)
         }
-        ranks = {site.name: site.rank for site in sites}
-        basis = live.bases[key] = PrincipalBasis(config.seed, ranks, weights)
+        basis = live.bases[key] = PrincipalBasis(config.seed, layers)
     return basis
+
+
+def _directions(
+    model: nn.Module, live: _LiveBases, seed: int, site: Site, version: tuple[int, int]
+) -> LayerDirections:
+    key = (seed, site.name, site.rank, version)
+    found = live.layers.get(key)
+    if found is None:
+        # An adapter that was taken out of its model must not keep the model in memory.
+        weight = functools.partial(_weight_in, weakref.ref(model), site)
+        found = live.layers[key] = LayerDirections(site.name, weight, site.rank, seed)
+    return found
 
 
 def site_weight(model: nn.Module, site: Site) -> Tensor:

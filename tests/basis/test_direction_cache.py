@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from veratune.basis import principal
+from veratune.basis import directions
 from veratune.basis.direction_cache import DirectionCache, default_folder
-from veratune.basis.principal import PrincipalBasis
+from veratune.basis.directions import LayerDirections
 
 CPU = torch.device("cpu")
 
@@ -11,17 +11,16 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def counted(monkeypatch):
     """Every weight counts as large; the list holds one entry a computation."""
-    calls, real = [], principal.principal_directions
-    monkeypatch.setattr(principal, "SMALLEST", 1)
+    calls, real = [], directions.principal_directions
+    monkeypatch.setattr(directions, "SMALLEST", 1)
     monkeypatch.setattr(
-        principal, "principal_directions", lambda *args: calls.append(args) or real(*args)
+        directions, "principal_directions", lambda *args: calls.append(args) or real(*args)
     )
     return calls
 
 
 def pair(weight, cache, rank=3, seed=0):
-    basis = PrincipalBasis(seed, {"x": rank}, {"x": lambda: weight}, cache)
-    return basis.pair("x", *weight.shape, rank, CPU, torch.float32)
+    return LayerDirections("x", lambda: weight, rank, seed, cache).pair(CPU, torch.float32)
 
 
 def weight_of(seed=0):
@@ -70,3 +69,15 @@ def test_the_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("VERATUNE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert default_folder() == tmp_path / "xdg" / "veratune" / "principal"
+
+
+def test_the_oldest_files_make_room(tmp_path, counted):
+    size = 4 * 3 * (9 + 7) + 200
+    cache = DirectionCache(tmp_path, max_bytes=2 * size)
+    for seed in range(4):
+        pair(weight_of(seed), cache)
+    assert len(list(tmp_path.iterdir())) == 2
+    pair(weight_of(3), cache)
+    assert len(counted) == 4
+    pair(weight_of(0), cache)
+    assert len(counted) == 5

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from veratune.basis.principal import PrincipalBasis, principal_directions
+from veratune.basis.directions import LayerDirections, principal_directions
+from veratune.basis.principal import PrincipalBasis
 from veratune.errors import BasisError
 
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ def delta(u, v):
 
 def basis_over(weights, rank=4, seed=0):
     return PrincipalBasis(
-        seed, dict.fromkeys(weights, rank), {k: lambda w=w: w for k, w in weights.items()}
+        seed, {k: LayerDirections(k, lambda w=w: w, rank, seed) for k, w in weights.items()}
     )
 
 
@@ -70,7 +71,7 @@ def test_near_equal_singular_values_survive_another_machines_rounding(singular):
 def test_the_directions_do_not_depend_on_the_number_of_threads():
     code = (
         "import torch; torch.set_num_threads({});"
-        "from veratune.basis.principal import principal_directions as p;"
+        "from veratune.basis.directions import principal_directions as p;"
         "w = torch.randn(300, 200, generator=torch.Generator().manual_seed(0));"
         "u, s, v = p(w, 24, 0); print(' '.join(f'{{x:.9f}}' for x in (u * s @ v.T)[::40, ::40].flatten().tolist()))"
     )
@@ -131,4 +132,4 @@ def test_weights_without_so_many_directions_are_refused(weight, rank, message):
 
 def test_without_weights_there_is_nothing_to_compute():
     with pytest.raises(BasisError, match="needs the base model's weights"):
-        PrincipalBasis(0, {"x": 2}, {}).pair("x", 4, 4, 2, CPU, torch.float32)
+        LayerDirections("x", None, 2, 0).pair(CPU, torch.float32)

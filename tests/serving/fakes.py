@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import time
 
 import torch
 import transformers
@@ -133,7 +134,8 @@ def run_all(engine, requests):
     while waiting or engine.scheduler.waiting or engine.scheduler.running:
         while waiting and rng.random() < 0.6:
             engine.submit(waiting.pop(0))
-        engine.step()
+        if not engine.step():
+            time.sleep(0.001)  # adapters are being prepared in other threads
     tokens = [
         [delta.token.token_id for delta in outputs[id(r)] if getattr(delta, "token", None)]
         for r in requests

@@ -17,6 +17,7 @@ from transformers import (
 
 from veratune.adapter import Adapter
 from veratune.basis.basis import Basis, new_basis
+from veratune.basis.directions import LayerDirections
 from veratune.basis.principal import PrincipalBasis, blank_fingerprint
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError, DataError
@@ -162,7 +163,8 @@ def _vera_figures(
     basis: Basis
     if vera.basis == "principal":
         ranks = {site.name: site.rank for site in sites}
-        basis = PrincipalBasis(vera.seed, ranks, {})
+        layers = {k: LayerDirections(k, None, rank, vera.seed) for k, rank in ranks.items()}
+        basis = PrincipalBasis(vera.seed, layers)
         blank = blank_fingerprint(len(ranks))
         adapter = dataclasses.replace(adapter, lora_fingerprint=blank)
     else:

@@ -30,10 +30,12 @@ class DirectionCache:
 
     Args:
         folder: Where the files are; default `default_folder()`.
+        max_bytes: Bound of the folder's size; the files written longest ago go first.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, max_bytes: int = 2**34) -> None:
         self.folder = default_folder() if folder is None else folder
+        self.max_bytes = max_bytes
 
     def key(self, weight: Tensor, definition: str) -> str:
         """A hash of a weight's shape, dtype and bits, and of what is computed from it."""
@@ -61,6 +63,8 @@ class DirectionCache:
 
     def put(self, key: str, A: Tensor, B: Tensor) -> None:
         """Store (A, B): written to a temporary file, then renamed."""
+        if 4 * (A.numel() + B.numel()) > self.max_bytes:
+            return
         data = safetensors.torch.save({"A": A.contiguous(), "B": B.contiguous()})
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -71,3 +75,14 @@ class DirectionCache:
                 Path(name).replace(self.folder / f"{key}.safetensors")
             except OSError:
                 Path(name).unlink(missing_ok=True)
+            self._shrink()
+
+    def _shrink(self) -> None:
+        """Delete the oldest files beyond `max_bytes`."""
+        found = [(file.stat(), file) for file in self.folder.glob("*.safetensors")]
+        excess = sum(stat.st_size for stat, _ in found) - self.max_bytes
+        for stat, file in sorted(found, key=lambda entry: entry[0].st_mtime_ns):
+            if excess <= 0:
+                return
+            file.unlink(missing_ok=True)
+            excess -= stat.st_size

@@ -189,7 +189,7 @@ class RequestLifecycle(Generic[R]):
 
         def work() -> Adapter | None:
             request.prepare()
-            return load() if load is not None else None
+            return self.pool.prepare(load()) if load is not None else None
 
         prepared = self._executor.submit(work)
         prepared.add_done_callback(lambda _: self.scheduler.wake())

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 from veratune.adapter import Adapter, base_id, bind, check_fits, check_weight_fingerprint
+from veratune.base_weights import principal_basis
+from veratune.basis.basis import Basis
 from veratune.errors import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -32,7 +34,7 @@ from veratune.serving.pool.backbone import at_backbone
 from veratune.serving.pool.batch import AdapterBatch, BatchContext
 from veratune.serving.pool.layers import PoolHead, PoolLayer, PoolLinear
 from veratune.serving.pool.lease import Key, Lease
-from veratune.serving.pool.slots import SlotGroup
+from veratune.serving.pool.slots import SlotGroup, check_linear, reserve
 from veratune.targets import Site
 
 GroupKey = tuple[object, ...]
@@ -125,8 +127,8 @@ class AdapterPool:
     def frozen_bytes(self) -> int:
         """Bytes of the frozen matrices of all groups; equal ones are shared and count once."""
         with self._lock:
-            bases = {id(group.basis): group.basis for group in self._groups.values()}
-            return sum(basis.allocated_bytes() for basis in bases.values())
+            tensors = {id(t): t for group in self._groups.values() for t in group.basis.tensors()}
+            return sum(t.numel() * t.element_size() for t in tensors.values())
 
     @property
     def pinned(self) -> int:
@@ -139,10 +141,33 @@ class AdapterPool:
 
         Raises:
             BaseModelError: it does not fit the model.
-            UnsupportedError: it is too large for this pool.
+            BasisError: its principal directions are not those of the model's weights.
+            UnsupportedError: it is too large for this pool, or adapts no linear layer.
         """
         adapter = at_backbone(self.base_model, adapter)
-        self._check_size(adapter, check_fits(self.base_model, adapter, head_shapes=False))
+        sites = check_fits(self.base_model, adapter, head_shapes=False)
+        check_linear(sites)
+        self._check_size(adapter, sites)
+        bind(self.base_model, adapter)
+
+    def prepare(self, adapter: Adapter) -> Adapter:
+        """Do the slow work of loading an adapter: names, and the directions of a principal basis.
+
+        Any thread may call it, beside the one that runs the model.
+
+        Returns:
+            The adapter for `acquire`'s `load`.
+
+        Raises:
+            Exception: as `check`.
+        """
+        adapter = at_backbone(self.base_model, adapter)
+        if adapter.config.basis == "principal":
+            sites = check_fits(self.base_model, adapter, head_shapes=False)
+            self._check_size(adapter, sites)
+            adapter = bind(self.base_model, adapter)
+            reserve(adapter.basis, self.model, sites)
+        return adapter
 
     def acquire(self, key: Key | None, load: Callable[[], Adapter] | None = None) -> Lease:
         """Lease an adapter, which is loaded if it is not in memory.
@@ -170,7 +195,7 @@ class AdapterPool:
             )
         start = time.perf_counter()
         # Without the lock: a slow store holds up no other request.
-        adapter = at_backbone(self.base_model, load())
+        adapter = self.prepare(load())
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:  # no other thread was faster
@@ -286,7 +311,7 @@ class AdapterPool:
                 f"the adapter has rank {largest:,}; adapters of rank {self.max_rank:,} at most are "
                 "taken here"
             )
-        frozen = adapter.basis.bytes_of(
+        frozen = self._basis_of(adapter, sites).bytes_of(
             [(s.name, *s.shape, s.rank) for s in sites],
             product_dtype(next(self.model.parameters())),
         )
@@ -299,6 +324,12 @@ class AdapterPool:
                 f"adapters have {self.max_bytes:,} here"
             )
         return frozen
+
+    def _basis_of(self, adapter: Adapter, sites: Sequence[Site]) -> Basis:
+        """The basis of an adapter; a principal one is neither compared nor computed."""
+        if adapter.config.basis == "principal" and adapter.bound is None:
+            return principal_basis(self.base_model, adapter.config, list(sites))
+        return adapter.basis
 
     def _group_for(self, adapter: Adapter) -> SlotGroup:
         """Return the group of an adapter's kind; a new one wraps the layers that it needs."""

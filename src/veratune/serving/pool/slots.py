@@ -82,11 +82,8 @@ class SlotGroup:
     ) -> None:
         device = next(model.parameters()).device
         self.basis = adapter.basis
-        self.basis.reserve(
-            [(s.name, *s.shape, s.rank) for s in sites],
-            device,
-            product_dtype(next(model.parameters())),
-        )
+        check_linear(sites)
+        reserve(self.basis, model, sites)
         self.weight_fingerprint = weight_fingerprint(model, list(sites))
         self.layers: dict[str, list[SlotSite]] = {}
         self.order: list[tuple[str, str]] = []
@@ -153,11 +150,6 @@ class SlotGroup:
         """Give each site its place in a slot's values; return how many values there are."""
         end = 0
         for site in sites:
-            if site.part.kernel or site.part.expert is not None:
-                kind = "a convolution" if site.part.kernel else "an expert"
-                raise UnsupportedError(
-                    f"layer '{site.name}' is {kind}; a pool serves adapters of linear layers"
-                )
             places: dict[str, slice | None] = {"d": None, "b": None}
             sizes = {"d": site.rank, "b": site.shape[0]}
             for kind, vectors in (("d", adapter.d), ("b", adapter.b)):
@@ -171,6 +163,23 @@ class SlotGroup:
         for slot_sites in self.layers.values():
             slot_sites.sort(key=lambda slot_site: slot_site.site.part.start)
         return end
+
+
+def check_linear(sites: Sequence[Site]) -> None:
+    """Raise UnsupportedError for a site that is no linear layer or a part of one."""
+    for site in sites:
+        if site.part.kernel or site.part.expert is not None:
+            kind = "a convolution" if site.part.kernel else "an expert"
+            raise UnsupportedError(
+                f"layer '{site.name}' is {kind}; a pool serves adapters of linear layers"
+            )
+
+
+def reserve(basis: Basis, model: nn.Module, sites: Sequence[Site]) -> None:
+    """Make A and B of these sites, where the model is and in the dtype of its products."""
+    first = next(model.parameters())
+    wanted = [(site.name, *site.shape, site.rank) for site in sites]
+    basis.reserve(wanted, first.device, product_dtype(first))
 
 
 def _new_slots(
