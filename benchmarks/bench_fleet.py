@@ -48,9 +48,8 @@ def _sentences(data: Path) -> dict[str, dict[str, list[str]]]:
     found: dict[str, dict[str, dict[str, None]]] = {slot: {} for slot in SLOTS}
     for row in pandas.read_parquet(data / "train.parquet").to_dict("records"):
         for slot, value in re.findall(r"([\w ]+)\[([^\]]*)\]", row["mr"]):
-            if slot.strip() in found:
-                if len(row["ref"].split()) <= WORDS:
-                    found[slot.strip()].setdefault(value, {})[row["ref"].strip()] = None
+            if slot.strip() in found and len(row["ref"].split()) <= WORDS:
+                found[slot.strip()].setdefault(value, {})[row["ref"].strip()] = None
     return {
         slot: {value: list(texts) for value, texts in values.items() if len(texts) >= 100}
         for slot, values in found.items()

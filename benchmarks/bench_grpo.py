@@ -2,8 +2,8 @@
 
     python benchmarks/bench_grpo.py --model SMOLLM2 --work out/grpo
 
-The prompt is a sum of two digits, to be answered in digits only. The reward is the share of digits in the
-completion, and 0.5 more for a number alone. Held-out sums are none of the training sums. Finished runs in
+The prompt is a sum of two digits whose answer has two digits. The reward of a completion of two tokens is the
+share of digits in it, and 1 more for the right sum. Held-out sums are none of the training sums. Finished runs in
 --work are not repeated. Writes results/grpo.jsonl, one line a run, and docs/pictures/grpo.png.
 """
 
@@ -21,14 +21,12 @@ LINES = HERE / "results" / "grpo.jsonl"
 PICTURE = HERE.parent / "docs" / "pictures" / "grpo.png"
 COMMON = {
     "task": "grpo",
-    "reward": ["bench_grpo:digit_share", "regex"],
-    "reward_weights": [1.0, 0.5],
+    "reward": ["bench_grpo:digit_share", "exact-match"],
     "system": "Answer with the sum, as digits only.",
-    "reward_options": {"pattern": "[0-9]+"},
     "num_generations": 8,
-    "max_completion_length": 4,
+    "max_completion_length": 2,
     "batch_size": 8,
-    "save_steps": 12,
+    "save_steps": 20,
     "lr_scheduler": "constant_with_warmup",
     "warmup_steps": 1,
     "warmup_ratio": 0.0,
@@ -58,10 +56,10 @@ def digit_share(completions: list[list[dict[str, str]]], **kwargs: object) -> li
 
 def make_sums(work: Path) -> None:
     """Write train.jsonl and validation.jsonl."""
-    sums = [(a, b) for a in range(1, 10) for b in range(1, 10)]
+    sums = [(a, b) for a in range(1, 10) for b in range(1, 10) if a + b >= 10]
     random.Random(0).shuffle(sums)
     (work / "data").mkdir(parents=True, exist_ok=True)
-    for name, part in (("train", sums[:49]), ("validation", sums[-8:])):
+    for name, part in (("train", sums[:37]), ("validation", sums[-8:])):
         rows = [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in part]
         (work / "data" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
@@ -75,7 +73,7 @@ def run(method: str, seed: int, options: argparse.Namespace) -> dict[str, object
     changes, adapter = METHODS[method]
     folder = Path(options.work) / f"{method.replace(' ', '_').replace(',', '')}-{seed}"
     settings = dict(
-        model=options.model, data=str(Path(options.work) / "data"), out=str(folder), seed=seed, basis_seed=seed,
+        model=options.model, data=str(Path(options.work) / "data"), out=str(folder), seed=seed, **({} if "method" in changes else {"basis_seed": seed}),
         max_steps=options.steps, **COMMON, **changes,
     )  # fmt: skip
     start = time.process_time()
@@ -127,7 +125,7 @@ def main() -> None:
     flags.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct")
     flags.add_argument("--work", default="out/grpo", help="folder for the runs")
     flags.add_argument("--seeds", type=int, default=1)
-    flags.add_argument("--steps", type=int, default=24)
+    flags.add_argument("--steps", type=int, default=40)
     options = flags.parse_args()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     make_sums(Path(options.work))

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_preference.py --model SMOLLM2 --data alpaca_9k/train.parquet --work out/preference
 
-A pair is an Alpaca instruction, its answer (chosen), and the same answer cut after half of its words
-(rejected). Held-out pairs come from other instructions. Finished runs in --work are not repeated. Writes
+A pair is an Alpaca instruction, its answer in lower case without the last full stop, as in a chat
+(chosen), and the answer as it is (rejected). Held-out pairs come from other instructions. Finished runs in --work are not repeated. Writes
 results/preference.jsonl, one line a run.
 """
 
@@ -50,8 +50,10 @@ def make_pairs(source: str, work: Path, train: int, held_out: int) -> None:
         words = row["output"].split()
         prompt = f"{row['instruction']}\n\n{row['input']}".strip()
         if 12 <= len(words) <= 24 and len(prompt.split()) <= 16:
-            cut = " ".join(words[: len(words) // 2])
-            pairs.append({"prompt": prompt, "chosen": row["output"], "rejected": cut})
+            chosen = row["output"].lower().removesuffix(".")
+            if chosen == row["output"]:
+                continue
+            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": row["output"]})
     data = work / "data"
     data.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", pairs[:train]), ("validation", pairs[-held_out:])):
@@ -91,7 +93,7 @@ def run(method: str, seed: int, loss: str, options: argparse.Namespace) -> dict[
     changes, adapter = METHODS[method]
     folder = Path(options.work) / f"{method.replace(' ', '_')}-{loss}-{seed}"
     settings = dict(
-        model=options.model, data=str(Path(options.work) / "data" / "train.jsonl"), out=str(folder), seed=seed, basis_seed=seed,
+        model=options.model, data=str(Path(options.work) / "data" / "train.jsonl"), out=str(folder), seed=seed, **({} if "method" in changes else {"basis_seed": seed}),
         save_steps=20, loss=loss, **COMMON, **changes,
     )  # fmt: skip
     start = time.process_time()
@@ -154,8 +156,8 @@ def main() -> None:
     flags.add_argument("--data", required=True, help="Alpaca's parquet file")
     flags.add_argument("--work", default="out/preference", help="folder for the runs")
     flags.add_argument("--seeds", type=int, default=3)
-    flags.add_argument("--train", type=int, default=32)
-    flags.add_argument("--held-out", type=int, default=24)
+    flags.add_argument("--train", type=int, default=64)
+    flags.add_argument("--held-out", type=int, default=48)
     flags.add_argument("--memory", choices=["sft", "dpo"], help="measure that alone, and print it")
     options = flags.parse_args()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
