@@ -19,6 +19,7 @@ from veratune.errors import (
     UnsupportedError,
 )
 from veratune.formats.native import AdapterReader
+from veratune.serving.conversation import SystemMessages
 from veratune.serving.engine.encoder import Encoder
 from veratune.serving.engine.engine import Engine
 from veratune.serving.engine.protocol import ServingEngine
@@ -57,6 +58,21 @@ class RequestFields(TypedDict, total=False):
     load: Callable[[], Adapter]
 
 
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a model's name stands for in one request.
+
+    Attributes:
+        model: The name that the response gives.
+        fields: Fields of the engine's requests.
+        system: System message for a conversation without one; "" for none.
+    """
+
+    model: str
+    fields: RequestFields
+    system: str = ""
+
+
 class Service:
     """One store of adapters over a causal model, an encoder, or both."""
 
@@ -83,6 +99,11 @@ class Service:
         """
         self.store, self.engine, self.encoder = store, engine, encoder
         self._reader = AdapterReader()
+        self._system_messages: SystemMessages | None = None
+        if engine is not None:
+            self._system_messages = SystemMessages(
+                engine.tokenizer.chat_template, engine.max_characters
+            )
         self.draining = False
         self.loops: dict[str, ServingEngine[Any]] = {}
         for loop, wanted in ((engine, served_model_name), (encoder, served_encoder_name)):
@@ -169,6 +190,19 @@ class Service:
             raise UnsupportedError(f"the model {model!r} {does}, and nothing else")
         return {"tenant": caller.tenant}
 
+    def target(self, caller: Caller, model: str) -> Target:
+        """Resolve a model's name for the causal model, once for one call.
+
+        Raises:
+            Exception: As `request_fields`.
+            UnsupportedError: The adapter was trained with another chat template.
+        """
+        fields = self.request_fields(caller, model, self.require_engine())
+        if "key" not in fields:
+            return Target(model, fields)
+        assert self._system_messages is not None
+        return Target(model, fields, self._system_messages.get(fields["key"], fields["load"]))
+
     def load(self, ref: AdapterRef) -> Adapter:
         """Read an adapter from the store and check it."""
         return self._reader.decode(self.store.get(*ref.key))
@@ -187,6 +221,8 @@ class Service:
         for loop in self.loops.values():
             try:
                 loop.pool.check(adapter)
+                if loop is self.engine and self._system_messages is not None:
+                    self._system_messages.check(adapter)
             except BaseModelError as error:
                 refused.append(error)
             else:

@@ -84,6 +84,8 @@ class Engine:
         self.outputs = OutputProcessor(eos_tokens(model, tokenizer))
         self.model, self.tokenizer, self.pool = model, tokenizer, pool
         self.max_model_len = self.runner.max_model_len
+        # No text of more characters fits, whatever its tokens are.
+        self.max_characters = self.max_model_len * max(map(len, tokenizer.get_vocab()), default=1)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.grammars = GrammarCompiler(
             tokenizer, self.runner.vocab_size, self.outputs.eos_token_ids

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from veratune.serving.engine.grammar import Grammar
 from veratune.serving.http.dependencies import Context
 from veratune.serving.http.errors import ApiError
+from veratune.serving.http.prompts import with_system
 from veratune.serving.http.requests import grammar_for
 from veratune.serving.http.schemas.chat import (
     AllowedToolChoice,
@@ -22,6 +23,7 @@ from veratune.serving.http.structured import Constraint, tool_constraint
 from veratune.serving.http.tool_reader import ToolReader
 from veratune.serving.http.tools import family_of, make_parser
 from veratune.serving.keys import Caller
+from veratune.serving.service import Target
 
 MAX_CALLS = 8  # of a constrained completion; small models would call for ever
 _DEFAULT_TOKENS = 256  # of a chat completion without max_tokens
@@ -50,12 +52,15 @@ class PreparedChat:
     tools: ToolReader | None
 
 
-async def prepare_chat(context: Context, caller: Caller, settings: ChatSettings) -> PreparedChat:
+async def prepare_chat(
+    context: Context, caller: Caller, target: Target, settings: ChatSettings
+) -> PreparedChat:
     """Tokenize a conversation and compile its grammar.
 
     Args:
         context: The application's context.
         caller: Who calls.
+        target: The model; its system message begins a conversation without one.
         settings: What the client asks.
 
     Raises:
@@ -77,10 +82,11 @@ async def prepare_chat(context: Context, caller: Caller, settings: ChatSettings)
         most = MAX_CALLS if settings.parallel_tool_calls and not named else 1
         constraint = tool_constraint(family, callable_, most, constraint)
     schemas = sum(len(tool.model_dump_json()) for tool in shown)
-    encoder.check_size(sum(m.characters for m in settings.messages) + schemas, "messages")
+    messages = with_system(settings.messages, target.system)
+    encoder.check_size(sum(m.characters for m in messages) + schemas, "messages")
     grammar = await grammar_for(context, caller, constraint)
     prompt = await context.pools.tokenize.run(
-        encoder.encode_chat, settings.messages, shown, settings.template_kwargs
+        encoder.encode_chat, messages, shown, settings.template_kwargs
     )
     room = max(1, min(_DEFAULT_TOKENS, engine.max_model_len - len(prompt)))
     reader = None

@@ -24,15 +24,9 @@ class PromptEncoder:
 
     engine: Engine
 
-    def __post_init__(self) -> None:
-        tokenizer = self.engine.tokenizer
-        longest = max(map(len, tokenizer.get_vocab()), default=1)
-        # No text of more characters fits, whatever its tokens are, so it need not be tokenized.
-        self.max_characters = self.engine.max_model_len * longest
-
     def check_size(self, characters: int, param: str) -> None:
         """Raise ApiError for a text that cannot fit, before any work is done on it."""
-        if characters > self.max_characters:
+        if characters > self.engine.max_characters:
             raise ApiError(
                 400,
                 f"{param}: {characters} characters cannot fit into the "
@@ -98,6 +92,13 @@ class PromptEncoder:
         return str(
             self.engine.tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
         )
+
+
+def with_system(messages: Sequence[Message], system: str) -> list[Message]:
+    """Messages with a system message before them, unless they begin with one of their own."""
+    if not system or (messages and messages[0].role in ("system", "developer")):
+        return list(messages)
+    return [Message(role="system", content=system), *messages]
 
 
 def _checked_kwargs(

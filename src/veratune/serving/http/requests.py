@@ -11,6 +11,7 @@ from veratune.serving.http.errors import ApiError
 from veratune.serving.http.schemas.generation import CompletionBody, GenerationBody
 from veratune.serving.http.structured import Constraint, compile_constraint
 from veratune.serving.keys import Caller
+from veratune.serving.service import Target
 
 
 def sampling_of(
@@ -61,6 +62,7 @@ async def grammar_for(
 async def make_requests(
     context: Context,
     caller: Caller,
+    target: Target,
     body: GenerationBody,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
@@ -73,7 +75,8 @@ async def make_requests(
     Args:
         context: The application's context.
         caller: Who calls.
-        body: Has the model, `n` and the seed.
+        target: The model.
+        body: Has `n` and the seed.
         prompts: Token ids.
         params: How completions are sampled.
         grammar: What completions must follow.
@@ -84,16 +87,13 @@ async def make_requests(
     """
     engine = context.service.require_engine()
     check_count(context, len(prompts), body.n)
-    fields = await context.pools.read.run(
-        context.service.request_fields, caller, body.model, engine
-    )
     seeded = [
         params if body.seed is None else dataclasses.replace(params, seed=body.seed + i)
         for i in range(body.n)
     ]
     requests = [
         GenerationRequest(
-            **fields,
+            **target.fields,
             tokens=prompt,
             sampling=sampling,
             grammar=grammar,

@@ -36,10 +36,11 @@ async def run_chat(body: ChatBody, client: Client, caller: Caller, context: Cont
         body.max_completion_tokens or body.max_tokens,
         body.chat_template_kwargs,
     )
-    prepared = await prepare_chat(context, caller, settings)
+    target = await context.pools.read.run(context.service.target, caller, body.model)
+    prepared = await prepare_chat(context, caller, target, settings)
     params = sampling_of(body, prepared.max_tokens, body.top_logprobs if body.logprobs else None)
     requests = await make_requests(
-        context, caller, body, [prepared.prompt], params, grammar=prepared.grammar
+        context, caller, target, body, [prepared.prompt], params, grammar=prepared.grammar
     )
     builder = ChatBuilder(engine.tokenizer, body.model, prepared.tools)
     return await GenerationCall(engine, client, context, requests, builder, _how(body)).respond()
@@ -60,6 +61,7 @@ async def run_completion(
     engine, encoder = context.service.require_engine(), context.prompt_encoder()
     context.check_extra_fields(body)
     check_count(context, len(body.prompts), body.n)
+    target = await context.pools.read.run(context.service.target, caller, body.model)
     prompts: list[Sequence[int]] = []
     echoes: list[str] = []
     for prompt in body.prompts:
@@ -74,7 +76,7 @@ async def run_completion(
     grammar = await grammar_for(context, caller, constraint_of(body))
     params = sampling_of(body, body.max_tokens, body.logprobs, body.logprobs if body.echo else None)
     requests = await make_requests(
-        context, caller, body, prompts, params, grammar=grammar, continues_text=True
+        context, caller, target, body, prompts, params, grammar=grammar, continues_text=True
     )
     builder = CompletionBuilder(
         engine.tokenizer, body.model, requests, echoes if body.echo else None

@@ -42,11 +42,12 @@ async def run_response(
         format_of(body),
         body.max_output_tokens,
     )
-    prepared = await prepare_chat(context, caller, settings)
+    target = await context.pools.read.run(context.service.target, caller, body.model)
+    prepared = await prepare_chat(context, caller, target, settings)
     logprobs = body.top_logprobs if _LOGPROBS in body.include else None
     params = sampling_of(body, prepared.max_tokens, logprobs)
     requests = await make_requests(
-        context, caller, body, [prepared.prompt], params, grammar=prepared.grammar
+        context, caller, target, body, [prepared.prompt], params, grammar=prepared.grammar
     )
     builder = ResponsesBuilder(engine.tokenizer, body, prepared.tools)
     options = StreamSettings(body.stream)

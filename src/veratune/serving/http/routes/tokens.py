@@ -4,6 +4,7 @@ from fastapi import APIRouter
 
 from veratune.serving.http.dependencies import CallerDep, ContextDep
 from veratune.serving.http.errors import ApiError
+from veratune.serving.http.prompts import with_system
 from veratune.serving.http.schemas.tokens import DetokenizeBody, TokenizeBody
 
 router = APIRouter()
@@ -15,14 +16,15 @@ async def tokenize(body: TokenizeBody, caller: CallerDep, context: ContextDep) -
     context.check_extra_fields(body)
     service, pool = context.service, context.pools.tokenize
     engine, encoder = service.require_engine(), context.prompt_encoder()
-    await context.pools.read.run(service.request_fields, caller, body.model, engine)
+    target = await context.pools.read.run(service.target, caller, body.model)
     if body.messages:
-        characters = sum(message.characters for message in body.messages)
+        messages = with_system(body.messages, target.system)
+        characters = sum(message.characters for message in messages)
         schemas = sum(len(tool.model_dump_json()) for tool in body.tools)
         encoder.check_size(characters + schemas, "messages")
         tokens = await pool.run(
             encoder.encode_chat,
-            body.messages,
+            messages,
             body.tools,
             body.chat_template_kwargs,
             body.add_generation_prompt,
