@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from veratune.cli.parsing import Parser, add_json, new_parser, parse, print_json, split
-from veratune.cli.train_ import SKIPPED, preview_on
+from veratune.cli.train_ import SKIPPED, know_rollouts, preview_on
 from veratune.config import VeraConfig
 from veratune.training.settings import TrainSettings
 
@@ -37,6 +37,7 @@ def run(argv: Sequence[str]) -> int:
     settings, vera = split(flags, TrainSettings), split(flags, VeraConfig)
     from veratune.training.plan import plan
 
+    know_rollouts(settings)
     console = Console(quiet=flags.json, highlight=False)
     found = plan(settings, vera, preview_on(console))
     if flags.json:

@@ -61,6 +61,14 @@ def parser() -> Parser:
     return out
 
 
+def know_rollouts(settings: TrainSettings) -> None:
+    """Make the engine known to task grpo, if a run generates its rollouts with it."""
+    if settings.rollouts == "engine":
+        from veratune.fleet.rollouts import register
+
+        register()
+
+
 def run(argv: Sequence[str]) -> int:
     flags = parse(parser(), with_find_lr(argv))
     settings, vera = split(flags, TrainSettings), split(flags, VeraConfig)
@@ -70,6 +78,7 @@ def run(argv: Sequence[str]) -> int:
     from veratune.training.search import search
     from veratune.training.sweep import sweep
 
+    know_rollouts(settings)
     console = Console(quiet=flags.json or os.environ.get("RANK", "0") != "0", highlight=False)
     if flags.sweep_trials and not flags.sweep:
         raise ConfigError(

@@ -71,6 +71,8 @@ class TrainSettings:
         num_generations: completions of one prompt that GRPO compares; default 8.
         max_completion_length: longest rollout, in tokens (task grpo; default 256).
         temperature: sampling temperature of rollouts (task grpo; default 1).
+        rollouts: what generates rollouts: "transformers" (default), or "engine", that of
+            veratune serve in the same process (task grpo, method vera).
         start_adapter: adapter file to start from, in place of d = d_init and b = 0 (method vera);
             its configuration is the run's.
         method: what is trained: "vera"; "head" (the task's output alone), "bitfit" (all biases and
@@ -166,6 +168,7 @@ class TrainSettings:
     num_generations: int | None = None
     max_completion_length: int | None = None
     temperature: float | None = None
+    rollouts: Literal["transformers", "engine"] | None = None
     start_adapter: str | None = None
     method: str = "vera"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -331,4 +334,5 @@ TASK_SETTINGS = (
     "num_generations",
     "max_completion_length",
     "temperature",
+    "rollouts",
 )

@@ -12,7 +12,7 @@ from veratune.errors import ConfigError
 from veratune.selection import reference
 from veratune.tasks.base import Task
 from veratune.tasks.text.embedding import SentenceTask
-from veratune.tasks.text.grpo import Grpo
+from veratune.tasks.text.grpo import ROLLOUTS, Grpo
 from veratune.tasks.text.preference import WITHOUT_REFERENCE, PairTask, Preference
 from veratune.training.prepare import EncodedData
 from veratune.training.settings import TrainSettings
@@ -140,10 +140,20 @@ def _grpo(settings: TrainSettings, task: Grpo) -> TrainerKind:
         )
     if settings.group_by_length:
         raise ConfigError("group_by_length is set, but GRPO groups by prompt; leave it out")
+    if task.rollouts != "transformers" and settings.method != "vera":
+        raise ConfigError(
+            f"rollouts is {task.rollouts!r}, but the engine serves adapters of method 'vera', not "
+            f"{settings.method!r}; leave --rollouts out"
+        )
 
     def extras(model: nn.Module, data: EncodedData) -> dict[str, Any]:
-        policy = reference(model) if task.beta else None
-        return {"task": task, "eval_encoded": data.evaluation, "reference": policy}
+        found: dict[str, Any] = {"task": task, "eval_encoded": data.evaluation}
+        found["reference"] = reference(model) if task.beta else None
+        if task.rollouts != "transformers":
+            rollouts = ROLLOUTS[task.rollouts]()
+            rollouts.bind(model, data.processor, task)
+            found["rollout_func"] = rollouts
+        return found
 
     recompute = {"gradient_checkpointing": settings.gradient_checkpointing}
     return TrainerKind(trl.VeraGRPOTrainer, trl.ARGUMENTS, extras, trl.options(task) | recompute)

@@ -38,6 +38,7 @@ class OutputProcessor:
         """
         token_id, text = token.token_id, state.detokenizer
         if token_id in self.end_tokens(request):
+            request.end_token_id = token_id
             return OutputDelta(text.end(), None, "stop")
         request.output_token_ids.append(token_id)
         state.sampling.add(token_id)

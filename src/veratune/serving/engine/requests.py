@@ -92,6 +92,8 @@ class GenerationRequest(BaseRequest[OutputDelta]):
 
     Attributes:
         output_token_ids: Token ids of the completion so far.
+        end_token_id: The token that ended the completion, which is no part of it; None for another
+            end.
         cached_tokens: Prompt tokens whose KV cache came from an earlier request.
         prompt_logprobs: Log-probability of each prompt token (None for the first one), where
             `sampling.prompt_logprobs` asks for them; complete before the first output.
@@ -105,6 +107,7 @@ class GenerationRequest(BaseRequest[OutputDelta]):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.output_token_ids: list[int] = []
+        self.end_token_id: int | None = None
         self.cached_tokens = 0
         self.prompt_logprobs: list[SampledToken | None] = []
         self.matcher: GrammarMatcher | None = None

@@ -1,7 +1,7 @@
 """GRPO data: prompts, and the columns that rewards read."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast, get_args
 
 import torch
 from datasets import Dataset
@@ -15,6 +15,20 @@ from veratune.tasks.text.base import OnOverflow
 from veratune.tasks.text.chat_template import PLAIN_TEMPLATE, render
 from veratune.tasks.text.language import ChatTask
 from veratune.tasks.text.pairs import Messages, read_prompt
+
+
+class Rollouts(Protocol):
+    """Generates completions of prompts with the model in training."""
+
+    def bind(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: "Grpo") -> None:
+        """Prepare for a run, before its trainer is built."""
+
+    def __call__(self, prompts: list[Messages], trainer: Any) -> dict[str, Any]:
+        """TRL's rollout function: prompt_ids, completion_ids and logprobs of the prompts."""
+
+
+# Makers of rollouts by name, beside transformers'; veratune.fleet.rollouts.register adds "engine".
+ROLLOUTS: dict[str, Callable[[], Rollouts]] = {}
 
 
 class Grpo(ChatTask):
@@ -31,6 +45,7 @@ class Grpo(ChatTask):
         "num_generations",
         "max_completion_length",
         "temperature",
+        "rollouts",
     }
     metric = "reward"
     greater_is_better = True
@@ -51,6 +66,7 @@ class Grpo(ChatTask):
         num_generations: int = 8,
         max_completion_length: int = 256,
         temperature: float = 1.0,
+        rollouts: str = "transformers",
     ) -> None:
         """Bind the task to columns, rewards and the settings of rollouts.
 
@@ -67,6 +83,7 @@ class Grpo(ChatTask):
             num_generations: Completions of one prompt that are compared with each other.
             max_completion_length: Longest completion, in tokens.
             temperature: Sampling temperature of rollouts.
+            rollouts: What generates them: "transformers", or a name in `ROLLOUTS`.
 
         Raises:
             ConfigError: A value is invalid.
@@ -93,6 +110,12 @@ class Grpo(ChatTask):
                 f"temperature is {temperature} and beta is {beta}; temperature must be over 0, and "
                 "beta at least 0"
             )
+        if rollouts != "transformers" and rollouts not in ROLLOUTS:
+            raise ConfigError(
+                f"rollouts is {rollouts!r}; transformers is wanted, or engine after a call of "
+                "veratune.fleet.rollouts.register"
+            )
+        self.rollouts = rollouts
         self.beta, self.temperature = beta, temperature
         self.reward = list(reward)
         self.reward_weights = list(reward_weights) or [1.0] * len(self.reward)
