@@ -44,6 +44,8 @@ class ServeConfig:
         max_jobs_per_tenant: fine-tuning jobs of one tenant that may be queued or running
         cors_origins: origins of web pages that may call the API, such as https://app.example.com
         allowed_hosts: host names that a server without keys answers to, besides this machine's
+        adapter_sources: folders, or hub addresses such as hf://user/, that clients may load
+            adapters from by /v1/load_lora_adapter
         metrics: serve Prometheus metrics at /metrics
         openapi: serve the API's description at /openapi.json
         dtype: dtype of the base models
@@ -84,6 +86,7 @@ class ServeConfig:
     max_jobs_per_tenant: int = 16
     cors_origins: list[str] = dataclasses.field(default_factory=list)
     allowed_hosts: list[str] = dataclasses.field(default_factory=list)
+    adapter_sources: list[str] = dataclasses.field(default_factory=list)
     metrics: bool = True
     openapi: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -132,6 +135,9 @@ class ServeConfig:
                 raise ConfigError(f"--adapters {name}={file}: NAME=FILE is wanted")
             if not is_address(file) and not Path(file).is_file():
                 raise ConfigError(f"--adapters {name}={file}: there is no file {file}")
+        for source in self.adapter_sources:
+            if not is_address(source) and not Path(source).is_dir():
+                raise ConfigError(f"--adapter-sources {source}: there is no such folder")
         if self.replicas > 1 and self.jobs:
             raise ConfigError(
                 "--jobs: replicas keep nothing, so they do not fine-tune; start one server with "
@@ -155,6 +161,7 @@ class ServeConfig:
             max_tokens_per_minute=self.max_tokens_per_minute,
             cors_origins=tuple(self.cors_origins),
             allowed_hosts=tuple(self.allowed_hosts),
+            adapter_sources=tuple(self.adapter_sources),
             metrics=self.metrics,
             openapi=self.openapi,
         )

@@ -18,6 +18,7 @@ from veratune.errors import (
     TargetError,
     UnsupportedError,
 )
+from veratune.formats.lora_file import decode_lora, is_lora_file
 from veratune.formats.native import AdapterReader
 from veratune.serving.conversation import SystemMessages
 from veratune.serving.engine.encoder import Encoder
@@ -205,7 +206,7 @@ class Service:
 
     def load(self, ref: AdapterRef) -> Adapter:
         """Read an adapter from the store and check it."""
-        return self._reader.decode(self.store.get(*ref.key))
+        return self._decode(self.store.get(*ref.key))
 
     def put(self, tenant: str, name: str, data: bytes) -> Version:
         """Store an adapter file that fits one of the base models.
@@ -216,7 +217,7 @@ class Service:
             UnsupportedError: It is too large for this server.
             StoreError: It could not be stored.
         """
-        adapter = self._reader.decode(data)
+        adapter = self._decode(data)
         refused: list[BaseModelError] = []
         for loop in self.loops.values():
             try:
@@ -228,6 +229,9 @@ class Service:
             else:
                 return self.store.put(tenant, name, data)
         raise refused[0]
+
+    def _decode(self, data: bytes) -> Adapter:
+        return decode_lora(data) if is_lora_file(data) else self._reader.decode(data)
 
     def put_if_changed(self, tenant: str, name: str, data: bytes) -> Version:
         """Store an adapter file unless its newest version has the same bytes. Raises as `put`."""

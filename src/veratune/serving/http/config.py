@@ -19,6 +19,7 @@ class HttpConfig:
         max_tokens_per_minute: Prompt tokens and max_tokens of one tenant; None for no limit.
         cors_origins: Origins of web pages that may call the API, such as https://app.example.com.
         allowed_hosts: Names that the Host header may have; () for any.
+        adapter_sources: Folders and hub addresses that adapters may be loaded from.
         metrics: Whether /metrics is served.
         openapi: Whether /openapi.json is served.
     """
@@ -32,5 +33,6 @@ class HttpConfig:
     max_tokens_per_minute: int | None = None
     cors_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
+    adapter_sources: tuple[str, ...] = ()
     metrics: bool = True
     openapi: bool = True

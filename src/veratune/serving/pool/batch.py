@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ class GroupRows:
         slots: Slot of each row.
     """
 
-    group: SlotGroup
+    group: SlotGroup[Any]
     rows: Tensor | None
     slots: tuple[int, ...]
 
@@ -30,7 +31,7 @@ class GroupRows:
 class HeadRows:
     """The rows of a batch that use the heads of one adapter."""
 
-    group: SlotGroup
+    group: SlotGroup[Any]
     slot: int
     rows: list[int]
 
@@ -52,14 +53,14 @@ class AdapterBatch:
     @classmethod
     def of(cls, leases: Sequence[Lease | None], device: torch.device) -> "AdapterBatch":
         """Group the rows of a batch by the slots of their leases; None is the base model."""
-        by_group: dict[SlotGroup, list[tuple[int, int]]] = {}
+        by_group: dict[SlotGroup[Any], list[tuple[int, int]]] = {}
         for row, lease in enumerate(leases):
             if lease is not None and lease.group is not None:
                 by_group.setdefault(lease.group, []).append((row, lease.slot))
         groups: list[GroupRows] = []
         heads: list[HeadRows] = []
         for group, pairs in by_group.items():
-            if len(by_group) == 1:
+            if len(pairs) == len(leases) or (len(by_group) == 1 and group.has_base_slot):
                 # Rows of the base model use slot 0, which costs less than leaving them out.
                 slots = tuple(lease.slot if lease is not None else 0 for lease in leases)
                 groups.append(GroupRows(group, None, slots))

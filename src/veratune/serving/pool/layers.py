@@ -1,7 +1,7 @@
 """Pool layers: the modules that apply each row's adapter inside the base model.
 
     PoolLayer (ModuleWrapper)
-    ├── PoolLinear    y = W x + b[slot] * (B (d[slot] * (A x)))
+    ├── PoolLinear    y = W x + b[slot] * (B (d[slot] * (A x))), or W x + B[slot] (A[slot] x)
     └── PoolHead      a module that adapters bring whole
 
 A mixed batch takes two dense products and two gathers a layer, however many tenants are in it.
@@ -14,11 +14,8 @@ from torch import Tensor, nn
 
 from veratune.errors import ShapeError
 from veratune.layers.linear import add_to_parts
-from veratune.layers.vectors import product_dtype
 from veratune.layers.wrapper import ModuleWrapper
-from veratune.ops.rows import vera_rows
 from veratune.serving.pool.batch import AdapterBatch, BatchContext
-from veratune.serving.pool.slots import SlotGroup, SlotSite
 
 
 class PoolLayer(ModuleWrapper):
@@ -46,9 +43,7 @@ class PoolLayer(ModuleWrapper):
 
 
 class PoolLinear(PoolLayer):
-    """A linear layer: y = W x + scale * b[slot] * (B (d[slot] * (A x))) for rows with an
-    adapter.
-    """
+    """A linear layer: y = W x + ΔW[slot] x for rows with an adapter; see `SlotGroup.update`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, each row with its own adapter."""
@@ -63,23 +58,13 @@ class PoolLinear(PoolLayer):
             own_x = x if entry.rows is None else x.index_select(0, entry.rows)
             updates = []
             for slot_site in slot_sites:
-                update = self._update(entry.group, slot_site, own_x, entry.slots)
+                update = entry.group.update(slot_site, own_x, entry.slots, self.context.project)
                 if entry.rows is not None:
                     whole = update.new_zeros(*y.shape[:-1], update.shape[-1])
                     update = whole.index_copy(0, entry.rows, update)
                 updates.append((slot_site.site.part, update))
             y = add_to_parts(y, updates)
         return y
-
-    def _update(
-        self, group: SlotGroup, slot_site: SlotSite, x: Tensor, slots: tuple[int, ...]
-    ) -> Tensor:
-        dtype = product_dtype(x)
-        A, B = slot_site.pair(x.device, dtype)
-        values = group.gather(slots, dtype)  # d is scaled already
-        d, b = (None if s is None else values[:, s] for s in (slot_site.d, slot_site.b))
-        z = self.context.project(x if x.dtype == dtype else x.to(dtype), A)
-        return vera_rows(x, A, B, d, b, None, slot_site.scale if d is None else 1.0, projected=z)
 
 
 class PoolHead(PoolLayer):

@@ -24,7 +24,7 @@ class Lease:
     """
 
     key: Key | None
-    group: SlotGroup | None
+    group: SlotGroup[Any] | None
     slot: int
     task: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     on_release: Callable[["Lease"], None] | None = None

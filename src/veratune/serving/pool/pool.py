@@ -1,8 +1,9 @@
 """AdapterPool: the adapters in memory over one base model, and which one each row of a batch uses.
 
-    y = W x + b[slot] * (B (d[slot] * (A x)))
+    VeRA    y = W x + b[slot] * (B (d[slot] * (A x)))
+    LoRA    y = W x + B[slot] (A[slot] x)
 
-Slot 0 of every group is the base model. A slot in use is never written: an update of an adapter
+A slot in use is never written: an update of an adapter
 takes another slot.
 """
 
@@ -21,6 +22,7 @@ from torch import nn
 from veratune.adapter import Adapter, base_id, bind, check_fits, check_weight_fingerprint
 from veratune.base_weights import principal_basis
 from veratune.basis.basis import Basis
+from veratune.basis.lora import LoraBasis
 from veratune.errors import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -34,7 +36,8 @@ from veratune.serving.pool.backbone import at_backbone
 from veratune.serving.pool.batch import AdapterBatch, BatchContext
 from veratune.serving.pool.layers import PoolHead, PoolLayer, PoolLinear
 from veratune.serving.pool.lease import Key, Lease
-from veratune.serving.pool.slots import SlotGroup, check_linear, reserve
+from veratune.serving.pool.lora_slots import LoraSlotGroup
+from veratune.serving.pool.slots import SlotGroup, VeraSlotGroup, check_linear, reserve
 from veratune.targets import Site
 
 GroupKey = tuple[object, ...]
@@ -42,7 +45,7 @@ GroupKey = tuple[object, ...]
 
 @dataclasses.dataclass
 class _Entry:
-    group: SlotGroup
+    group: SlotGroup[Any]
     slot: int
     task: Mapping[str, Any]
     pins: int = 0
@@ -106,7 +109,7 @@ class AdapterPool:
         self.stats = PoolStats()
         self.context = BatchContext()
         self._loaded_bytes = 0
-        self._groups: dict[GroupKey, SlotGroup] = {}
+        self._groups: dict[GroupKey, SlotGroup[Any]] = {}
         self._entries: collections.OrderedDict[Key, _Entry] = collections.OrderedDict()
         self._wrapped: dict[str, PoolLayer] = {}
         self._lock = threading.RLock()
@@ -127,7 +130,7 @@ class AdapterPool:
     def frozen_bytes(self) -> int:
         """Bytes of the frozen matrices of all groups; equal ones are shared and count once."""
         with self._lock:
-            tensors = {id(t): t for group in self._groups.values() for t in group.basis.tensors()}
+            tensors = {id(t): t for group in self._groups.values() for t in group.frozen_tensors()}
             return sum(t.numel() * t.element_size() for t in tensors.values())
 
     @property
@@ -269,7 +272,7 @@ class AdapterPool:
         self._loaded_bytes += group.bytes_per_slot
         return entry
 
-    def _make_room(self, size: int, keep: SlotGroup | None = None) -> None:
+    def _make_room(self, size: int, keep: SlotGroup[Any] | None = None) -> None:
         """Free memory until `size` more bytes fit: groups without adapters, then idle adapters."""
         while (
             self.max_bytes is not None
@@ -284,7 +287,7 @@ class AdapterPool:
             else:
                 self._evict()
 
-    def _evict(self, group: SlotGroup | None = None) -> None:
+    def _evict(self, group: SlotGroup[Any] | None = None) -> None:
         """Remove the least recently used idle adapter, of one group or of all."""
         idle = next(
             (k for k, e in self._entries.items() if not e.pins and group in (None, e.group)), None
@@ -300,6 +303,7 @@ class AdapterPool:
 
     def _remove(self, key: Key) -> None:
         entry = self._entries.pop(key)
+        entry.group.clear(entry.slot)
         entry.group.free.append(entry.slot)
         self._loaded_bytes -= entry.group.bytes_per_slot
 
@@ -331,24 +335,27 @@ class AdapterPool:
             return principal_basis(self.base_model, adapter.config, list(sites))
         return adapter.basis
 
-    def _group_for(self, adapter: Adapter) -> SlotGroup:
+    def _group_for(self, adapter: Adapter) -> SlotGroup[Any]:
         """Return the group of an adapter's kind; a new one wraps the layers that it needs."""
         adapter = bind(self.base_model, adapter)
         key = _group_key(adapter)
-        group = self._groups.get(key)
+        group: SlotGroup[Any] | None = self._groups.get(key)
         if group is not None:
             check_weight_fingerprint(group.weight_fingerprint, adapter, base_id(self.model))
             return group
         sites = check_fits(self.base_model, adapter, head_shapes=False)
-        # Another group may hold the same matrices already.
-        missing = self._check_size(adapter, sites) - adapter.basis.allocated_bytes()
-        self._make_room(max(0, missing))
-        group = SlotGroup(self.base_model, adapter, sites, self.slots, self.dtype)
+        frozen = self._check_size(adapter, sites)
+        if isinstance(adapter.bound, LoraBasis):
+            group = LoraSlotGroup(self.base_model, sites, self.slots, self.dtype)
+        else:
+            # Another group may hold the same matrices already.
+            self._make_room(max(0, frozen - adapter.basis.allocated_bytes()))
+            group = VeraSlotGroup(self.base_model, adapter, sites, self.slots, self.dtype)
         self._wrap(group)
         self._groups[key] = group
         return group
 
-    def _wrap(self, group: SlotGroup) -> None:
+    def _wrap(self, group: SlotGroup[Any]) -> None:
         kinds: dict[str, type[PoolLayer]] = {
             **dict.fromkeys(group.layers, PoolLinear),
             **dict.fromkeys(group.head_of.values(), PoolHead),
@@ -370,6 +377,12 @@ class AdapterPool:
 
 def _group_key(adapter: Adapter) -> GroupKey:
     """Return what adapters of one group have in common."""
+    if isinstance(adapter.bound, LoraBasis):
+        return (
+            "lora",
+            adapter.config.fused,
+            *((*shape, adapter.ranks[k], k) for k, shape in adapter.shapes.items()),
+        )
     head = tuple((name, tuple(t.shape), t.dtype) for name, t in sorted(adapter.head.items()))
     return (
         adapter.fingerprint,

@@ -1,12 +1,19 @@
 """SlotGroup: the slots of adapters that differ in their values alone.
 
-Adapters that have basis, layers and ranks in common share a group: one row of values for each slot,
-with d and b of every layer one behind the other. Loading an adapter is one copy into a free row.
+    SlotGroup (abstract)
+    ├── VeraSlotGroup    d and b in slots, A and B of the group
+    └── LoraSlotGroup    A and B in slots (lora_slots.py)
+
+VeRA adapters that have basis, layers and ranks in common share a group: one row of values for each
+slot, with d and b of every layer one behind the other. Loading an adapter is one copy into a free
+row.
 """
 
+import abc
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +24,7 @@ from veratune.errors import UnsupportedError
 from veratune.fingerprint import weight_fingerprint
 from veratune.layers.vectors import product_dtype
 from veratune.ops.matrix import Matrix
+from veratune.ops.rows import vera_rows
 from veratune.targets import Site, find_heads
 
 _GATHERED_BATCHES = 4  # the decoding batch, and some prefill batches
@@ -54,8 +62,74 @@ class SlotSite:
         return self.pairs[dtype]
 
 
-class SlotGroup:
+class GroupSite(Protocol):
+    """A site of a group."""
+
+    @property
+    def site(self) -> Site: ...
+
+
+S = TypeVar("S", bound=GroupSite)
+Project = Callable[[Tensor, Matrix], Tensor]  # A x of a batch
+
+
+class SlotGroup(abc.ABC, Generic[S]):
     """Slots for adapters of one kind.
+
+    Attributes:
+        layers: The group's sites by the path of their layer.
+        free: Slots without an adapter.
+        has_base_slot: Whether slot 0 computes the base model.
+        heads: Tensors of modules that are trained in full, by name, one for each slot.
+        head_of: The path of each such tensor's module.
+        weight_fingerprint: Of the base model's weights.
+    """
+
+    has_base_slot: bool
+    layers: dict[str, list[S]]
+    free: list[int]
+    heads: Mapping[str, Tensor]
+    head_of: Mapping[str, str]
+    weight_fingerprint: Tensor | None
+
+    @property
+    def head_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the heads' tensors; the rows of one batch have them in common."""
+        return tuple(tuple(t.shape[1:]) for t in self.heads.values())
+
+    @property
+    @abc.abstractmethod
+    def bytes_per_slot(self) -> int:
+        """Bytes of one adapter."""
+
+    @abc.abstractmethod
+    def frozen_tensors(self) -> list[Tensor]:
+        """Matrices that the adapters of the group have in common."""
+
+    @abc.abstractmethod
+    def write(self, slot: int, adapter: Adapter) -> None:
+        """Copy an adapter's values into a slot that no request uses."""
+
+    def clear(self, slot: int) -> None:
+        """Release the memory of a slot that no request uses, where that is worth it."""
+
+    @abc.abstractmethod
+    def update(self, slot_site: S, x: Tensor, slots: tuple[int, ...], project: Project) -> Tensor:
+        """Compute ΔW x of each row with the adapter in its slot.
+
+        Args:
+            slot_site: A site of this group.
+            x: Activations, shape (rows, ..., n).
+            slots: The slot of each row.
+            project: Computes A x, or takes it from an earlier site.
+
+        Returns:
+            Shape (rows, ..., m).
+        """
+
+
+class VeraSlotGroup(SlotGroup[SlotSite]):
+    """Slots for VeRA adapters of one kind.
 
     Args:
         model: The base model.
@@ -66,11 +140,12 @@ class SlotGroup:
 
     Attributes:
         values: (slots + 1, values of one adapter); row 0 is zero: the base model.
-        heads: Tensors of modules that are trained in full, by name, one for each slot.
 
     Raises:
         UnsupportedError: the adapter adapts a convolution.
     """
+
+    has_base_slot = True
 
     def __init__(
         self,
@@ -107,17 +182,23 @@ class SlotGroup:
         self.free = list(range(slots, 0, -1))
 
     @property
-    def head_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the heads' tensors; the rows of one batch have them in common."""
-        return tuple(tuple(t.shape[1:]) for t in self.heads.values())
-
-    @property
     def bytes_per_slot(self) -> int:
-        """Bytes of one adapter."""
         return sum(t[0].numel() * t.element_size() for t in (self.values, *self.heads.values()))
 
+    def frozen_tensors(self) -> list[Tensor]:
+        return self.basis.tensors()
+
+    def update(
+        self, slot_site: SlotSite, x: Tensor, slots: tuple[int, ...], project: Project
+    ) -> Tensor:
+        dtype = product_dtype(x)
+        A, B = slot_site.pair(x.device, dtype)
+        values = self.gather(slots, dtype)  # d is scaled already
+        d, b = (None if s is None else values[:, s] for s in (slot_site.d, slot_site.b))
+        z = project(x if x.dtype == dtype else x.to(dtype), A)
+        return vera_rows(x, A, B, d, b, None, slot_site.scale if d is None else 1.0, projected=z)
+
     def write(self, slot: int, adapter: Adapter) -> None:
-        """Copy an adapter's values into a slot that no request uses."""
         vectors = {"d": adapter.d, "b": adapter.b}
         row = torch.cat([vectors[kind][layer] for kind, layer in self.order])
         self._gathered.clear()

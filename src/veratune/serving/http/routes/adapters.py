@@ -8,9 +8,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from openai.types import Model
 from pydantic import Field
+from starlette.datastructures import UploadFile
 
+from veratune.formats.lora_file import pack_lora
+from veratune.formats.peft_files import CONFIG_NAME, WEIGHTS_NAME
 from veratune.serving.http.dependencies import (
     CallerDep,
+    Context,
     ContextDep,
     Limit,
     TenantDep,
@@ -19,7 +23,8 @@ from veratune.serving.http.dependencies import (
 from veratune.serving.http.errors import ApiError
 from veratune.serving.http.schemas.adapters import LoadAdapterBody, RollBackBody
 from veratune.serving.service import Service
-from veratune.serving.store.base import Version
+from veratune.serving.sources import read_source
+from veratune.serving.store.base import Version, check_name
 
 router = APIRouter()
 Number = Annotated[int, Field(ge=1, lt=2**31)]  # of a version
@@ -49,8 +54,13 @@ async def get_model(model: str, caller: CallerDep, context: ContextDep) -> dict[
 async def put_adapter(
     name: str, request: Request, tenant: TenantDep, context: ContextDep
 ) -> dict[str, object]:
-    """Upload the next version of an adapter: the bytes of its file."""
-    data = await request.body()
+    """Upload the next version of an adapter: the bytes of its file, or a form with the two files of
+    a PEFT LoRA checkpoint.
+    """
+    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        data = await _packed(request, context)
+    else:
+        data = await request.body()
     version = await context.pools.write.run(context.service.put, tenant, name, data)
     return _adapter(name, tenant, version)
 
@@ -106,17 +116,20 @@ async def roll_back(
 async def load_adapter(
     body: LoadAdapterBody, caller: CallerDep, context: ContextDep
 ) -> PlainTextResponse:
-    """VLLM's call: adapters load on demand, so this tells only whether one exists. Reads no
-    path.
+    """VLLM's call: store the adapter at a path of an allowed source. Without a path, tell whether
+    the adapter exists: adapters load on demand.
     """
+    service = context.service
     if body.lora_path and body.lora_path != body.lora_name:
-        raise ApiError(
-            400,
-            "lora_path: files of the server are not read; send the bytes by PUT "
-            f"/v1/adapters/{body.lora_name}",
-            param="lora_path",
-        )
-    await context.pools.read.run(context.service.find_adapter, caller, body.lora_name)
+        check_name("adapter name", body.lora_name)
+
+        def store() -> None:
+            config = context.config
+            data = read_source(body.lora_path, config.adapter_sources, config.upload_limit)
+            service.put_if_changed(caller.tenant, body.lora_name, data)
+
+        await context.pools.write.run(store)
+    await context.pools.read.run(service.find_adapter, caller, body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -130,6 +143,20 @@ async def unload_adapter(
     if ref is not None:
         service.unload(ref.key)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+async def _packed(request: Request, context: Context) -> bytes:
+    """One file of a form with the two files of a PEFT LoRA checkpoint."""
+    names = (CONFIG_NAME, WEIGHTS_NAME)
+    async with request.form(max_files=2, max_fields=0) as form:
+        files = {
+            name: await value.read()
+            for name, value in form.multi_items()
+            if name in names and isinstance(value, UploadFile)
+        }
+        if set(form) != set(names) or len(files) != 2:
+            raise ApiError(400, f"a form with the files {' and '.join(names)} is wanted")
+    return await context.pools.write.run(pack_lora, files[CONFIG_NAME], files[WEIGHTS_NAME])
 
 
 def _read(service: Service, tenant: str, name: str, version: int | None) -> tuple[int, bytes]:
