@@ -89,12 +89,13 @@ def evaluate(
     if task.loss_per_token:
         result["perplexity"] = math.exp(min(result["loss"], 700.0))
     if generate:
-        options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        result["exact_match"] = _exact_match(loaded, examples, options)
+        result["exact_match"] = _exact_match(loaded, examples, max_new_tokens, batch_size)
     return result
 
 
-def _exact_match(loaded: LoadedModel, examples: Dataset, options: Mapping[str, int]) -> float:
+def _exact_match(
+    loaded: LoadedModel, examples: Dataset, max_new_tokens: int, batch_size: int
+) -> float:
     """The share of conversations whose last turn the model generates greedily."""
     task, processor = loaded.task, loaded.processor
     if isinstance(task, ImageTextToText):
@@ -108,10 +109,23 @@ def _exact_match(loaded: LoadedModel, examples: Dataset, options: Mapping[str, i
     if isinstance(task, ImageTextToText):
         images = [example.images for example in shown]
         completions = generate_with_images(
-            loaded.model, processor, prompts, images, tools=tools, **options
+            loaded.model,
+            processor,
+            prompts,
+            images,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            tools=tools,
         )
     else:
-        completions = generate_completions(loaded.model, processor, prompts, tools=tools, **options)
+        completions = generate_completions(
+            loaded.model,
+            processor,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            tools=tools,
+        )
     return exact_match(completions, task.last_completions(conversations, tokenizer))
 
 

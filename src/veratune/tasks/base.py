@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 
-from veratune.tasks.data import has_split, load_examples, pick_columns
+from veratune.errors import ConfigError
+from veratune.tasks.data import Stream, has_split, load_examples, pick_columns
 
 Metrics = Callable[[Any], dict[str, float]]
 
@@ -28,6 +29,7 @@ class Task(abc.ABC):
         cross_entropy: Whether the loss is a cross entropy of logits, which can be label-smoothed.
         batch_scores: Whether `metrics` takes lists of batches, which cannot be concatenated.
         packs: Whether examples can share a row of a batch, as `--packing` has them.
+        streams: Whether examples can be encoded as they are read, as `--streaming` has them.
         transformers_model: Whether the base model takes transformers' choice of attention.
         needs_labels: Whether the model cannot be built without the class names.
         outputs: The model outputs that `metrics` takes, in order; () for all.
@@ -46,6 +48,7 @@ class Task(abc.ABC):
     cross_entropy: ClassVar[bool] = False
     batch_scores: ClassVar[bool] = False
     packs: ClassVar[bool] = False
+    streams: ClassVar[bool] = False
     transformers_model: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
     outputs: ClassVar[tuple[str, ...]] = ()
@@ -132,6 +135,21 @@ class Task(abc.ABC):
         Raises:
             DataError: A column is missing or a label is invalid.
         """
+
+    def encode_stream(self, stream: Stream, processor: Any) -> IterableDataset:
+        """Turn rows into model inputs and labels as they are read, in their order.
+
+        Args:
+            stream: The rows.
+            processor: The tokenizer.
+
+        Raises:
+            ConfigError: The task does not stream.
+            DataError: Also while the examples are read: a row is invalid.
+        """
+        raise ConfigError(
+            f"streaming is set, but task {self.name!r} reads its data whole; leave it out"
+        )
 
     @abc.abstractmethod
     def collator(self, processor: Any) -> Any:

@@ -1,11 +1,12 @@
 """Rows of data from local files, folders and Hugging Face data sets."""
 
 import codecs
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -20,7 +21,21 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".txt": ("text", {}),
 }
+_HEAD = 100  # rows of a stream that are read to know its columns
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Rows that are read one after the other.
+
+    Attributes:
+        rows: The rows.
+        head: The first of them, with their columns and types.
+    """
+
+    rows: IterableDataset
+    head: Dataset
 
 
 def load_examples(source: str, split: str = "train", config: str | None = None) -> Dataset:
@@ -31,6 +46,43 @@ def load_examples(source: str, split: str = "train", config: str | None = None) 
     "mrpc" of "glue". Raises DataError: not found, another format, no such split, unreadable, or
     empty.
     """
+    path = _local_file(source, split, config)
+    examples = _from_hub(source, split, config) if path is None else _read_file(path)
+    if len(examples) == 0:
+        raise DataError(f"{path or source}: the data set is empty; at least one row is wanted")
+    return examples
+
+
+def stream_examples(source: str, split: str = "train", config: str | None = None) -> Stream:
+    """The rows of one split as they are read, with bounded memory.
+
+    Args:
+        source: As for `load_examples`.
+        split: The split.
+        config: Configuration of the data set id.
+
+    Raises:
+        DataError: As for `load_examples`, as far as the first rows show it.
+    """
+    path = _local_file(source, split, config)
+    stream = _from_hub(source, split, config, True) if path is None else _read_file(path, True)
+    head = _read_head(path or source, stream)
+    return Stream(stream, Dataset.from_list(head))
+
+
+def _read_head(source: Path | str, stream: IterableDataset) -> list[Any]:
+    try:
+        head = list(stream.take(_HEAD))
+    except Exception as error:  # every builder has its own exceptions for bad content
+        cause = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
+        raise DataError(f"{source}: cannot be read: {cause}") from error
+    if not head:
+        raise DataError(f"{source}: the data set is empty; at least one row is wanted")
+    return head
+
+
+def _local_file(source: str, split: str, config: str | None) -> Path | None:
+    """The local file of a split; None for a data set id."""
     path = Path(source)
     if path.is_dir():
         path = _in_folder(path, split)
@@ -39,17 +91,10 @@ def load_examples(source: str, split: str = "train", config: str | None = None) 
             raise DataError(
                 f"{path} is a file; a configuration ({config!r}) is only for data set ids"
             )
-        examples = _read_file(path)
-    else:
-        if path.suffix in READERS or path.is_absolute() or source.startswith((".", "~")):
-            raise DataError(f"{source}: no such file or folder")
-        examples = _from_hub(source, split, config)
-    if len(examples) == 0:
-        raise DataError(
-            f"{path if path.is_file() else source}: the data set is empty; at least one row is "
-            "wanted"
-        )
-    return examples
+        return path
+    if path.suffix in READERS or path.is_absolute() or source.startswith((".", "~")):
+        raise DataError(f"{source}: no such file or folder")
+    return None
 
 
 def read_text(path: Path) -> str:
@@ -133,7 +178,11 @@ def _in_folder(folder: Path, split: str) -> Path:
     )
 
 
-def _read_file(path: Path) -> Dataset:
+@overload
+def _read_file(path: Path) -> Dataset: ...
+@overload
+def _read_file(path: Path, streaming: Literal[True]) -> IterableDataset: ...
+def _read_file(path: Path, streaming: bool = False) -> Dataset | IterableDataset:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: unknown kind of file; {', '.join(READERS)} can be read")
@@ -143,7 +192,9 @@ def _read_file(path: Path) -> Dataset:
     if builder != "parquet":
         _check_utf8(path)
     try:
-        return load_dataset(builder, data_files=str(path), split="train", **options)
+        return load_dataset(
+            builder, data_files=str(path), split="train", streaming=streaming, **options
+        )
     except Exception as error:  # every builder has its own exceptions for bad content
         cause = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
         if "corresponds to no data" in cause:  # a file with a header and no rows
@@ -166,9 +217,17 @@ def _check_utf8(path: Path) -> None:
             at += len(chunk)
 
 
-def _from_hub(source: str, split: str, config: str | None) -> Dataset:
+@overload
+def _from_hub(source: str, split: str, config: str | None) -> Dataset: ...
+@overload
+def _from_hub(
+    source: str, split: str, config: str | None, streaming: Literal[True]
+) -> IterableDataset: ...
+def _from_hub(
+    source: str, split: str, config: str | None, streaming: bool = False
+) -> Dataset | IterableDataset:
     try:
-        loaded = load_dataset(source, config, split=split)
+        loaded = load_dataset(source, config, split=split, streaming=streaming)
     except (DatasetNotFoundError, HfHubHTTPError, ConnectionError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(
@@ -178,5 +237,5 @@ def _from_hub(source: str, split: str, config: str | None) -> Dataset:
         ) from error
     except ValueError as error:
         raise DataError(f"data set {source!r}: {str(error).splitlines()[0]}") from error
-    assert not isinstance(loaded, DatasetDict)
+    assert isinstance(loaded, Dataset | IterableDataset)
     return loaded

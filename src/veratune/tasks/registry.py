@@ -7,6 +7,7 @@ from veratune.errors import AdapterFileError, ConfigError, near
 from veratune.tasks.base import Task
 from veratune.tasks.diffusion.generation import TextToImage, UnconditionalImage
 from veratune.tasks.multimodal.image_text import ImageTextToText
+from veratune.tasks.multimodal.speech import SpeechRecognition
 from veratune.tasks.text.classification import TextClassification, TextRegression
 from veratune.tasks.text.embedding import Embedding, Reranker
 from veratune.tasks.text.grpo import Grpo
@@ -33,6 +34,7 @@ TASKS: dict[str, type[Task]] = {
         ImageClassification,
         ObjectDetection,
         ImageTextToText,
+        SpeechRecognition,
         TextToImage,
         UnconditionalImage,
     )

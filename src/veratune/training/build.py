@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -130,9 +130,9 @@ def build_run(
 
 def _train_dataset(
     settings: TrainSettings, task: Task, data: EncodedData
-) -> Dataset | PackedDataset:
+) -> Dataset | IterableDataset | PackedDataset:
     """The training examples, packed where the settings say so."""
-    if settings.packing and isinstance(task, TextTask):
+    if settings.packing and isinstance(task, TextTask) and isinstance(data.train, Dataset):
         return PackedDataset(data.train, task.max_length)
     return data.train
 

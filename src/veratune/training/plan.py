@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch.utils.data import Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -83,6 +84,10 @@ def plan(
             f"plan measures batches of data; those of task {settings.task!r} are sampled from the "
             "model: start the run with --max-steps 3 instead"
         )
+    if settings.streaming:
+        raise UnsupportedError(
+            "plan measures the whole data set, which streaming does not hold; plan without it"
+        )
     if settings.out:
         refuse_used(Path(settings.out), "choose another or empty it")
     timer = _Timer()
@@ -100,10 +105,13 @@ def plan(
             max_steps=1 + PROBES,
         )
         notes = [str(found.message) for found in caught if found.filename.startswith(str(_PACKAGE))]
+        train = run.data.train
+        assert isinstance(train, Dataset)  # streams are refused above
         if on_preview is not None:
-            for example in list(run.data.train.select(range(min(settings.preview, 1)))):
+            for example in list(train.select(range(min(settings.preview, 1)))):
                 on_preview(run.task.preview(example, run.data.processor))
         dataset: Any = run.trainer.train_dataset
+        steps = _steps(settings, len(dataset))
         lengths = _lengths(dataset)
         run.trainer.train_dataset = Subset(dataset, _probe_rows(settings, len(dataset), lengths))
         run.trainer.add_callback(timer)
@@ -112,13 +120,12 @@ def plan(
         memory = peak_memory()
         method, model = run.trainer.method, run.trainer.adapted
         written = method.write(model, Path(folder) / "file", True)
-        evaluation = _evaluation_seconds(run, settings)
-    steps = _steps(settings, len(dataset))
+        evaluation = _evaluation_seconds(run, settings, steps)
     per_step = timer.seconds_per_step(settings, lengths)
     return TrainingPlan(
-        examples=len(run.data.train),
+        examples=len(train),
         evaluation_examples=0 if run.data.evaluation is None else len(run.data.evaluation),
-        tokens=_token_statistics(run.data.train),
+        tokens=_token_statistics(train),
         rows=len(dataset) if isinstance(dataset, PackedDataset) else 0,
         notes=notes,
         steps=steps,
@@ -219,16 +226,15 @@ def _steps(settings: TrainSettings, rows: int) -> int:
     return math.ceil(settings.epochs * each)
 
 
-def _evaluation_seconds(run: Run, settings: TrainSettings) -> float:
+def _evaluation_seconds(run: Run, settings: TrainSettings, steps: int) -> float:
     """Estimated duration of all evaluations: before, after, and at each checkpoint."""
     evaluation = run.data.evaluation
     if evaluation is None:
         return 0.0
     count = min(len(evaluation), 2 * settings.batch_size)
     start = time.perf_counter()
-    run.trainer.evaluate(Subset(evaluation, range(count)))  # type: ignore[arg-type]
+    run.trainer.evaluate(evaluation.select(range(count)))
     seconds = (time.perf_counter() - start) / count * len(evaluation)
-    steps = _steps(settings, len(run.data.train))
     between = steps // settings.save_steps if settings.save_steps else math.ceil(settings.epochs)
     return seconds * (2 + between)
 

@@ -1,17 +1,19 @@
 """Preparing a run: checks of its settings, its data, its model, and what stays frozen."""
 
 import dataclasses
+import os
 import warnings
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import set_seed
 
 from veratune.config import VeraConfig
-from veratune.errors import ConfigError, near
+from veratune.errors import ConfigError, DataError, near
 from veratune.targets import find_heads
 from veratune.tasks.base import Task
+from veratune.tasks.data import stream_examples
 from veratune.tasks.registry import task_class
 from veratune.training.methods import Method
 from veratune.training.packing import check_packing
@@ -20,6 +22,7 @@ from veratune.training.settings import TrainSettings
 # Fields of VeraConfig that methods other than VeRA read.
 _TARGET_FIELDS = frozenset({"targets", "exclude", "layers", "head"})
 _HEAD_FIELDS = frozenset({"head"})
+_SHUFFLED = 1000  # examples of a stream among which the next one is drawn
 _LORA_BASELINES = ("dylora", "lora-fa")
 
 
@@ -35,7 +38,7 @@ class EncodedData:
     """
 
     processor: Any
-    train: Dataset
+    train: Dataset | IterableDataset
     evaluation: Dataset | None
     eval_examples: Dataset | None
 
@@ -93,6 +96,8 @@ def load_data(settings: TrainSettings, task: Task) -> EncodedData:
         ConfigError: A setting does not fit the data.
         DataError: The data cannot be read or do not fit the task.
     """
+    if settings.streaming:
+        return _load_stream(settings, task)
     examples, eval_examples = _load_examples(settings, task)
     report_unread_columns(settings, task, examples)
     task.fit_labels(examples)
@@ -104,6 +109,29 @@ def load_data(settings: TrainSettings, task: Task) -> EncodedData:
             f"group_by_length is for texts; examples of task {task.name!r} have no length, "
             "leave it out"
         )
+    evaluation = task.encode(eval_examples, processor) if eval_examples is not None else None
+    return EncodedData(processor, train, evaluation, eval_examples)
+
+
+def _load_stream(settings: TrainSettings, task: Task) -> EncodedData:
+    """Training examples that are encoded as they are read, and whole evaluation examples."""
+    if not task.streams:
+        raise ConfigError(
+            f"streaming is set, but task {task.name!r} reads its data whole; leave it out"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("streaming trains in one process; leave it out, or start one process")
+    stream = stream_examples(settings.data, settings.split, settings.data_config)
+    report_unread_columns(settings, task, stream.head)
+    check_batch_settings(settings, task)
+    processor = task.load_processor(settings.model)
+    if next(iter(task.encode_stream(stream, processor)), None) is None:
+        raise DataError(
+            f"{settings.data}: no example is left within max_length; raise --max-length"
+        )
+    # Encoded anew: the encoder of a stream may hold the rest of what it has read.
+    train = task.encode_stream(stream, processor).shuffle(seed=settings.seed, buffer_size=_SHUFFLED)
+    eval_examples = _load_evaluation(settings, task)
     evaluation = task.encode(eval_examples, processor) if eval_examples is not None else None
     return EncodedData(processor, train, evaluation, eval_examples)
 
@@ -152,7 +180,8 @@ def load_model(
     )
     if settings.packing or settings.padding_free:
         check_packing(model)
-    task.init_head(model, data.train)
+    if isinstance(data.train, Dataset):  # tasks that stream have no head
+        task.init_head(model, data.train)
     heads, frozen = split_batch_norms(
         settings, task.backbone(model), vera.head or task.heads(model)
     )
@@ -200,17 +229,22 @@ def split_batch_norms(
 def _load_examples(settings: TrainSettings, task: Task) -> tuple[Dataset, Dataset | None]:
     """Training examples, and evaluation examples if there are any."""
     examples = task.load_examples(settings.data, settings.split, settings.data_config)
+    return examples, _load_evaluation(settings, task)
+
+
+def _load_evaluation(settings: TrainSettings, task: Task) -> Dataset | None:
+    """Evaluation examples if there are any."""
     split = settings.eval_split
     if settings.eval_data is not None:
-        return examples, task.load_examples(settings.eval_data, split, settings.data_config)
+        return task.load_examples(settings.eval_data, split, settings.data_config)
     if task.has_split(settings.data, split):
-        return examples, task.load_examples(settings.data, split)
+        return task.load_examples(settings.data, split)
     if settings.patience:
         raise ConfigError(
             "patience stops on an evaluation score, but there is no evaluation data; "
             "give --eval-data"
         )
-    return examples, None
+    return None
 
 
 def report_unread_columns(settings: TrainSettings, task: Task, examples: Dataset) -> None:

@@ -17,7 +17,7 @@ class TrainSettings:
         model: the base model: a folder, a .gguf file, or a Hugging Face id.
         task: text-classification, text-regression, instruction, causal-lm, preference, reward,
             grpo, seq2seq, embedding, reranker, image-classification, object-detection,
-            image-text-to-text, text-to-image or unconditional-image.
+            image-text-to-text, speech-recognition, text-to-image or unconditional-image.
         data: training rows: a file (jsonl, json, csv, tsv, parquet, txt), a folder of files named
             after their splits, or a Hugging Face data set id.
         out: folder for the adapter, checkpoints, logs and results; it must be empty unless resume
@@ -41,6 +41,9 @@ class TrainSettings:
         prompt: the user's message where rows have an image and a completion alone, such as
             "Describe the image." (task image-text-to-text).
         allow_urls: fetch images that rows name by an http(s) address (task image-text-to-text).
+        max_seconds: longest recording (task speech-recognition; default 30).
+        language: the language that a multilingual Whisper writes, such as german (task
+            speech-recognition).
         image_size: side of the images, in pixels (tasks on images). Default: the processor's own.
         augment: what is done to training images: nothing, "flip" (left and right, at random), or
             "crop" (a random part of at least 0.35 of the image, and flip).
@@ -98,6 +101,8 @@ class TrainSettings:
             and no example sees another. batch_size then counts rows.
         padding_free: pack the examples of each batch among themselves (task instruction): the same
             batches and the same loss as without, and little padding.
+        streaming: encode examples as they are read, with bounded memory (tasks instruction and
+            causal-lm); wants max_steps. Examples are shuffled among the next 1,000.
         num_workers: processes that load batches; 0: the run's own.
         gradient_accumulation_steps: forward passes per optimizer step.
         epochs: passes over the data.
@@ -148,6 +153,8 @@ class TrainSettings:
     chat_template: str | None = None
     prompt: str | None = None
     allow_urls: bool | None = None
+    max_seconds: float | None = None
+    language: str | None = None
     image_size: int | None = None
     augment: Literal["none", "flip", "crop"] | None = None
     bad_images: Literal["fail", "skip"] | None = None
@@ -182,6 +189,7 @@ class TrainSettings:
     group_by_length: bool = False
     packing: bool = False
     padding_free: bool = False
+    streaming: bool = False
     num_workers: int = 0
     gradient_accumulation_steps: int = 1
     epochs: float = 3.0
@@ -241,6 +249,7 @@ class TrainSettings:
             raise ConfigError(
                 "group_by_length saves padding, which packing does better; leave one of them out"
             )
+        self._check_streaming()
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema is {self.ema}; it is a decay, in [0, 1)")
         if self.ema and self.keep == "best":
@@ -283,6 +292,27 @@ class TrainSettings:
         if self.epochs == 0 and self.max_steps == 0:
             raise ConfigError("epochs and max_steps are both 0; one of them says how long to train")
 
+    def _check_streaming(self) -> None:
+        """Refuse what needs the whole data set before the first step."""
+        if not self.streaming:
+            return
+        if not self.max_steps:
+            raise ConfigError(
+                "streaming is set, so the number of examples is unknown; say with max_steps how "
+                "long to train"
+            )
+        for field in ("packing", "group_by_length", "find_lr"):
+            if getattr(self, field):
+                raise ConfigError(
+                    f"{field} needs the whole data set, which streaming does not hold; leave one "
+                    "of them out"
+                )
+        if self.num_workers > 1:
+            raise ConfigError(
+                f"num_workers is {self.num_workers}, but a stream is read by one process; set it "
+                "to 0 or 1"
+            )
+
     def task_settings(self) -> dict[str, Any]:
         """The settings that are a task's own, as far as they are set."""
         return {
@@ -314,6 +344,8 @@ TASK_SETTINGS = (
     "chat_template",
     "prompt",
     "allow_urls",
+    "max_seconds",
+    "language",
     "image_size",
     "augment",
     "bad_images",

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from veratune.errors import DivergedError, OutputError
 from veratune.inference.evaluate import TaskTrainer
+from veratune.tasks.base import Task
 from veratune.training.methods import LearningRates, Method
 
 
@@ -171,3 +173,37 @@ class VeraTrainer(MethodTrainer, TaskTrainer):
         # Trainer takes every model with **kwargs for one whose loss is a sum over the whole batch's
         # tokens. A classifier's loss is a mean: it would be multiplied by processes and passes.
         self.model_accepts_loss_kwargs = loss_per_token
+
+
+class ScoredTrainer(VeraTrainer):
+    """Trainer for tasks whose own scores are the evaluation, such as a word error rate."""
+
+    def __init__(self, *args: Any, task: Task, **kwargs: Any) -> None:
+        """Build a Trainer.
+
+        Args:
+            args: As for Trainer.
+            task: The task; its `score` is the evaluation.
+            kwargs: As for `VeraTrainer`.
+        """
+        super().__init__(*args, **kwargs)
+        self.task = task
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The task's held-out scores.
+
+        Args:
+            eval_dataset: Encoded examples; None for those of the run.
+            args: As for Trainer.
+            kwargs: As for Trainer.
+        """
+        encoded = self.eval_dataset if eval_dataset is None else eval_dataset
+        assert isinstance(encoded, Dataset)
+        batch_size = self.args.per_device_eval_batch_size
+        scores = self.task.score(self.adapted, encoded, self.processing_class, batch_size)
+        metrics = {f"eval_{name}": value for name, value in (scores or {}).items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics

@@ -11,12 +11,13 @@ from transformers import TrainingArguments
 from veratune.errors import ConfigError
 from veratune.selection import reference
 from veratune.tasks.base import Task
+from veratune.tasks.multimodal.speech import SpeechRecognition
 from veratune.tasks.text.embedding import SentenceTask
 from veratune.tasks.text.grpo import ROLLOUTS, Grpo
 from veratune.tasks.text.preference import WITHOUT_REFERENCE, PairTask, Preference
 from veratune.training.prepare import EncodedData
 from veratune.training.settings import TrainSettings
-from veratune.training.trainer import MethodTrainer, VeraTrainer
+from veratune.training.trainer import MethodTrainer, ScoredTrainer, VeraTrainer
 
 Extras = Callable[[nn.Module, EncodedData], dict[str, Any]]
 
@@ -56,15 +57,19 @@ def trainer_kind(settings: TrainSettings, task: Task) -> TrainerKind:
         return _grpo(settings, task)
     if isinstance(task, SentenceTask):
         return _sentence(task)
+    scored = isinstance(task, SpeechRecognition)
     return TrainerKind(
-        VeraTrainer,
+        ScoredTrainer if scored else VeraTrainer,
         TrainingArguments,
-        lambda model, data: {
-            "data_collator": task.collator(data.processor),
-            "compute_metrics": task.metrics(),
-            "loss_per_token": task.loss_per_token,
-            "outputs": task.outputs,
-        },
+        lambda model, data: (
+            ({"task": task} if scored else {})
+            | {
+                "data_collator": task.collator(data.processor),
+                "compute_metrics": task.metrics(),
+                "loss_per_token": task.loss_per_token,
+                "outputs": task.outputs,
+            }
+        ),
     )
 
 

@@ -1,5 +1,7 @@
 """Tiny vision-language and speech models with their processors, as save_pretrained writes them."""
 
+import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -132,9 +134,65 @@ VISION_LANGUAGE = {
 }
 
 
+def whisper(languages: tuple[str, ...] = ()):
+    """English alone, or of several languages by their codes."""
+    bpe = json.loads(fakes.tokenizer().backend_tokenizer.to_str())["model"]
+    tokens = hf.WhisperTokenizer(vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]])
+    marks = ["<|endoftext|>", "<|startoftranscript|>", *(f"<|{code}|>" for code in languages), "<|translate|>"]  # fmt: skip
+    marks += ["<|transcribe|>", "<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]  # fmt: skip
+    tokens.add_tokens(marks, special_tokens=True)
+    ids = dict(zip(marks, tokens.convert_tokens_to_ids(marks), strict=True))
+    tokens.pad_token = "<|endoftext|>"
+    processor = hf.WhisperProcessor(hf.WhisperFeatureExtractor(feature_size=8, chunk_length=1), tokens)  # fmt: skip
+    end = ids["<|endoftext|>"]
+    special = {"pad_token_id": end, "bos_token_id": end, "eos_token_id": end, "decoder_start_token_id": ids["<|startoftranscript|>"]}  # fmt: skip
+    config = hf.WhisperConfig(
+        vocab_size=len(tokens), d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=50, max_target_positions=32,
+        init_std=fakes.LIVELY, dropout=0.0, **special,
+    )  # fmt: skip
+    model = fakes.seeded(lambda: hf.WhisperForConditionalGeneration(config))
+    more = {"is_multilingual": bool(languages), "no_timestamps_token_id": ids["<|notimestamps|>"]}
+    if languages:
+        more["lang_to_id"] = {f"<|{code}|>": ids[f"<|{code}|>"] for code in languages}
+        more["task_to_id"] = {job: ids[f"<|{job}|>"] for job in ("transcribe", "translate")}
+    model.generation_config = hf.GenerationConfig(**special, **more)
+    return model, processor
+
+
+def ctc(kind: str = "wav2vec2"):
+    letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz'"]
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "vocab.json"
+        path.write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+        tokens = hf.Wav2Vec2CTCTokenizer(str(path))
+    extractor = hf.Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    made, model = {
+        "wav2vec2": (hf.Wav2Vec2Config, hf.Wav2Vec2ForCTC),
+        "hubert": (hf.HubertConfig, hf.HubertForCTC),
+        "wavlm": (hf.WavLMConfig, hf.WavLMForCTC),
+    }[kind]
+    config = made(
+        vocab_size=len(letters), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        conv_dim=[8, 8], conv_kernel=[10, 3], conv_stride=[80, 2], num_feat_extract_layers=2, num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2, mask_time_prob=0.0, pad_token_id=0, feat_extract_norm="layer", layerdrop=0.0,
+        hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, feat_proj_dropout=0.0, final_dropout=0.0,
+        initializer_range=fakes.LIVELY,
+    )  # fmt: skip
+    return fakes.seeded(lambda: model(config)), hf.Wav2Vec2Processor(extractor, tokens)
+
+
+SPEECH = {
+    "whisper": whisper,
+    "wav2vec2": ctc,
+    "hubert": lambda: ctc("hubert"),
+    "wavlm": lambda: ctc("wavlm"),
+}
+
+
 def folder(name: str, path: Path) -> str:
-    """The folder of a tiny vision-language model."""
-    model, processor = VISION_LANGUAGE[name]()
+    """The folder of a tiny model."""
+    model, processor = (VISION_LANGUAGE | SPEECH)[name]()
     model.save_pretrained(path)
     processor.save_pretrained(path)
     return str(path)

@@ -125,7 +125,7 @@ def test_a_model_learns_saves_loads_and_describes(name, tmp_path):
     result = train(
         TrainSettings(
             model=base, task="image-text-to-text", data=str(tmp_path), out=str(tmp_path / "run"), prompt="where is it?",
-            lr=0.1, batch_size=8, epochs=12, device="cpu", preview=0, keep="last",
+            lr=0.1, batch_size=8, epochs=12, device="cpu", preview=0, keep="last", save_steps=100,
         ),
         vt.VeraConfig(rank=32, targets="all-linear" if name == "gemma3" else None),
     )  # fmt: skip

@@ -151,12 +151,10 @@ class ImageTextToText(ConversationTask):
             encoded = encoded.select(kept)
         return encoded.remove_columns("length")
 
-    def collator(self, processor: ProcessorMixin) -> "ImageTextCollator":
+    def collator(self, processor: Any) -> Any:
         return ImageTextCollator(processor)
 
-    def preview(
-        self, encoded: Mapping[str, Any], processor: ProcessorMixin
-    ) -> list[tuple[str, bool]]:
+    def preview(self, encoded: Mapping[str, Any], processor: Any) -> list[tuple[str, bool]]:
         """The example's text, with each run of image tokens as one of them."""
         images = set(processor.image_token_ids)
         kept = [
@@ -165,8 +163,7 @@ class ImageTextToText(ConversationTask):
             if at == 0 or token not in images or encoded["input_ids"][at - 1] != token
         ]
         short = {key: [encoded[key][at] for at in kept] for key in ("input_ids", "labels")}
-        tokenizer: Any = processor.tokenizer  # type: ignore[attr-defined]
-        return super().preview(short, tokenizer)
+        return super().preview(short, processor.tokenizer)
 
     def _reader(self, examples: Dataset, processor: Any) -> ImageRowReader:
         tokenizer = processor.tokenizer

@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 from transformers import PROCESSOR_MAPPING, AutoConfig, AutoProcessor, ProcessorMixin
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 from veratune.errors import DataError
 from veratune.loading import loading_errors

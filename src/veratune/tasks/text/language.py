@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
@@ -18,7 +18,7 @@ from transformers import (
 
 from veratune.errors import ConfigError, DataError
 from veratune.loading import load_pretrained
-from veratune.tasks.data import pick_columns
+from veratune.tasks.data import Stream, pick_columns
 from veratune.tasks.text.base import OnOverflow, TextTask
 from veratune.tasks.text.chat_template import ConversationRenderer, check_turn, read_chat_template
 from veratune.tasks.text.conversation import Conversation, Message, RowReader, TrainOn
@@ -155,6 +155,7 @@ class Instruction(ConversationTask):
 
     name = "instruction"
     packs = True
+    streams = True
     roles = {
         "messages": ("messages", "conversations"),
         "prompt": ("prompt", "instruction", "question"),
@@ -212,6 +213,20 @@ class Instruction(ConversationTask):
             kept = [n for n, length in enumerate(lengths) if length <= self.max_length]
             encoded = encoded.select(kept)
         return encoded.remove_columns(["length", "empty"])
+
+    def encode_stream(self, stream: Stream, processor: PreTrainedTokenizerBase) -> IterableDataset:
+        limit = self.max_length if self.on_overflow == "truncate" else None
+        encoder = _ConversationEncoder(
+            self._reader(stream.head), processor, self.train_on, limit, _SOURCE
+        )
+        encoded = stream.rows.map(
+            encoder,
+            with_indices=True,
+            remove_columns=stream.head.column_names,
+            features=_ENCODED,
+        )
+        keep = _LengthFilter(self)
+        return encoded.filter(keep, with_indices=True).remove_columns("length")
 
     def _reader(self, examples: Dataset) -> RowReader:
         return RowReader(self._columns(examples), examples.features, self.system)
@@ -285,6 +300,30 @@ class _ConversationEncoder:
         return tokens, labels
 
 
+@dataclasses.dataclass
+class _LengthFilter:
+    """Leaves out or refuses examples that are too long, and reports them now and then."""
+
+    task: ChatTask
+    over: int = 0
+
+    def __call__(self, row: Mapping[str, Any], number: int) -> bool:
+        limit, action = self.task.max_length, self.task.on_overflow
+        if row["length"] <= limit:
+            return True
+        if action == "fail":
+            raise self.task.overflow_error(number, row["length"])
+        self.over += 1
+        if self.over in (10**digits for digits in range(10)):
+            done = "dropped" if action == "drop" else "truncated"
+            warnings.warn(
+                f"{self.over:,} of {number + 1:,} examples so far have more than max_length = "
+                f"{limit} tokens and were {done}",
+                stacklevel=2,
+            )
+        return action == "truncate"
+
+
 _CACHED_FROM = 2000  # examples; the cache's key alone takes a tenth of a second
 _ENCODED = Features(
     {
@@ -320,6 +359,7 @@ class CausalLM(LanguageTask):
     """
 
     name = "causal-lm"
+    streams = True
     roles = {"text": ("text", "content")}
 
     def encode(
@@ -344,3 +384,32 @@ class CausalLM(LanguageTask):
                 "labels": blocks,
             }
         )
+
+    def encode_stream(self, stream: Stream, processor: PreTrainedTokenizerBase) -> IterableDataset:
+        column = pick_columns(stream.head, self.roles, self.columns)["text"]
+        return stream.rows.map(
+            _BlockCutter(processor, column, self.max_length),
+            batched=True,
+            remove_columns=stream.head.column_names,
+        )
+
+
+@dataclasses.dataclass
+class _BlockCutter:
+    """Cuts texts into blocks as they come; what is left over begins the next block."""
+
+    tokenizer: PreTrainedTokenizerBase
+    column: str
+    max_length: int
+    rest: list[int] = dataclasses.field(default_factory=list)
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[list[int]]]:
+        end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
+        texts = [text for text in batch[self.column] if text]
+        for ids in self.tokenizer(texts)["input_ids"] if texts else []:
+            self.rest += ids + end
+        whole = len(self.rest) // self.max_length * self.max_length
+        blocks = [self.rest[i : i + self.max_length] for i in range(0, whole, self.max_length)]
+        self.rest = self.rest[whole:]
+        masks = [[1] * self.max_length for _ in blocks]
+        return {"input_ids": blocks, "attention_mask": masks, "labels": blocks}

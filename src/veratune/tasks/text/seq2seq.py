@@ -29,8 +29,6 @@ class Seq2Seq(TextTask):
         "target": ("target", "summary", "output", "completion", "answer"),
     }
     accepted_settings = TextTask.accepted_settings | {"on_overflow"}
-    loss_per_token = True
-    cross_entropy = True
 
     def __init__(
         self,
