@@ -21,6 +21,7 @@ _REFUSED = (
     "packing",
     "padding_free",
     "num_workers",
+    "streaming",
     "attn_implementation",
 )
 
