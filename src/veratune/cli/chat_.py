@@ -126,8 +126,8 @@ def _replier(
 
 def _images(paths: Sequence[str]) -> list[dict[str, Any]]:
     """Image files as data sets store them, each decoded once."""
+    from veratune.tasks.multimodal.image_encoding import MAX_PIXELS
     from veratune.tasks.multimodal.image_rows import MAX_BYTES
-    from veratune.tasks.multimodal.image_text import MAX_PIXELS
     from veratune.tasks.multimodal.media import media_of
     from veratune.tasks.vision.images import read_image
 

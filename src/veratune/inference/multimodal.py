@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from veratune.tasks.multimodal.image_text import MAX_PIXELS
+from veratune.tasks.multimodal.image_encoding import MAX_PIXELS
 from veratune.tasks.multimodal.media import Media
 from veratune.tasks.text.chat_template import render, with_parts
 from veratune.tasks.text.conversation import Message

@@ -13,14 +13,15 @@ from PIL import Image as pil
 import veratune as vt
 from tests import fakes
 from tests.tasks.multimodal import models
-from veratune.errors import DataError
+from veratune.errors import DataError, UnsupportedError
 from veratune.formats import native
 from veratune.inference.adapted import load_with_adapter
 from veratune.inference.evaluate import evaluate
 from veratune.inference.multimodal import generate_with_images
-from veratune.tasks.multimodal import image_text
+from veratune.tasks.multimodal import image_encoding
 from veratune.tasks.multimodal.image_text import ImageTextToText
 from veratune.tasks.text.language import IGNORED
+from veratune.training.fleet.losses import row_losses_of
 from veratune.training.run import train
 from veratune.training.settings import TrainSettings
 
@@ -214,7 +215,7 @@ def messages_with(image=None, text="light", answer="on"):
     ],
 )  # fmt: skip
 def test_bad_rows_are_named(row, problem, task, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_text, "MAX_PIXELS", 999)
+    monkeypatch.setattr(image_encoding, "MAX_PIXELS", 999)
     (tmp_path / "a.png").write_bytes(picture())
     (tmp_path / "broken.png").write_bytes(picture()[:40])
     (tmp_path / "wide.png").write_bytes(picture(side=32))
@@ -259,6 +260,11 @@ def test_an_answer_is_cut_where_the_settings_say_so(task, tmp_path):
     with pytest.warns(UserWarning, match="were truncated"):
         (encoded,) = encode((short, task[1]), [row], tmp_path)
     assert len(encoded["input_ids"]) == len(encoded["labels"]) == 12
+
+
+def test_a_fleet_refuses_images(llava):
+    with pytest.raises(UnsupportedError, match="'image-text-to-text' cannot be trained as a fleet"):
+        row_losses_of(ImageTextToText(), llava[0])
 
 
 def test_the_preview_shows_an_image_once(task, tmp_path):

@@ -16,7 +16,8 @@ from veratune.formats import native
 from veratune.inference.adapted import load_with_adapter
 from veratune.inference.evaluate import evaluate
 from veratune.tasks.multimodal.sound import read_sound
-from veratune.tasks.multimodal.speech import SpeechRecognition, output_frames
+from veratune.tasks.multimodal.speech import SpeechRecognition
+from veratune.tasks.multimodal.speech_encoding import output_frames
 from veratune.training.run import train
 from veratune.training.settings import TrainSettings
 

@@ -26,7 +26,7 @@ def row_losses_of(task: Task, model: nn.Module) -> RowLosses:
     Raises:
         UnsupportedError: for a task whose loss does not fall apart into rows.
     """
-    if task.loss_per_token:
+    if task.loss_per_token and task.cross_entropy:  # images have no rows to take losses of
         return _causal(model)
     if task.cross_entropy:
         return lambda model, inputs: _classes(model, inputs)
