@@ -52,8 +52,10 @@ def run(argv: Sequence[str]) -> int:
                 bar.console.print(f"refused: {line['reason']}", style="yellow", soft_wrap=True)
 
         result = run_fleet(settings, vera, fleet, finished=finished)
+    if not main:
+        return 0
     pictures = draw_fleet(settings, fleet)
-    if flags.json and main:
+    if flags.json:
         print_json(
             {
                 key: getattr(result, key)

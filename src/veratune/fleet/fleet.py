@@ -19,9 +19,11 @@ from veratune.serving.store.object import ObjectStore
 from veratune.serving.store.sqlite import SqliteStore
 from veratune.tasks.registry import task_class
 from veratune.training.fleet.loop import ADAPTERS, train_fleet
-from veratune.training.fleet.report import draw_map, draw_scores, read_results
+from veratune.training.fleet.report import draw_map, draw_scores
+from veratune.training.fleet.results import FleetResult, read_results
 from veratune.training.fleet.settings import FleetSettings
-from veratune.training.fleet.worker import AdapterFolder, Finished, FleetResult, Sink, Source
+from veratune.training.fleet.torchrun import rank_and_world
+from veratune.training.fleet.worker import AdapterFolder, Finished, Sink, Source
 from veratune.training.settings import TrainSettings
 
 _FLEET = {field.name for field in dataclasses.fields(FleetSettings)}
@@ -147,6 +149,14 @@ def run_fleet(
     Raises:
         VeratuneError: For mistakes in settings, model, data or store.
     """
+    if fleet.workers > 1 and rank is None:
+        if rank_and_world()[1] > 1:
+            raise ConfigError(
+                f"workers is {fleet.workers}, but torchrun has started workers; leave it out"
+            )
+        from veratune.fleet.cluster import train_on_ray
+
+        return train_on_ray(settings, vera, fleet, finished=finished)
     with contextlib.ExitStack() as stack:
 
         def adapters_of(address: str) -> StoreAdapters:

@@ -13,7 +13,8 @@ from tests import fakes
 from veratune.errors import ConfigError, DataError, OutputError, UnsupportedError
 from veratune.formats import native
 from veratune.training.fleet.loop import train_fleet
-from veratune.training.fleet.report import draw_map, draw_scores, read_results
+from veratune.training.fleet.report import draw_map, draw_scores
+from veratune.training.fleet.results import read_results
 from veratune.training.fleet.settings import FleetSettings
 from veratune.training.fleet.worker import AdapterFolder
 from veratune.training.run import train

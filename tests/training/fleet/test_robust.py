@@ -15,7 +15,7 @@ from tests import fakes
 from veratune.errors import ConfigError, VeratuneError
 from veratune.formats import native
 from veratune.training.fleet.loop import train_fleet
-from veratune.training.fleet.report import read_results
+from veratune.training.fleet.results import read_results
 from veratune.training.fleet.settings import FleetSettings
 from veratune.training.settings import TrainSettings
 

@@ -1,4 +1,4 @@
-"""A fleet's state on disk: finished tenants as JSON lines, active ones as one safetensors file."""
+"""The checkpoint of a fleet's active tenants: one safetensors file per worker."""
 
 import dataclasses
 import json
@@ -14,35 +14,6 @@ from torch import Tensor
 
 from veratune.errors import OutputError
 from veratune.training.fleet.run import TenantRun
-
-
-class ResultLog:
-    """One JSON line per finished tenant, synced before the tenant counts as finished."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def read(self) -> list[dict[str, Any]]:
-        """All whole lines; a line cut off by a crash is dropped from the file."""
-        if not self.path.is_file():
-            return []
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) != len(data):
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-        try:
-            return [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
-            raise OutputError(
-                f"{self.path}: damaged ({error}); start again in another folder"
-            ) from None
-
-    def add(self, line: dict[str, Any]) -> None:
-        with self.path.open("ab") as file:
-            file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 @dataclasses.dataclass

@@ -1,7 +1,8 @@
 """train_fleet: from settings and tenants' data to one adapter per tenant."""
 
+import contextlib
 import dataclasses
-import os
+import time
 from pathlib import Path
 
 import yaml
@@ -9,15 +10,12 @@ import yaml
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError, OutputError
 from veratune.formats.atomic import refuse_used, write_atomic
+from veratune.training.fleet.results import FleetResult, summarise
 from veratune.training.fleet.settings import FleetSettings, check_settings
-from veratune.training.fleet.worker import (
-    AdapterFolder,
-    Finished,
-    FleetResult,
-    Sink,
-    Source,
-    Worker,
-)
+from veratune.training.fleet.tenants import load_tenants
+from veratune.training.fleet.torchrun import is_restart, processes, rank_and_world
+from veratune.training.fleet.worker import AdapterFolder, Finished, Sink, Source, Worker
+from veratune.training.prepare import build_task
 from veratune.training.run_folder import run_settings
 from veratune.training.settings import TrainSettings
 
@@ -45,16 +43,23 @@ def train_fleet(
         sink: Where adapters go; default the folder `adapters` in `settings.out`.
         source: Where tenants' stored adapters come from; default the folder `fleet.continue_from`.
         finished: Called after each tenant with its result, tenants finished and tenants in all.
-        rank, world: This worker and their number; default torchrun's RANK and WORLD_SIZE.
+        rank, world: This worker and their number; default torchrun's processes, which wait for
+            each other and return the result of all.
 
     Raises:
         VeratuneError: for mistakes in settings, model or data. A mistake in one tenant's data
             refuses that tenant alone, unless `fleet.strict`.
     """
-    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
-    world = int(os.environ.get("WORLD_SIZE", "1")) if world is None else world
     vera = dataclasses.replace(vera, seed=settings.basis_seed)
     check_settings(settings, fleet)
+    by_torchrun = rank is None and world is None and rank_and_world()[1] > 1
+    if rank is None or world is None:
+        rank, world = rank_and_world()
+    if fleet.workers > 1 and fleet.workers != world:
+        raise ConfigError(
+            f"workers is {fleet.workers}, but this call is one of {world} processes; use "
+            "veratune.Fleet"
+        )
     if sink is None and fleet.store is not None:
         raise ConfigError(
             f"store is {fleet.store!r}, but train_fleet got no sink; use veratune.Fleet"
@@ -63,17 +68,36 @@ def train_fleet(
         if not Path(fleet.continue_from).is_dir():
             raise ConfigError(f"continue_from: {fleet.continue_from!r} is no folder of adapters")
         source = AdapterFolder(Path(fleet.continue_from))
-    out = Path(settings.out)
-    _open(out, settings, vera, fleet, rank)
+    out, start = Path(settings.out), time.monotonic()
+    if by_torchrun and is_restart() and (out / SETTINGS).is_file():
+        settings = dataclasses.replace(settings, resume=True)
     sink = sink or AdapterFolder(out / ADAPTERS)
-    return Worker(settings, vera, fleet, sink, source, finished, rank, world).run()
+    with processes() if by_torchrun else contextlib.nullcontext(lambda: None) as wait:
+        if rank == 0 or settings.resume:
+            open_folder(out, settings, vera, fleet, world)
+        wait()  # the folder is prepared
+        result = Worker(settings, vera, fleet, sink, source, finished, rank, world).run()
+        wait()  # all results are there
+    return summarise(out, time.monotonic() - start) if by_torchrun else result
 
 
-def _open(
-    out: Path, settings: TrainSettings, vera: VeraConfig, fleet: FleetSettings, rank: int
+def count_tenants(settings: TrainSettings, fleet: FleetSettings) -> int:
+    """The number of tenants in a run's data. Raises DataError."""
+    task = build_task(settings)
+    return len(load_tenants(settings.data, task, fleet.tenant_column, settings.split).names)
+
+
+def open_folder(
+    out: Path, settings: TrainSettings, vera: VeraConfig, fleet: FleetSettings, world: int
 ) -> None:
-    """A new run wants an empty folder, a resumed one the settings it was started with."""
+    """Check a run's folder: empty for a new run, with the same settings for a resumed one.
+
+    Raises:
+        OutputError: The folder is not empty, or there is nothing to resume.
+        ConfigError: A setting differs.
+    """
     now, path = run_settings(settings, vera) | dataclasses.asdict(fleet), out / SETTINGS
+    now["workers"] = world  # they decide which tenants a worker has
     if settings.resume:
         if not path.is_file():
             raise OutputError(f"{out}: there is no fleet to resume (no {SETTINGS})")
@@ -84,6 +108,6 @@ def _open(
                     f"{out}: the fleet was started with {key} = {before.get(key)!r}, "
                     f"not {now.get(key)!r}; resume it unchanged"
                 )
-    elif rank == 0:
+    else:
         refuse_used(out, "choose another, empty it, or go on with --resume true")
         write_atomic(path, yaml.safe_dump(now, sort_keys=False).encode())

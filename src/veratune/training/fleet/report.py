@@ -1,6 +1,5 @@
 """Pictures and tables of a fleet's run."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,6 @@ from veratune.errors import VeratuneError
 from veratune.training.fleet.worker import Source
 
 _MAPPED = 2000  # adapters in the map; a larger fleet is sampled evenly
-
-
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """The results of all workers, one entry per tenant, in the order of their names."""
-    lines = [
-        json.loads(line)
-        for path in sorted(folder.glob("results-*.jsonl"))
-        for line in path.read_text().splitlines()
-    ]
-    return sorted(lines, key=lambda line: line["tenant"])
 
 
 def draw_scores(lines: Sequence[dict[str, Any]], metric: str, path: Path) -> Path | None:

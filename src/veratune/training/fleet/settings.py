@@ -45,6 +45,8 @@ class FleetSettings:
         store: A store of `veratune serve` (a SQLite file, or s3://, gs://, az://, file://) in which
             every finished adapter becomes its tenant's next version; default: files in `out`.
         adapter_name: The name of every tenant's adapter in a store.
+        workers: Ray actors that share the tenants, on this machine or the cluster that RAY_ADDRESS
+            names; 1: this process alone, or torchrun's processes.
         strict: Whether a tenant that cannot be trained fails the whole run.
     """
 
@@ -58,12 +60,14 @@ class FleetSettings:
     continue_from: str | None = None
     store: str | None = None
     adapter_name: str = "personal"
+    workers: int = 1
     strict: bool = False
 
     def __post_init__(self) -> None:
         for field, least in (
             ("max_active", 1),
             ("tenants_per_step", 1),
+            ("workers", 1),
             ("max_batch_tokens", 0),
             ("max_examples", 0),
         ):

@@ -16,8 +16,9 @@ from veratune.config import VeraConfig
 from veratune.errors import AdapterFileError, ConfigError, DataError
 from veratune.formats import native
 from veratune.tasks.base import Task
-from veratune.training.fleet.checkpoint import ActiveState, ResultLog, read_state, write_state
+from veratune.training.fleet.checkpoint import ActiveState, read_state, write_state
 from veratune.training.fleet.fleet import FleetOptions, FleetTrainer
+from veratune.training.fleet.results import FleetResult, ResultLog, Totals, log_of
 from veratune.training.fleet.run import Example, TenantRun, total_steps
 from veratune.training.fleet.settings import FleetSettings
 from veratune.training.fleet.tenants import TenantData, in_order, load_tenants, name_error
@@ -54,30 +55,6 @@ class AdapterFolder:
         return native.read(path) if path.is_file() else None
 
 
-@dataclasses.dataclass(frozen=True)
-class FleetResult:
-    """The result of a fleet's run.
-
-    Attributes:
-        out: Its folder.
-        tenants: Tenants in the data (of this worker).
-        trained, refused: How many got an adapter, and how many did not.
-        steps: Optimizer steps over all tenants.
-        seconds: Of this run.
-        bytes: Of all adapters.
-        results: One entry per tenant.
-    """
-
-    out: str
-    tenants: int
-    trained: int
-    refused: int
-    steps: int
-    seconds: float
-    bytes: int
-    results: list[dict[str, Any]] = dataclasses.field(repr=False)
-
-
 Finished = Callable[[dict[str, Any], int, int], None]
 
 
@@ -100,7 +77,7 @@ class Worker:
         self.finished = finished
         out = Path(settings.out)
         out.mkdir(parents=True, exist_ok=True)
-        self.log = ResultLog(out / f"results-{rank}.jsonl")
+        self.log = ResultLog(log_of(out, rank))
         self.state_file = out / f"active-{rank}.safetensors"
         self.task: Task = build_task(settings)
         self.data = load_tenants(settings.data, self.task, fleet.tenant_column, settings.split)
@@ -123,7 +100,7 @@ class Worker:
         )
         self.population = native.read(settings.start_adapter) if settings.start_adapter else None
         self.active: collections.deque[TenantRun] = collections.deque()
-        self.results = self.log.read()
+        self.totals = Totals()
         self.checked = False
 
     def _load_model(self) -> nn.Module:
@@ -164,16 +141,12 @@ class Worker:
                 saved = time.monotonic()
         self.state_file.unlink(missing_ok=True)
         self.fleet.close()
-        done = [line for line in self.results if line["status"] == "trained"]
         return FleetResult(
             out=self.settings.out,
             tenants=len(self.names),
-            trained=len(done),
-            refused=len(self.results) - len(done),
-            steps=sum(line["steps"] for line in done),
+            **dataclasses.asdict(self.totals),
             seconds=time.monotonic() - start,
-            bytes=sum(line["bytes"] for line in done),
-            results=self.results,
+            logs=(self.log.path,),
         )
 
     def _turn(self) -> None:
@@ -227,7 +200,10 @@ class Worker:
 
     def _admissions(self) -> Iterator[TenantRun]:
         """Tenants that are not finished, encoded one after the other as slots become free."""
-        finished = {line["tenant"] for line in self.results}
+        finished = set()
+        for line in self.log.open():
+            self.totals.add(line)
+            finished.add(line["tenant"])
         kept = read_state(self.state_file, self.fleet.width) if self.settings.resume else {}
         for name in self.names:
             if name in finished:
@@ -334,9 +310,9 @@ class Worker:
         if run is not None:
             self.fleet.free.append(run.slot)
         self.log.add(line)
-        self.results.append(line)
+        self.totals.add(line)
         if self.finished is not None:
-            self.finished(line, len(self.results), len(self.names))
+            self.finished(line, self.totals.finished, len(self.names))
 
     def _checkpoint(self) -> None:
         optimizer = self.fleet.optimizer
