@@ -187,7 +187,7 @@ def test_batches_are_padded_and_the_padding_is_no_target():
 
 
 def test_a_large_data_set_is_encoded_once_and_read_from_its_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(language, "_CACHED_FROM", 2)
+    monkeypatch.setattr(language, "CACHED_FROM", 2)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("datasets.fingerprint._CACHING_ENABLED", True)  # other tests turn it off
     rows = [{"prompt": "turn the light on", "completion": word} for word in ("done", "ok", "off")]

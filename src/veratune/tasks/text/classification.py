@@ -27,7 +27,7 @@ from veratune.tasks.classes import (
     output_layer,
     set_class_bias,
 )
-from veratune.tasks.data import pick_columns
+from veratune.tasks.data import pick_columns, small_dataset
 from veratune.tasks.text.base import OnOverflow, TextTask
 
 
@@ -113,7 +113,7 @@ class TextClassification(TextTask):
         targets = self._targets(examples, columns["label"])
         texts = [_texts(examples, columns[role]) for role in ("text", "pair") if role in columns]
         encoded = processor(*texts, truncation=True, max_length=self.max_length)
-        out = Dataset.from_dict({**encoded, "labels": targets})
+        out = small_dataset({**encoded, "labels": targets})
         lengths = self._overflows(texts, encoded["input_ids"], processor)
         if lengths and self.on_overflow == "fail":
             raise self.overflow_error(*next(iter(lengths.items())))

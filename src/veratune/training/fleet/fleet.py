@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
@@ -30,6 +29,7 @@ from veratune.layers.wrapper import ModuleWrapper, replace_modules
 from veratune.stacked import VectorLayout
 from veratune.targets import find_sites
 from veratune.tasks.base import Task
+from veratune.tasks.data import small_dataset
 from veratune.training.fleet.layers import TenantBatch, wrap
 from veratune.training.fleet.losses import items_of, row_losses_of
 from veratune.training.fleet.optimizer import StackedAdamW, clip_rows, schedule
@@ -198,7 +198,7 @@ class FleetTrainer:
             for name, tensor in heads.items():
                 tensor.copy_(self.template.head[name])
         self.task.target_scale = 1.0
-        labels = Dataset.from_dict({"labels": [example["labels"] for example in examples]})
+        labels = small_dataset({"labels": [example["labels"] for example in examples]})
         self.task.init_head(self._plain, labels)
         scale, self.task.target_scale = self.task.target_scale, 1.0
         if stored is not None:

@@ -89,8 +89,10 @@ def draw_map(
     places = (centred @ directions).numpy()
     figure, axes = pyplot.subplots(figsize=(6, 5), layout="constrained")
     colours = None if scores is None else [scores.get(name, np.nan) for name in names]
-    drawn = axes.scatter(places[:, 0], places[:, 1], s=9, c=colours, cmap="viridis")
-    if colours is not None:
+    if colours is None:
+        axes.scatter(places[:, 0], places[:, 1], s=9)
+    else:
+        drawn = axes.scatter(places[:, 0], places[:, 1], s=9, c=colours, cmap="viridis")
         figure.colorbar(drawn, label=label)
     if len(names) <= 40:
         for name, place in zip(names, places, strict=True):
