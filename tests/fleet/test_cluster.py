@@ -11,7 +11,7 @@ import pytest
 
 import veratune as vt
 from tests import fakes
-from veratune.errors import ConfigError, TargetError
+from veratune.errors import ConfigError
 from veratune.fleet.fleet import open_adapters, run_fleet
 from veratune.formats import native
 from veratune.training.fleet.results import read_results
@@ -85,22 +85,6 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(tmp_path):
                     assert (getattr(ours, kind)[name] - values).abs().max() < 1e-5
             versions = published.store.versions(file.stem, fleet.adapter_name)
             assert [version.number for version in versions] == [1]
-
-
-@pytest.mark.slow
-def test_a_mistake_reaches_the_caller_as_it_is_without_ray_workers_left(tmp_path):
-    ray = pytest.importorskip("ray")
-    fakes.folder(fakes.llama(num_hidden_layers=1), tmp_path / "llama")
-    rows = [{"tenant": f"t{i}", "prompt": "a", "completion": "b"} for i in range(3)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = TrainSettings(
-        model=str(tmp_path / "llama"), task="instruction", data=str(tmp_path / "data.jsonl"),
-        out=str(tmp_path / "out"), device="cpu",
-    )  # fmt: skip
-    with pytest.raises(TargetError, match="nowhere"):
-        run_fleet(settings, vt.VeraConfig(rank=4, targets=["nowhere"]), FleetSettings(workers=2))
-    assert not ray.is_initialized()
-    assert not workers_of_this_test()
 
 
 def test_workers_beside_torchrun_are_refused(monkeypatch, tmp_path):
