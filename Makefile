@@ -63,6 +63,7 @@ docs: install
 	$(BIN)/python docs/make_quality.py
 	$(BIN)/python docs/make_readme.py
 	$(BIN)/python docs/make_exits.py
+	$(BIN)/python docs/make_tasks.py
 
 # The documentation, in out/site. A broken link, a missing anchor or a page outside the menu fails.
 site: install

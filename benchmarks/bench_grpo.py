@@ -13,7 +13,6 @@ import os
 import random
 import statistics
 import sys
-import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -76,7 +75,6 @@ def run(method: str, seed: int, options: argparse.Namespace) -> dict[str, object
         model=options.model, data=str(Path(options.work) / "data"), out=str(folder), seed=seed, **({} if "method" in changes else {"basis_seed": seed}),
         max_steps=options.steps, **COMMON, **changes,
     )  # fmt: skip
-    start = time.process_time()
     result = train_once(settings, VeraConfig(**adapter))
     result.pop("path")
     state = folder / "checkpoints" / f"checkpoint-{options.steps}" / "trainer_state.json"
@@ -85,7 +83,6 @@ def run(method: str, seed: int, options: argparse.Namespace) -> dict[str, object
         "seed": seed,
         "curve": [[e["step"], round(e["reward"], 4)] for e in log if "reward" in e],
         "held_out_curve": [[e["step"], e["eval_reward"]] for e in log if "eval_reward" in e],
-        "cpu_seconds": round(time.process_time() - start, 1),
         "beside": "other work on the same two cores",
         **describe_machine(),
         **changes,

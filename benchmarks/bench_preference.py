@@ -13,7 +13,6 @@ import os
 import random
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -96,7 +95,6 @@ def run(method: str, seed: int, loss: str, options: argparse.Namespace) -> dict[
         model=options.model, data=str(Path(options.work) / "data" / "train.jsonl"), out=str(folder), seed=seed, **({} if "method" in changes else {"basis_seed": seed}),
         save_steps=20, loss=loss, **COMMON, **changes,
     )  # fmt: skip
-    start = time.process_time()
     result = train_once(settings, VeraConfig(**adapter))
     result |= scores(method, seed, result.pop("path"), options)
     return {
@@ -104,7 +102,6 @@ def run(method: str, seed: int, loss: str, options: argparse.Namespace) -> dict[
         "seed": seed,
         "train_pairs": options.train,
         "held_out_pairs": options.held_out,
-        "cpu_seconds": round(time.process_time() - start, 1),
         "beside": "other work on the same two cores",
         **describe_machine(),
         **changes,

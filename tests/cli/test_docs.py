@@ -59,6 +59,12 @@ def test_the_figures_of_the_exits_are_those_that_were_measured():
     assert make.PAGE.read_text() == make.page(), "run make docs"
 
 
+def test_the_figures_of_the_tasks_are_those_that_were_measured():
+    make = load(ROOT / "docs" / "make_tasks.py")
+    for path, text in make.pages().items():
+        assert path.read_text() == text, f"{path.name}: run make docs"
+
+
 def test_links_between_pages_lead_somewhere():
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
