@@ -6,8 +6,10 @@ import random
 import threading
 
 import jsonschema
+import peft
 import psutil
 import pytest
+import torch
 
 from tests import fakes
 from tests.serving.fakes import QV, adapter, generate_alone, small_llama
@@ -16,6 +18,7 @@ from veratune.formats import native
 from veratune.serving.engine.scheduler import SchedulerConfig
 
 pytest.importorskip("llguidance", reason="structured output needs llguidance")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own
 TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
     "{% for m in messages %}{{ m.content }}{% endfor %}<tool_call>"
@@ -34,12 +37,39 @@ VERSIONS = [ADAPTERS["new"], adapter(small_llama, QV, 7)]
 CLIENTS = 8
 
 
+@pytest.fixture(scope="module")
+def style(tmp_path_factory):
+    """A PEFT LoRA: its two files, and the text of each prompt's greedy completion."""
+    folder = tmp_path_factory.mktemp("style")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(small_llama(), config).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    model.save_pretrained(folder)
+    texts = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        texts.append(text_of(out[0, len(prompt) :].tolist()))
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    return {name: (folder / name).read_bytes() for name in names}, texts
+
+
 def text_of(tokens):
     return fakes.tokenizer().decode(tokens)
 
 
 @pytest.fixture(scope="module")
-def answers():
+def answers(style):
     """(adapter, prompt) -> the texts that are right."""
     makers = {
         "base": [None],
@@ -52,6 +82,8 @@ def answers():
         for name, owns in makers.items()
         for i, p in enumerate(PROMPTS)
     }
+    found |= {("style", i): {text} for i, text in enumerate(style[1])}
+    makers["style"] = []
     assert len({frozenset(found[name, 0]) for name in makers}) == len(
         makers
     )  # or none could be wrong
@@ -59,13 +91,14 @@ def answers():
 
 
 @pytest.fixture
-def served(tmp_path):
+def served(tmp_path, style):
     config = SchedulerConfig(max_num_seqs=4, max_queue=64)
     server = RunningServer(tmp_path, max_model_len=512, config=config)
     server.engine.tokenizer.chat_template = TEMPLATE
     with server.http() as http:
         for name in ("alice", "bob", "new"):
             assert http.put(f"/v1/adapters/{name}", content=FILES[name]).status_code == 201
+        assert http.put("/v1/adapters/style", files=style[0]).status_code == 201
     server.engine.eos_token_ids = set()
     yield server
     server.stop()
