@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from veratune.errors import OutputError
-from veratune.formats.atomic import new_folder, write_atomic
+from veratune.formats.atomic import new_folder, remove_partial, write_atomic
 
 # A file size limit is how a full disk looks to a process: the write itself fails.
 FULL = """
@@ -85,3 +85,10 @@ def test_an_output_folder_must_be_empty(tmp_path):
         new_folder(tmp_path),
     ):
         pass
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    for name in (".a.safetensors.x1.tmp", "a.safetensors", "notes.tmp"):
+        (tmp_path / name).write_text("1")
+    remove_partial(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "notes.tmp"]

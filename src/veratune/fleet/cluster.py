@@ -21,7 +21,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, Worker
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError, OutputError
 from veratune.fleet.fleet import run_fleet
-from veratune.training.fleet.loop import count_tenants, open_folder
+from veratune.training.fleet.loop import clean_folder, count_tenants, open_folder
 from veratune.training.fleet.results import FleetResult, ResultFollower, summarise
 from veratune.training.fleet.settings import FleetSettings, check_settings
 from veratune.training.fleet.worker import Finished
@@ -71,6 +71,7 @@ def train_on_ray(
     check_settings(settings, fleet)
     total = count_tenants(settings, fleet)
     open_folder(out, settings, dataclasses.replace(vera, seed=settings.basis_seed), fleet, world)
+    clean_folder(out)
     resumed = dataclasses.replace(settings, resume=True)  # the folder is prepared
     started_here = not ray.is_initialized()
     if started_here:

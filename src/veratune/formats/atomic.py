@@ -50,6 +50,17 @@ def write_atomic(path: Path, data: bytes) -> None:
                 os.unlink(temporary)
 
 
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed process left of its atomic writes into a folder.
+
+    Args:
+        folder: The folder, which nobody else writes into at the moment.
+    """
+    for path in folder.glob(".*.tmp"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Create a folder atomically: the block fills a temporary one, which is then renamed.

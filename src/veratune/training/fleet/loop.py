@@ -9,7 +9,7 @@ import yaml
 
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError, OutputError
-from veratune.formats.atomic import refuse_used, write_atomic
+from veratune.formats.atomic import refuse_used, remove_partial, write_atomic
 from veratune.training.fleet.results import FleetResult, summarise
 from veratune.training.fleet.settings import FleetSettings, check_settings
 from veratune.training.fleet.tenants import load_tenants
@@ -75,6 +75,8 @@ def train_fleet(
     with processes() if by_torchrun else contextlib.nullcontext(lambda: None) as wait:
         if rank == 0 or settings.resume:
             open_folder(out, settings, vera, fleet, world)
+        if rank == 0 and (world == 1 or by_torchrun):
+            clean_folder(out)
         wait()  # the folder is prepared
         result = Worker(settings, vera, fleet, sink, source, finished, rank, world).run()
         wait()  # all results are there
@@ -85,6 +87,12 @@ def count_tenants(settings: TrainSettings, fleet: FleetSettings) -> int:
     """The number of tenants in a run's data. Raises DataError."""
     task = build_task(settings)
     return len(load_tenants(settings.data, task, fleet.tenant_column, settings.split).names)
+
+
+def clean_folder(out: Path) -> None:
+    """Remove what killed workers left half-written, while no worker runs."""
+    for folder in (out, out / ADAPTERS):
+        remove_partial(folder)
 
 
 def open_folder(
