@@ -132,7 +132,9 @@ class ServeConfig:
             if is_address(file):
                 parse_address(file)
             if not name or not file:
-                raise ConfigError(f"--adapters {name}={file}: NAME=FILE is wanted")
+                raise ConfigError(
+                    f"--adapters {name}={file}: NAME=FILE of an adapter's file is wanted"
+                )
             if not is_address(file) and not Path(file).is_file():
                 raise ConfigError(f"--adapters {name}={file}: there is no file {file}")
         for source in self.adapter_sources:
