@@ -13,7 +13,7 @@ from veratune.formats.atomic import refuse_used, remove_partial, write_atomic
 from veratune.training.fleet.results import FleetResult, summarise
 from veratune.training.fleet.settings import FleetSettings, check_settings
 from veratune.training.fleet.tenants import load_tenants
-from veratune.training.fleet.torchrun import is_restart, processes, rank_and_world
+from veratune.training.fleet.torchrun import processes, rank_and_world
 from veratune.training.fleet.worker import AdapterFolder, Finished, Sink, Source, Worker
 from veratune.training.prepare import build_task
 from veratune.training.run_folder import run_settings
@@ -69,8 +69,6 @@ def train_fleet(
             raise ConfigError(f"continue_from: {fleet.continue_from!r} is no folder of adapters")
         source = AdapterFolder(Path(fleet.continue_from))
     out, start = Path(settings.out), time.monotonic()
-    if by_torchrun and is_restart() and (out / SETTINGS).is_file():
-        settings = dataclasses.replace(settings, resume=True)
     sink = sink or AdapterFolder(out / ADAPTERS)
     with processes() if by_torchrun else contextlib.nullcontext(lambda: None) as wait:
         if rank == 0 or settings.resume:

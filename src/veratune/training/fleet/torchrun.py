@@ -17,11 +17,6 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def is_restart() -> bool:
-    """Whether torchrun (--max-restarts) has started the processes again after one died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
 @contextlib.contextmanager
 def processes() -> Iterator[Callable[[], None]]:
     """Join torchrun's processes, each on a GPU of its own where there are some.
