@@ -79,11 +79,44 @@ def results() -> str:
             _quality(),
         ),
         ("[A DDPM of digits adapted to clothes](docs/vision.md), epsilon MSE", _ddpm()),
+        ("[1,000 tenants in one run](docs/fleet.md), MiniLM, 32 sentences each", _fleet()),
+        ("[GRPO](docs/rl.md) on sums of two digits, SmolLM2-135M, reward of 2 at most", _grpo()),
         ("[Serving](docs/benchmarks.md#serving) SmolLM2-135M on two cores", _serving()),
     ]
     return "\n".join(
         ["| measured | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows)]
     )
+
+
+def _fleet() -> str:
+    lines = {line["way"]: line for line in read("fleet") if "way" in line}
+    fleet = lines["fleet"]
+    faster = ", ".join(
+        f"{lines[way]['fleet_is_faster_by']:.1f} times {name}"
+        for way, name in (
+            ("command", "`veratune train` for each"),
+            ("vera", "one by one in one process"),
+            ("lora", "PEFT LoRA one by one"),
+        )
+    )
+    scores = f"accuracy {100 * fleet['before']:.1f} before, {100 * fleet['after']:.1f} after"
+    return f"{fleet['adapters_per_cpu_hour']:,.0f} adapters per CPU hour: {faster}; {scores}"
+
+
+def _grpo() -> str:
+    """The best held-out reward, by number of values."""
+    best: dict[int, list[float]] = {}
+    for line in read("grpo"):
+        reward = max(value for _, value in line["held_out_curve"])
+        best.setdefault(line["trained"], []).append(reward)
+    names = {max(best): "LoRA r=8"}
+    texts = [
+        f"{names.get(values, 'VeRA')} with {values:,} values {statistics.mean(found):.2f}"
+        for values, found in sorted(best.items())
+    ]
+    seeds = max(map(len, best.values()))
+    runs = "one seed" if seeds == 1 else f"{seeds} seeds"
+    return f"best held-out reward, {runs}: " + ", ".join(texts)
 
 
 def _mrpc() -> str:
