@@ -186,7 +186,7 @@ def tool_calls() -> str:
             )
         )
     first = lines[0]
-    note = f"{first['train_rows']} conversations, {first['epochs']:g} epochs of batches of {first['batch']}; {first['held_out_rows']} held out. {machine(first)}."
+    note = f"{first['train_rows']} conversations, {first['epochs']:g} epochs of batches of {first['batch']}; {first['held_out_rows']} held out. The rates were not tuned. {machine(first)}."
     return "\n".join([*out, "", note])
 
 
