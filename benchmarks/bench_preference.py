@@ -3,7 +3,9 @@
     python benchmarks/bench_preference.py --model SMOLLM2 --data alpaca_9k/train.parquet --work out/preference
 
 A pair is an Alpaca instruction, its answer in lower case without the last full stop, as in a chat
-(chosen), and the answer as it is (rejected). Held-out pairs come from other instructions. Finished runs in --work are not repeated. Writes
+(chosen), and the answer as it is (rejected). Held-out pairs come from other instructions. Each method
+tries three learning rates on seed 0; the one with the best win rate on pairs for tuning runs on the other
+seeds. Finished runs in --work are not repeated. Writes
 results/preference.jsonl, one line a run.
 """
 
@@ -28,12 +30,13 @@ COMMON = {
     "keep": "last",
 }
 TARGETS = ("query", "value")
-# What is trained -> its settings.
+# What is trained -> its settings, its adapter, its learning rates.
 METHODS = {
-    "VeRA": ({"lr": 4e-2}, {"rank": 256, "targets": TARGETS}),
+    "VeRA": ({}, {"rank": 256, "targets": TARGETS}, (4e-2, 1e-1, 2e-1)),
     "LoRA r=8": (
-        {"lr": 2e-3, "method": "peft:lora", "options": {"r": 8, "lora_alpha": 16}},
+        {"method": "peft:lora", "options": {"r": 8, "lora_alpha": 16}},
         {"targets": TARGETS},
+        (5e-4, 2e-3, 5e-3),
     ),
 }
 
@@ -55,23 +58,28 @@ def make_pairs(source: str, work: Path, train: int, held_out: int) -> None:
             pairs.append({"prompt": prompt, "chosen": chosen, "rejected": row["output"]})
     data = work / "data"
     data.mkdir(parents=True, exist_ok=True)
-    for name, part in (("train", pairs[:train]), ("validation", pairs[-held_out:])):
+    parts = {"train": pairs[:train], "validation": pairs[-held_out:]}
+    parts["tuning"] = pairs[-2 * held_out : -held_out]
+    for name, part in parts.items():
         text = "".join(json.dumps(pair) + "\n" for pair in part)
         (data / f"{name}.jsonl").write_text(text)
 
 
 def scores(method: str, seed: int, path: str, options: argparse.Namespace) -> dict[str, object]:
-    """Held-out win rates of the base model and of what was trained."""
+    """Win rates of the base model and of what was trained, on held-out pairs and on those for tuning."""
     from veratune.config import VeraConfig
     from veratune.tasks.registry import task_class
     from veratune.training.methods import build_method
 
-    changes, adapter = METHODS[method]
+    changes, adapter, _ = METHODS[method]
     task = task_class("preference")(max_length=COMMON["max_length"], system=COMMON["system"])
     tokenizer = task.load_processor(options.model)
     model = task.load_model(options.model, tokenizer, dtype="float32").eval()
-    held_out = task.load_examples(str(Path(options.work) / "data" / "validation.jsonl"))
-    encoded = task.encode(held_out, tokenizer)
+    data = Path(options.work) / "data"
+    encoded, tuning = (
+        task.encode(task.load_examples(str(data / f"{part}.jsonl")), tokenizer)
+        for part in ("validation", "tuning")
+    )
     before = task.score(model, encoded, tokenizer, 1)
     own = build_method(
         changes.get("method", "vera"),
@@ -80,20 +88,27 @@ def scores(method: str, seed: int, path: str, options: argparse.Namespace) -> di
     )
     own.prepare(model, (), task.to_metadata())
     own.read(model, Path(path).parent)
-    return {"before": before, "after": task.score(model.eval(), encoded, tokenizer, 1)}
+    model.eval()
+    return {
+        "before": before,
+        "after": task.score(model, encoded, tokenizer, 1),
+        "tuning": task.score(model, tuning, tokenizer, 1),
+    }
 
 
-def run(method: str, seed: int, loss: str, options: argparse.Namespace) -> dict[str, object]:
+def run(
+    method: str, lr: float, seed: int, loss: str, options: argparse.Namespace
+) -> dict[str, object]:
     """Train once, or read a finished run."""
     from veratune.analysis.machine import describe_machine
     from veratune.config import VeraConfig
     from veratune_lab.paper.experiment import train_once
 
-    changes, adapter = METHODS[method]
-    folder = Path(options.work) / f"{method.replace(' ', '_')}-{loss}-{seed}"
+    changes, adapter, _ = METHODS[method]
+    folder = Path(options.work) / f"{method.replace(' ', '_')}-{loss}-{lr}-{seed}"
     settings = dict(
         model=options.model, data=str(Path(options.work) / "data" / "train.jsonl"), out=str(folder), seed=seed, **({} if "method" in changes else {"basis_seed": seed}),
-        save_steps=20, loss=loss, **COMMON, **changes,
+        save_steps=20, loss=loss, lr=lr, **COMMON, **changes,
     )  # fmt: skip
     result = train_once(settings, VeraConfig(**adapter))
     result |= scores(method, seed, result.pop("path"), options)
@@ -107,6 +122,7 @@ def run(method: str, seed: int, loss: str, options: argparse.Namespace) -> dict[
         **changes,
         **result,
         "method": method,
+        "lr": lr,
     }
 
 
@@ -162,13 +178,18 @@ def main() -> None:
     if options.memory:
         print(json.dumps(measure_memory(options.memory, options)))
         return
-    lines = []
-    for seed in range(options.seeds):
-        for method in METHODS:
-            lines.append(run(method, seed, "dpo", options))
-            print(f"{method}, seed {seed}: {lines[-1]['after']}", file=sys.stderr)
-            LINES.parent.mkdir(exist_ok=True)
-            LINES.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines: list[dict] = []
+
+    def note(method: str, lr: float, seed: int) -> float:
+        lines.append(run(method, lr, seed, "dpo", options))
+        print(f"{method}, lr {lr}, seed {seed}: {lines[-1]['after']}", file=sys.stderr)
+        LINES.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return lines[-1]["tuning"]["win_rate"]
+
+    for method, (_, _, rates) in METHODS.items():
+        tuned = {lr: note(method, lr, 0) for lr in rates}
+        for seed in range(1, options.seeds):
+            note(method, max(tuned, key=lambda lr: tuned[lr]), seed)
 
 
 if __name__ == "__main__":
