@@ -45,6 +45,14 @@ def test_conversations_are_those_of_the_whole_data_set(tmp_path):
     assert plain(streamed) == plain(task.encode(task.load_examples(path), tokenizer))
 
 
+def test_an_empty_answer_is_reported_and_no_other_column_reaches_the_model(tmp_path):
+    path, task = str(write(tmp_path, [*ROWS[:3], ROWS[0] | {"completion": ""}])), Instruction()
+    streamed = task.encode_stream(stream_examples(path), fakes.tokenizer())
+    with pytest.warns(UserWarning, match="trains on an empty answer, the first is row 3"):
+        rows = list(streamed)
+    assert [set(row) for row in rows] == [{"input_ids", "attention_mask", "labels"}] * 4
+
+
 def test_blocks_are_those_of_the_whole_text(tmp_path):
     path = str(write(tmp_path, [{"text": row["prompt"]} for row in ROWS]))
     task, tokenizer = CausalLM(max_length=7), fakes.tokenizer()

@@ -225,8 +225,8 @@ class Instruction(ConversationTask):
             remove_columns=stream.head.column_names,
             features=_ENCODED,
         )
-        keep = _LengthFilter(self)
-        return encoded.filter(keep, with_indices=True).remove_columns("length")
+        keep = _StreamFilter(self)
+        return encoded.filter(keep, with_indices=True).remove_columns(["length", "empty"])
 
     def _reader(self, examples: Dataset) -> RowReader:
         return RowReader(self._columns(examples), examples.features, self.system)
@@ -300,14 +300,26 @@ class _ConversationEncoder:
         return tokens, labels
 
 
+_EMPTY = (
+    "{rows} on an empty answer, the first is row {first}: the model learns to answer nothing "
+    "there; remove them if that is not meant"
+)
+
+
 @dataclasses.dataclass
-class _LengthFilter:
-    """Leaves out or refuses examples that are too long, and reports them now and then."""
+class _StreamFilter:
+    """Leaves out or refuses examples that are too long, and reports them now and then; reports the
+    first empty answer.
+    """
 
     task: ChatTask
     over: int = 0
+    empty: bool = False
 
     def __call__(self, row: Mapping[str, Any], number: int) -> bool:
+        if row["empty"] and not self.empty:
+            self.empty = True
+            warnings.warn(_EMPTY.format(rows="a row trains", first=number), stacklevel=2)
         limit, action = self.task.max_length, self.task.on_overflow
         if row["length"] <= limit:
             return True
@@ -344,12 +356,8 @@ _SOURCE = hashlib.sha256(
 def _warn_empty(empty: Sequence[bool]) -> None:
     """Warn of rows that teach the model to answer nothing."""
     if any(empty):
-        warnings.warn(
-            f"{sum(empty):,} of {len(empty):,} rows train on an empty answer, the first is row "
-            f"{list(empty).index(True)}: the model learns to answer nothing there; remove them if "
-            "that is not meant",
-            stacklevel=3,
-        )
+        rows = f"{sum(empty):,} of {len(empty):,} rows train"
+        warnings.warn(_EMPTY.format(rows=rows, first=list(empty).index(True)), stacklevel=3)
 
 
 class CausalLM(LanguageTask):
