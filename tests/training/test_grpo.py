@@ -11,6 +11,7 @@ from veratune.errors import ConfigError, DataError, RewardError
 from veratune.formats import native
 from veratune.inference.adapted import load_with_adapter
 from veratune.inference.evaluate import evaluate
+from veratune.training.callbacks import FlatRewardWarning
 from veratune.training.run import train
 from veratune.training.settings import TrainSettings
 
@@ -117,15 +118,13 @@ def test_eval_does_not_import_a_reward_that_a_file_names(place, tmp_path):
 
 
 def test_rewards_that_never_differ_are_reported(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("veratune.training.trl_grpo.FLAT_STEPS", 2)
+    monkeypatch.setattr("veratune.training.callbacks.FLAT_STEPS", 2)
     changes = {"reward": ["regex"], "reward_options": {"pattern": "[0-9]{9}"}, "max_steps": 2}
     with pytest.warns(UserWarning, match="in 2 steps in a row, all completions of each prompt"):
         train(settings(place, tmp_path / "run", **changes), VERA)
 
 
 def test_one_step_of_different_rewards_starts_the_count_again():
-    from veratune.training.trl_grpo import FlatRewardWarning
-
     state, warning = TrainerState(is_world_process_zero=True), FlatRewardWarning()
     for flat in (1.0,) * 9 + (0.5,) + (1.0,) * 9:
         warning.on_log(None, state, None, {"frac_reward_zero_std": flat})

@@ -1,8 +1,11 @@
-"""Trainer callbacks of a run: moving average, samples, progress lines, signals."""
+"""Trainer callbacks of a run: moving average, samples, progress lines, signals, flat
+rewards.
+"""
 
 import signal
 import sys
 import threading
+import warnings
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +22,7 @@ from veratune.formats.atomic import write_atomic
 from veratune.tasks.base import Task
 
 _EMA_FILE = "average.safetensors"
+FLAT_STEPS = 10  # without two different rewards, before it is reported
 
 
 class EMACallback(TrainerCallback):
@@ -171,3 +175,31 @@ class SignalCallback(TrainerCallback):
     def _restore(self) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
+
+
+class FlatRewardWarning(TrainerCallback):
+    """Warns when no prompt has had two different rewards for some steps: nothing is learned."""
+
+    def __init__(self) -> None:
+        """Start counting."""
+        self.flat = 0
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if "frac_reward_zero_std" not in logs:
+            return
+        self.flat = self.flat + 1 if logs["frac_reward_zero_std"] == 1 else 0
+        if self.flat == FLAT_STEPS and state.is_world_process_zero:
+            warnings.warn(
+                f"in {FLAT_STEPS} steps in a row, all completions of each prompt had the same "
+                f"reward (the last mean is {logs.get('reward', 0.0):.3g}), so nothing is learned: "
+                "give a reward that tells them apart, easier prompts or more --num-generations",
+                stacklevel=2,
+            )

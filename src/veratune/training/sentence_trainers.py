@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from datasets import Dataset
 from sentence_transformers import (
     CrossEncoderTrainer,
     CrossEncoderTrainingArguments,
@@ -19,43 +18,13 @@ from torch import nn
 from transformers import TrainingArguments
 
 from veratune.tasks.text.embedding import Embedding, SentenceTask
-from veratune.training.trainer import MethodTrainer
+from veratune.training.trainer import MethodTrainer, TaskScores
 
 
-class SentenceTrainer(MethodTrainer):
-    """What both trainers share: the task's scores are the evaluation."""
+class SentenceTrainer(TaskScores):
+    """What both trainers share: the model has its own tokenizer."""
 
-    def __init__(
-        self,
-        *args: Any,
-        task: SentenceTask,
-        eval_encoded: Dataset | None,
-        processing_class: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Build the library's trainer.
-
-        Args:
-            args: As for `MethodTrainer`.
-            task: The task; its `score` is the evaluation.
-            eval_encoded: Evaluation examples as the task encoded them; None without.
-            processing_class: The tokenizer, for the task's scores; the model has its own.
-            kwargs: As for `MethodTrainer` and the library's trainer.
-        """
-        self.task, self.eval_encoded, self.tokenizer = task, eval_encoded, processing_class
-        super().__init__(*args, **kwargs)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The task's held-out scores."""
-        assert self.eval_encoded is not None
-        batch_size = self.args.per_device_eval_batch_size
-        scores = self.task.score(self.adapted, self.eval_encoded, self.tokenizer, batch_size)
-        metrics = {f"eval_{name}": value for name, value in (scores or {}).items()}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
+    passes_processor = False
 
 
 class VeraSentenceTransformerTrainer(SentenceTrainer, SentenceTransformerTrainer):

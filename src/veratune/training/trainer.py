@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -175,19 +175,39 @@ class VeraTrainer(MethodTrainer, TaskTrainer):
         self.model_accepts_loss_kwargs = loss_per_token
 
 
-class ScoredTrainer(VeraTrainer):
-    """Trainer for tasks whose own scores are the evaluation, such as a word error rate."""
+class TaskScores(MethodTrainer):
+    """A trainer whose evaluation is the task's own scores, such as a word error rate or rewards.
 
-    def __init__(self, *args: Any, task: Task, **kwargs: Any) -> None:
+    It goes before the class of a library's trainer.
+
+    Attributes:
+        passes_processor: Whether that class takes the processor of the scores too.
+    """
+
+    passes_processor: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *args: Any,
+        task: Task,
+        eval_encoded: Dataset | None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """Build a Trainer.
 
         Args:
-            args: As for Trainer.
+            args: As for `MethodTrainer`.
             task: The task; its `score` is the evaluation.
-            kwargs: As for `VeraTrainer`.
+            eval_encoded: Evaluation examples as the task encoded them; None without.
+            processing_class: The processor that `score` takes.
+            kwargs: As for `MethodTrainer` and the library's trainer.
         """
+        self.task, self.eval_encoded = task, eval_encoded
+        self.scoring_processor = processing_class
+        if self.passes_processor:
+            kwargs["processing_class"] = processing_class
         super().__init__(*args, **kwargs)
-        self.task = task
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The task's held-out scores.
@@ -197,13 +217,18 @@ class ScoredTrainer(VeraTrainer):
             args: As for Trainer.
             kwargs: As for Trainer.
         """
-        encoded = self.eval_dataset if eval_dataset is None else eval_dataset
-        assert isinstance(encoded, Dataset)
+        encoded = self.eval_encoded if eval_dataset is None else eval_dataset
+        assert encoded is not None
         batch_size = self.args.per_device_eval_batch_size
-        scores = self.task.score(self.adapted, encoded, self.processing_class, batch_size)
+        scores = self.task.score(self.adapted, encoded, self.scoring_processor, batch_size)
+        self.adapted.eval()  # TRL files what is logged by the model's mode
         metrics = {f"eval_{name}": value for name, value in (scores or {}).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+
+class ScoredTrainer(TaskScores, VeraTrainer):
+    """Trainer for tasks whose loss is the model's own and whose evaluation is their scores."""

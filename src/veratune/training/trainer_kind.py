@@ -58,19 +58,18 @@ def trainer_kind(settings: TrainSettings, task: Task) -> TrainerKind:
     if isinstance(task, SentenceTask):
         return _sentence(task)
     scored = isinstance(task, SpeechRecognition)
-    return TrainerKind(
-        ScoredTrainer if scored else VeraTrainer,
-        TrainingArguments,
-        lambda model, data: (
-            ({"task": task} if scored else {})
-            | {
-                "data_collator": task.collator(data.processor),
-                "compute_metrics": task.metrics(),
-                "loss_per_token": task.loss_per_token,
-                "outputs": task.outputs,
-            }
-        ),
-    )
+
+    def extras(model: nn.Module, data: EncodedData) -> dict[str, Any]:
+        scores = {"task": task, "eval_encoded": data.evaluation} if scored else {}
+        return {
+            "data_collator": task.collator(data.processor),
+            "compute_metrics": task.metrics(),
+            "loss_per_token": task.loss_per_token,
+            "outputs": task.outputs,
+            **scores,
+        }
+
+    return TrainerKind(ScoredTrainer if scored else VeraTrainer, TrainingArguments, extras)
 
 
 def _preference(settings: TrainSettings, task: Preference) -> TrainerKind:
