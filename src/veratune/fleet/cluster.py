@@ -96,11 +96,8 @@ class _Pool:
     """The actors of a run, each replaced when it dies."""
 
     def __init__(self, settings: TrainSettings, vera: VeraConfig, fleet: FleetSettings) -> None:
-        self._arguments, self._world, self._out = (
-            (settings, vera, fleet),
-            fleet.workers,
-            settings.out,
-        )
+        self._arguments = settings, vera, fleet
+        self._world, self._out = fleet.workers, settings.out
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         options = share_of(nodes, fleet.workers, on_cpu=settings.device == "cpu")
         decorate: Any = ray.remote(**options)

@@ -90,8 +90,7 @@ class EngineRollouts:
             if not self.engine.step():
                 time.sleep(1e-3)  # the adapter is on its way to its slot
         for request in requests:
-            for _ in request:  # raises the error of one that failed
-                pass
+            list(request)  # raises the error of one that failed
         self.engine.forget(key)
         return {
             "prompt_ids": [list(request.tokens) for request in requests],

@@ -28,6 +28,8 @@ DTYPES = FLOAT_DTYPES | {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# What safetensors and json raise for bytes that are no whole file.
+UNREADABLE = (safetensors.SafetensorError, ValueError, KeyError, RecursionError, OverflowError)
 # The metadata entry is JSON text inside the header's JSON, so its quotes are escaped.
 _DIGEST = re.compile(rb'\\"digest\\":\\"([0-9a-f]{64})\\"')
 
@@ -110,13 +112,7 @@ def parse_header(data: bytes) -> Header:
         safetensors.deserialize(data)
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
-    except (
-        safetensors.SafetensorError,
-        ValueError,
-        KeyError,
-        RecursionError,
-        OverflowError,
-    ) as error:
+    except UNREADABLE as error:
         raise AdapterFileError(f"not a whole safetensors file ({error}); was it cut off?") from None
     return Header(header, len(data) - 8 - size)
 

@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from veratune.adapter import Adapter
 from veratune.basis.lora import LoraBasis
 from veratune.config import VeraConfig
 from veratune.errors import AdapterFileError, UnsupportedError
+from veratune.formats.container import UNREADABLE
 from veratune.formats.peft_files import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME
 
 _ENTRY = "adapter_config"
@@ -82,14 +82,20 @@ def decode_lora(data: bytes) -> Adapter:
     entries = json.loads(data[8 : 8 + size]).get("__metadata__", {})
     settings = _settings(str(entries.get(_ENTRY, "")).encode())
     stored: dict[str, dict[str, Tensor]] = {}
+    refused = []
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key.removeprefix(KEY_PREFIX))
         if match is None or not key.startswith(KEY_PREFIX):
-            raise UnsupportedError(
-                f"{WEIGHTS_NAME} has the tensor {key[:200]!r}; only lora_A and lora_B of linear "
-                "layers are served"
-            )
-        stored.setdefault(match["layer"], {})[match["kind"]] = tensor
+            refused.append(key)
+        else:
+            stored.setdefault(match["layer"], {})[match["kind"]] = tensor
+    if refused:
+        # The order of a file's tensors is none: name one of the LoRA before one of the base model.
+        key = min(refused, key=lambda key: ("lora_" not in key, key))
+        raise UnsupportedError(
+            f"{WEIGHTS_NAME} has the tensor {key[:200]!r}; only lora_A and lora_B of linear "
+            "layers are served"
+        )
     if not 0 < len(stored) <= _MAX_LAYERS:
         raise AdapterFileError(
             f"{WEIGHTS_NAME} has {len(stored)} layers; 1 to {_MAX_LAYERS:,} are wanted"
@@ -146,13 +152,7 @@ def _settings(config: bytes) -> dict[str, Any]:
 def _tensors(data: bytes) -> dict[str, Tensor]:
     try:
         tensors = safetensors.torch.load(data)
-    except (
-        safetensors.SafetensorError,
-        ValueError,
-        KeyError,
-        RecursionError,
-        OverflowError,
-    ) as error:
+    except UNREADABLE as error:
         raise AdapterFileError(
             f"{WEIGHTS_NAME} is not a whole safetensors file ({error})"
         ) from None

@@ -1,8 +1,9 @@
 """Score an adapter, or its base model alone, on examples."""
 
+import functools
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -98,34 +99,23 @@ def _exact_match(
 ) -> float:
     """The share of conversations whose last turn the model generates greedily."""
     task, processor = loaded.task, loaded.processor
+    generate: Callable[..., Iterable[str]] = generate_completions
     if isinstance(task, ImageTextToText):
         shown = task.conversations(examples, processor)
         conversations, tokenizer = [example.conversation for example in shown], processor.tokenizer
+        images = [example.images for example in shown]
+        generate = functools.partial(generate_with_images, images=images)
     else:
         assert isinstance(task, Instruction)
         conversations, tokenizer = task.conversations(examples), processor
-    prompts = [c.messages[: c.assistant_turns[-1]] for c in conversations]
-    tools = [conversation.tools for conversation in conversations]
-    if isinstance(task, ImageTextToText):
-        images = [example.images for example in shown]
-        completions = generate_with_images(
-            loaded.model,
-            processor,
-            prompts,
-            images,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            tools=tools,
-        )
-    else:
-        completions = generate_completions(
-            loaded.model,
-            processor,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            tools=tools,
-        )
+    completions = generate(
+        loaded.model,
+        processor,
+        [c.messages[: c.assistant_turns[-1]] for c in conversations],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        tools=[conversation.tools for conversation in conversations],
+    )
     return exact_match(completions, task.last_completions(conversations, tokenizer))
 
 
