@@ -1,10 +1,11 @@
-"""Embeddings with MiniLM: STS-B by Spearman, and QNLI as retrieval by NDCG@10; VeRA beside LoRA r=8.
+"""Embeddings with MiniLM: STS-B by Spearman, and QNLI as retrieval by NDCG@10; VeRA beside LoRA
+r=8.
 
     python benchmarks/bench_embedding.py --data FOLDER --work out/embedding
 
-FOLDER holds glue_stsb and glue_qnli (parquet, or jsonl with the same columns). QNLI's pairs are the questions
-whose sentence answers them; held-out questions are ranked against all held-out sentences. Finished runs in
---work are not repeated. Writes results/embedding.jsonl, one line a run.
+FOLDER holds glue_stsb and glue_qnli (parquet, or jsonl with the same columns). QNLI's pairs are the
+questions whose sentence answers them; held-out questions are ranked against all held-out sentences.
+Finished runs in --work are not repeated. Writes results/embedding.jsonl, one line a run.
 """
 
 import argparse

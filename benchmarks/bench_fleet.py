@@ -1,4 +1,5 @@
-"""Adapters per hour of one fleet against one-by-one training: MiniLM, E2E dealt to tenants by topic.
+"""Adapters per hour of one fleet against one-by-one training: MiniLM, E2E dealt to tenants by
+topic.
 
     python benchmarks/bench_fleet.py deal  --data E2E --work out/fleet     # deals the examples
     python benchmarks/bench_fleet.py fleet --work out/fleet                 # veratune train-fleet
@@ -6,10 +7,10 @@
     python benchmarks/bench_fleet.py memory --tenants 10000             # resident memory
     python benchmarks/bench_fleet.py page  --work out/fleet                 # results and docs table
 
-E2E is a folder with train.parquet (mr, ref). A tenant's task is a pair of values of one slot, such as
-Italian or French food, and its sentences: 32 for training and 16 others for evaluation, half of each. Every
-peer takes the same steps on the same batches. Costs are CPU seconds, so that other work on the machine
-counts less. `fleet` and `alone` continue where they were stopped.
+E2E is a folder with train.parquet (mr, ref). A tenant's task is a pair of values of one slot, such
+as Italian or French food, and its sentences: 32 for training and 16 others for evaluation, half of
+each. Every peer takes the same steps on the same batches. Costs are CPU seconds, so that other work
+on the machine counts less. `fleet` and `alone` continue where they were stopped.
 """
 
 import argparse

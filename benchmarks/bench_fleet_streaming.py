@@ -2,9 +2,10 @@
 
     python benchmarks/bench_fleet_streaming.py --data E2E --tenants 1000 10000
 
-E2E is a folder with train.parquet (ref). The model is a random BERT of two layers of width 32 with the
-tokenizer of MiniLM, since the memory of many tenants is measured, not learning. Each tenant has two sentences, one step and rank 16, and goes
-into a SQLite store; 64 tenants are active at once. Appends one line a run to results/fleet_streaming.jsonl.
+E2E is a folder with train.parquet (ref). The model is a random BERT of two layers of width 32 with
+the tokenizer of MiniLM, since the memory of many tenants is measured, not learning. Each tenant has
+two sentences, one step and rank 16, and goes into a SQLite store; 64 tenants are active at once.
+Appends one line a run to results/fleet_streaming.jsonl.
 """
 
 import argparse

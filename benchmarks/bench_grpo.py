@@ -2,9 +2,10 @@
 
     python benchmarks/bench_grpo.py --model SMOLLM2 --work out/grpo
 
-The prompt is a sum of two digits whose answer has two digits. The reward of a completion of two tokens is the
-share of digits in it, and 1 more for the right sum. Held-out sums are none of the training sums. Finished runs in
---work are not repeated. Writes results/grpo.jsonl, one line a run, and docs/pictures/grpo.png.
+The prompt is a sum of two digits whose answer has two digits. The reward of a completion of two
+tokens is the share of digits in it, and 1 more for the right sum. Held-out sums are none of the
+training sums. Finished runs in --work are not repeated. Writes results/grpo.jsonl, one line a run,
+and docs/pictures/grpo.png.
 """
 
 import argparse

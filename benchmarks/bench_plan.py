@@ -2,8 +2,9 @@
 
     python benchmarks/bench_plan.py --data FOLDER --model SMOLLM2 --work out/plan
 
-FOLDER holds alpaca_9k and glue_sst2. Seconds are CPU seconds of the process, for plan and run alike, so that other
-work on the machine does not count. Appends to results/plan.jsonl, one line a run.
+FOLDER holds alpaca_9k and glue_sst2. Seconds are CPU seconds of the process, for plan and run
+alike, so that other work on the machine does not count. Appends to results/plan.jsonl, one line a
+run.
 """
 
 import argparse
@@ -53,8 +54,8 @@ def measure(name: str, part: str, options: argparse.Namespace) -> None:
         out=str(options.work / f"run-{os.getpid()}"), **RUNS[name],
     )  # fmt: skip
     vera = vt.VeraConfig(rank=256, targets=targets)
-    found = plan(settings, vera) if part == "plan" else train(settings, vera)
-    figures = dataclasses.asdict(found)
+    result = plan(settings, vera) if part == "plan" else train(settings, vera)
+    figures = dataclasses.asdict(result)
     print(
         json.dumps(
             {

@@ -3,10 +3,10 @@
     python benchmarks/bench_preference.py --model SMOLLM2 --data alpaca_9k/train.parquet --work out/preference
 
 A pair is an Alpaca instruction, its answer in lower case without the last full stop, as in a chat
-(chosen), and the answer as it is (rejected). Held-out pairs come from other instructions. Each method
-tries three learning rates on seed 0; the one with the best win rate on pairs for tuning runs on the other
-seeds. Finished runs in --work are not repeated. Writes
-results/preference.jsonl, one line a run.
+(chosen), and the answer as it is (rejected). Held-out pairs come from other instructions. Each
+method tries three learning rates on seed 0; the one with the best win rate on pairs for tuning runs
+on the other seeds. Finished runs in --work are not repeated. Writes results/preference.jsonl, one
+line a run.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Tokens per second and time to first token of veratune's server beside others', on the same base model.
+"""Tokens per second and time to first token of veratune's server beside others', on the same base
+model.
 
     VERATUNE_LLAMA_PYTHON=.../python python benchmarks/bench_servers.py --model SMOLLM2 --data alpaca_9k
 
@@ -59,22 +60,31 @@ class Answer:
 def commands(model: str, gguf: str | None, dtype: str, threads: int) -> dict[str, list[str]]:
     """The command of each server; {port} stands for its port."""
     binary = str(Path(sys.executable).parent)
-    own = [sys.executable, "-m", "veratune.cli.main", "serve", "--model", model, "--port", "{port}"]
-    other = [f"{binary}/transformers", "serve", model, "--port", "{port}", "--device", "cpu"]
-    found = {
-        "veratune serve": [*own, "--dtype", dtype],
-        "transformers serve": [*other, "--dtype", dtype],
+    veratune = [
+        sys.executable,
+        "-m",
+        "veratune.cli.main",
+        "serve",
+        "--model",
+        model,
+        "--port",
+        "{port}",
+    ]
+    transformers = [f"{binary}/transformers", "serve", model, "--port", "{port}", "--device", "cpu"]
+    servers = {
+        "veratune serve": [*veratune, "--dtype", dtype],
+        "transformers serve": [*transformers, "--dtype", dtype],
         "transformers serve, continuous batching": [
-            *other, "--dtype", dtype, "--continuous-batching",
+            *transformers, "--dtype", dtype, "--continuous-batching",
         ],
     }  # fmt: skip
     if gguf is not None:
         python = os.environ["VERATUNE_LLAMA_PYTHON"]
-        found["llama.cpp server"] = [
+        servers["llama.cpp server"] = [
             python, "-m", "llama_cpp.server", "--model", gguf, "--port", "{port}",
             "--n_threads", str(threads), "--interrupt_requests", "false",
         ]  # fmt: skip
-    return found
+    return servers
 
 
 @contextlib.contextmanager
@@ -204,8 +214,8 @@ def main() -> None:
                 for server in servers:
                     count = PER_CLIENT * clients
                     drawn, prompts = prompts[:count], prompts[count:]
-                    found = asyncio.run(load(server, drawn, clients, options.tokens, tokenizer))
-                    line = {"server": server.name, "round": number, "clients": clients, **found}
+                    figures = asyncio.run(load(server, drawn, clients, options.tokens, tokenizer))
+                    line = {"server": server.name, "round": number, "clients": clients, **figures}
                     print(json.dumps(line), file=sys.stderr)
                     lines.write(json.dumps({**line, **about}) + "\n")
                     lines.flush()
