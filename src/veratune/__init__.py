@@ -10,6 +10,7 @@ from veratune.files import load, save
 from veratune.formats.lora import read_lora
 from veratune.layers.weight_cache import cache_weights
 from veratune.merging import merge, unmerge
+from veratune.mix import MixPart, mix
 from veratune.model_state import active, adapters, count_trained
 from veratune.pretrained import from_pretrained
 from veratune.selection import disabled, reference, rows, use
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "Fleet",
+    "MixPart",
     "VeraConfig",
     "VeratuneError",
     "active",
@@ -36,6 +38,7 @@ __all__ = [
     "install",
     "load",
     "merge",
+    "mix",
     "read_lora",
     "reference",
     "remove",

@@ -20,42 +20,23 @@ from veratune.errors import (
 )
 from veratune.formats.lora_file import decode_lora, is_lora_file
 from veratune.formats.native import AdapterReader
+from veratune.mix import MixPart, mix
 from veratune.serving.conversation import SystemMessages
 from veratune.serving.engine.encoder import Encoder
 from veratune.serving.engine.engine import Engine
 from veratune.serving.engine.protocol import ServingEngine
 from veratune.serving.keys import Caller
+from veratune.serving.mixes import MixIndex, MixKey, MixRef, is_mix, parse_mix
+from veratune.serving.names import AdapterRef, Key
 from veratune.serving.store.base import Entry, Store, Version
 from veratune.targets import find_sites
-
-Key = tuple[str, str, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterRef:
-    """A stored adapter that a request names.
-
-    Attributes:
-        tenant: Whose it is.
-        name: Its name.
-        version: Its newest version.
-    """
-
-    tenant: str
-    name: str
-    version: Version
-
-    @property
-    def key(self) -> Key:
-        """The key of this version in the adapter pools."""
-        return (self.tenant, self.name, self.version.number)
 
 
 class RequestFields(TypedDict, total=False):
     """Return the request fields that come from the caller and the model's name."""
 
     tenant: str
-    key: Key
+    key: Key | MixKey
     load: Callable[[], Adapter]
 
 
@@ -106,6 +87,7 @@ class Service:
                 engine.tokenizer.chat_template, engine.max_characters
             )
         self.draining = False
+        self.mixes = MixIndex(self._drop)
         self.loops: dict[str, ServingEngine[Any]] = {}
         for loop, wanted in ((engine, served_model_name), (encoder, served_encoder_name)):
             if loop is not None:
@@ -167,6 +149,33 @@ class Service:
             raise missing
         return AdapterRef(tenant, name, version)
 
+    def resolve(self, caller: Caller, model: str) -> AdapterRef | MixRef | None:
+        """Resolve a model's name, which may be that of a mix such as "a:0.7+b:0.3".
+
+        Args:
+            caller: Who asks.
+            model: A base model's name, an adapter's, or a mix of adapters.
+
+        Returns:
+            The adapter or the mix; None for a base model.
+
+        Raises:
+            ConfigError: The name of a mix cannot be read.
+            AdapterNotFoundError: As `find_adapter`, for any part.
+            UnsupportedError: A part is a base model.
+        """
+        if model in self.loops or not is_mix(model):
+            return self.find_adapter(caller, model)
+        parts = []
+        for name, weight in parse_mix(model):
+            ref = self.find_adapter(caller, name)
+            if ref is None:
+                raise UnsupportedError(f"{name!r} is a base model; a mix has adapters alone")
+            parts.append((ref, weight))
+        found = MixRef(tuple(parts))
+        self.mixes.use(found.key)
+        return found
+
     def request_fields(self, caller: Caller, model: str, loop: ServingEngine[Any]) -> RequestFields:
         """The fields of a request that follow from the caller and the model's name.
 
@@ -176,15 +185,17 @@ class Service:
             loop: The engine that the request is for.
 
         Raises:
-            AdapterNotFoundError: As `find_adapter`.
+            Exception: As `resolve`.
             UnsupportedError: `model` is the other base model.
             ShutdownError: The server is draining.
         """
         if self.draining:
             raise ShutdownError("the server is shutting down; send the request to another one")
-        ref = self.find_adapter(caller, model)
+        ref = self.resolve(caller, model)
         if ref is not None:
-            return {"tenant": ref.tenant, "key": ref.key, "load": lambda: self.load(ref)}
+            # A mix may have parts of several tenants: it counts for the caller's own.
+            tenant = ref.tenant if isinstance(ref, AdapterRef) else caller.tenant
+            return {"tenant": tenant, "key": ref.key, "load": lambda: self.load(ref)}
         if self.loops[model] is not loop:
             encodes = isinstance(self.loops[model], Encoder)
             does = "reads texts (embeddings, classes)" if encodes else "generates"
@@ -204,8 +215,10 @@ class Service:
         assert self._system_messages is not None
         return Target(model, fields, self._system_messages.get(fields["key"], fields["load"]))
 
-    def load(self, ref: AdapterRef) -> Adapter:
-        """Read an adapter from the store and check it."""
+    def load(self, ref: AdapterRef | MixRef) -> Adapter:
+        """Read an adapter from the store and check it; of a mix, all parts, and add them up."""
+        if isinstance(ref, MixRef):
+            return mix([MixPart(part.name, self.load(part), w) for part, w in ref.parts])
         return self._decode(self.store.get(*ref.key))
 
     def put(self, tenant: str, name: str, data: bytes) -> Version:
@@ -284,7 +297,11 @@ class Service:
             self.engine.prefix_cache.remove_tenant(tenant)
 
     def unload(self, key: Key) -> None:
-        """Take an adapter out of memory, unless a request uses it now."""
+        """Take an adapter, and mixes with it, out of memory, unless a request uses them now."""
+        self._drop(key)
+        self.mixes.forget_part(*key[:2])
+
+    def _drop(self, key: Key | MixKey) -> None:
         for loop in self.loops.values():
             loop.forget(key)
 

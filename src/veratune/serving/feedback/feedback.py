@@ -6,6 +6,7 @@ from veratune.serving.feedback.repository import FeedbackRepository
 from veratune.serving.feedback.trainer import FeedbackTrainer
 from veratune.serving.jobs.jobs import Jobs
 from veratune.serving.keys import Caller
+from veratune.serving.mixes import is_mix
 from veratune.serving.service import Service
 
 DEFAULT_ADAPTER = "personal"  # trained on feedback about the base model
@@ -64,6 +65,8 @@ class Feedback:
             UnsupportedError: The model does not generate.
             QueueFullError: The tenant has too many examples.
         """
+        if model not in self.service.loops and is_mix(model):
+            raise UnsupportedError("a mix is not trained; name one of its adapters for feedback")
         ref = self.service.find_adapter(caller, model)
         if ref is None and self.service.loops[model] is not self.service.engine:
             raise UnsupportedError(f"the model {model!r} does not generate, so it has no feedback")

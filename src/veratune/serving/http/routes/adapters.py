@@ -46,8 +46,8 @@ async def list_models(
 @router.get("/v1/models/{model:path}")
 async def get_model(model: str, caller: CallerDep, context: ContextDep) -> dict[str, object]:
     """One model."""
-    ref = await context.pools.read.run(context.service.find_adapter, caller, model)
-    return _model(model, 0 if ref is None else ref.version.created)
+    ref = await context.pools.read.run(context.service.resolve, caller, model)
+    return _model(model, 0 if ref is None else ref.created)
 
 
 @router.put("/v1/adapters/{name}", status_code=201)

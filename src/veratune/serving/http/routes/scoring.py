@@ -96,5 +96,5 @@ async def _scores(
 
 def _has_head(context: Context, caller: Caller, model: str) -> bool:
     """Whether a model is an adapter with a trained head."""
-    ref = context.service.find_adapter(caller, model)
+    ref = context.service.resolve(caller, model)
     return ref is not None and bool(context.service.load(ref).head)
