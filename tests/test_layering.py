@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "veratune"
 # From the ground up: a file may import from its own room and from those before it.
 ROOMS = [
     "errors", "lru", "config", "ops", "basis", "layers", "patterns", "families", "targets", "base_weights", "stacked",
-    "model_state", "fingerprint", "fast_path", "batch_rows", "selection", "merging", "compatibility", "attach", "adapter", "mix",
+    "model_state", "fingerprint", "fast_path", "batch_rows", "selection", "merging", "compatibility", "attach", "adapter", "mixing",
     "formats", "files", "analysis", "pretrained", "loading", "scoring", "tasks", "inference", "training", "integrations",
     "serving", "fleet", "cli", "__main__",
 ]  # fmt: skip

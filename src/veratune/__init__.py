@@ -10,7 +10,7 @@ from veratune.files import load, save
 from veratune.formats.lora import read_lora
 from veratune.layers.weight_cache import cache_weights
 from veratune.merging import merge, unmerge
-from veratune.mix import MixPart, mix
+from veratune.mixing import MixPart, mix
 from veratune.model_state import active, adapters, count_trained
 from veratune.pretrained import from_pretrained
 from veratune.selection import disabled, reference, rows, use

@@ -20,7 +20,7 @@ from veratune.errors import (
 )
 from veratune.formats.lora_file import decode_lora, is_lora_file
 from veratune.formats.native import AdapterReader
-from veratune.mix import MixPart, mix
+from veratune.mixing import MixPart, mix
 from veratune.serving.conversation import SystemMessages
 from veratune.serving.engine.encoder import Encoder
 from veratune.serving.engine.engine import Engine
