@@ -12,7 +12,7 @@ from veratune.serving.names import AdapterRef, Key
 
 MAX_PARTS = 8
 _MAX_CHARACTERS = 2300  # 8 parts with the longest names
-_WEIGHT = re.compile(r"[+-]?(\d{1,9}(\.\d{0,9})?|\.\d{1,9})")
+_WEIGHT = re.compile(r"[+-]?([0-9]{1,9}(\.[0-9]{0,9})?|\.[0-9]{1,9})")
 _MAX_MIXES = 4096
 
 

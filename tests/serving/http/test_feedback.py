@@ -61,12 +61,13 @@ def test_an_adapter_gets_its_own_feedback_and_other_tenants_see_none(served):
         ({"messages": TALK, "correction": "x" * 32_768}, "at most 32,768"),
         ({"messages": TALK, "correction": "x" * 32_769}, "at most 32768"),
         ({"messages": TALK, "correction": "x", "mood": 1}, "mood"),
+        ({"messages": TALK, "correction": "x", "model": "a:1+b:1"}, "a mix is not trained"),
         ({"messages": [{"role": "tool", "content": "x"}], "rating": "up"}, "role"),
     ],
 )
 def test_what_cannot_be_learned_is_400(body, words, served):
     with served.http() as http:
-        response = http.post("/v1/feedback", json={"model": "base", **body})
+        response = http.post("/v1/feedback", json={"model": "base"} | body)
         assert response.status_code == 400, response.text
         assert words in response.json()["error"]["message"]
 
