@@ -4,6 +4,7 @@ out of the store.
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
@@ -88,6 +89,7 @@ class Service:
             )
         self.draining = False
         self.mixes = MixIndex(self._drop)
+        self._closing, self._closed = threading.Lock(), False
         self.loops: dict[str, ServingEngine[Any]] = {}
         for loop, wanted in ((engine, served_model_name), (encoder, served_encoder_name)):
             if loop is not None:
@@ -349,5 +351,8 @@ class Service:
     def close(self, timeout: float = 0.0) -> None:
         """Give running requests `timeout` seconds to finish, and stop the engines."""
         self.draining = True
-        for loop in self.loops.values():
-            loop.close(timeout)
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                for loop in self.loops.values():
+                    loop.close(timeout)

@@ -79,6 +79,32 @@ def test_a_signal_drains(server):
         httpx.get(server.url)
 
 
+def test_requests_that_outlast_the_drain_are_answered_with_503(server):
+    """Whole and streamed completions end with the reason, and the server ends without an error."""
+    server.server.shutdown_timeout = 0.2
+    body = {"model": "base", "prompt": [4, 5], "max_tokens": 100}
+    replies = []
+
+    def ask(stream):
+        with server.http() as http:
+            replies.append(http.post("/v1/completions", json={**body, "stream": stream}))
+
+    asking = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True)]
+    with server.slow(0.2):
+        for thread in asking:
+            thread.start()
+        while server.engine.scheduler.running < len(asking):
+            time.sleep(0.01)
+        server.server.handle_exit(15, None)
+        for thread in asking:
+            thread.join()
+    replies.sort(key=lambda reply: -reply.status_code)
+    assert [reply.status_code for reply in replies] == [503, 200]
+    assert all("went down before the answer was whole" in reply.text for reply in replies)
+    server.thread.join(20)
+    assert not server.thread.is_alive()
+
+
 def test_a_taken_port_is_one_line():
     with bind("127.0.0.1", 0) as listener:
         listener.listen()

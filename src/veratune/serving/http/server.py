@@ -90,6 +90,7 @@ class HttpServer(uvicorn.Server):
         deadline = time.monotonic() + self.shutdown_timeout
         while not self.service.idle and time.monotonic() < deadline and not self.should_exit:
             time.sleep(0.02)
+        self.service.close()  # what still runs is answered with 503 while the port is open
         self.should_exit = True
 
 
