@@ -410,10 +410,29 @@ def test_compile_without_graph_breaks():
     torch.testing.assert_close(logits(compiled), logits(fakes.llama()))
 
 
+def test_a_layer_of_blocks_compiles_without_graph_breaks():
+    model = torch.nn.Sequential(torch.nn.Linear(24, 16)).requires_grad_(False)
+    model = scramble(
+        vt.attach(model, vt.VeraConfig(rank=16, targets=["0"], basis="monarch")), "default"
+    )
+    found = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        for rows in (2, 600):  # "factored", and W + ΔW
+            x = torch.linspace(-1, 1, rows * 24).view(rows, 24).requires_grad_()
+            run(x).square().sum().backward()
+            vectors = vectors_of(model, "default")
+            found.append([x.grad, *(p.grad.clone() for v in vectors for p in v.parameters())])
+            model.zero_grad()
+    for eager, compiled in zip(found[:2], found[2:], strict=True):
+        for a, b in zip(eager, compiled, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [{"plan": p} for p in ("factored", "projected", "merged", "dense")] + [{"basis": "monarch"}],
+    [{"plan": p} for p in ("factored", "projected", "merged", "dense")]
+    + [{"basis": "monarch", "plan": p} for p in ("auto", "factored", "projected", "merged")],
 )
 def test_every_plan_compiles_and_its_gradients_too(settings):
     model = scramble(vt.attach(fakes.llama(), vt.VeraConfig(rank=8, **settings), "a"), "a").train()

@@ -125,9 +125,72 @@ def test_blocks_compute_what_their_dense_matrices_do(m, n, r, vectors, own):
     )
     inputs = [t for t in (x, d, b, bias if own else None) if t is not None]
     G = torch.randn_like(wanted)
-    found = torch.autograd.grad(vera_linear(x, A, B, d, b, 1.3, **options), inputs, G)
-    for a, e in zip(found, torch.autograd.grad(wanted, inputs, G), strict=True):
-        torch.testing.assert_close(a, e)
+    expected = torch.autograd.grad(wanted, inputs, G)
+    for plan in ["auto", *PLANS]:
+        y = vera_linear(x, A, B, d, b, 1.3, plan=plan, **options)
+        for a, e in zip(torch.autograd.grad(y, inputs, G), expected, strict=True):
+            torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("plan", ["factored", "projected", "merged"])
+@pytest.mark.parametrize("vectors", ["both", "d", "b"])
+@pytest.mark.parametrize(("m", "n", "r"), [(6, 4, 4), (5, 7, 3)])  # whole blocks, and cut ones
+def test_gradients_of_blocks(plan, vectors, m, n, r):
+    A, B = block_pair(m, n, r)
+    _, _, d, b, W, bias = layer(m, n, r)
+    d, b = (d if vectors != "b" else None), (b if vectors != "d" else None)
+    x = torch.randn(2, 3, n, dtype=torch.float64, requires_grad=True)
+    inputs = [t for t in (x, d, b, bias.requires_grad_()) if t is not None]
+    assert torch.autograd.gradcheck(
+        lambda *_: vera_linear(x, A, B, d, b, 0.5, plan=plan, weight=W, bias=bias), inputs
+    )
+
+
+@pytest.mark.parametrize("plan", ["factored", "projected", "merged"])
+@pytest.mark.parametrize(("m", "n", "r"), [(96, 64, 64), (192, 576, 576), (130, 70, 100)])
+def test_blocks_in_float32_equal_the_dense_reference(plan, m, n, r):
+    A, B = block_pair(m, n, r, torch.float32)
+    _, _, d, b, W, bias = layer(m, n, r, torch.float32)
+    x = torch.randn(300, n, requires_grad=True)
+    y = vera_linear(x, A, B, d, b, 0.1, plan=plan, weight=W, bias=bias)
+    G = torch.randn_like(y)
+    exact = [t.detach().double().requires_grad_() for t in (x, d, b)]
+    delta = 0.1 * (exact[2][:, None] * dense(B).double() * exact[1]) @ dense(A).double()
+    wanted = exact[0] @ (W.double() + delta).T + bias.double()
+    for found, expected in zip(
+        (y, *torch.autograd.grad(y, (x, d, b), G)),
+        (wanted, *torch.autograd.grad(wanted, exact, G.double())),
+        strict=True,
+    ):
+        assert (found.double() - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("T", [64, 2048])
+@pytest.mark.parametrize(("m", "n", "r"), [(96, 96, 96), (48, 96, 128), (96, 256, 64)])
+def test_blocks_keep_no_more_than_lora_does(T, m, n, r):
+    A, B = block_pair(m, n, r, torch.float32)
+    _, _, d, b, W, _ = layer(m, n, r, torch.float32)
+    x, kept = torch.randn(T, n, requires_grad=True), {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        vera_linear(x, A, B, d, b, weight=W)
+    assert sum(kept.values()) - 4 * (W.numel() + r + m) <= 4 * T * n  # LoRA keeps x, and T * 8
+
+
+def test_layers_of_one_input_share_the_product_of_blocks():
+    A, B = block_pair(8, 12, 12, torch.float32)
+    _, _, d, b, W, _ = layer(8, 12, 12, torch.float32)
+    x, kept = torch.randn(64, 12, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        for layer_id in (1, 2, 3):
+            vera_linear(x, A, B, d, b, weight=W, plan="projected", layer_id=layer_id)
+    products = [t.data_ptr() for t in kept if t.shape == (12, 64)]
+    assert len(products) == 3
+    assert len(set(products)) == 1
 
 
 @pytest.mark.parametrize("plan", ["auto", *PLANS])

@@ -34,10 +34,10 @@ def test_products_are_those_of_the_dense_matrix(m, n, r):
 
 
 @given(sizes, sizes)
-def test_rows_scaled_by_d(n, r):
+def test_inner_values_as_rows(n, r):
     A, _ = pair(3, n, r)
-    d = torch.randn(r, dtype=torch.float64)
-    torch.testing.assert_close(dense(A.scaled(d)), torch.diag(d) @ dense(A))
+    x = torch.randn(2, 5, n, dtype=torch.float64)
+    torch.testing.assert_close(A.matmul_columns(x)[:r], dense(A) @ x.view(10, n).T)
 
 
 @given(sizes, sizes, sizes)

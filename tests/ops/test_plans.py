@@ -53,6 +53,15 @@ def test_sizes_whose_best_order_is_known_from_measurement():
     )
 
 
+def test_blocks_go_into_the_weight_from_some_hundred_rows_on():
+    """Cells of the layer grid in which one plan won clearly on one core."""
+    assert cheapest(Call(2048, 768, 768, 768, grid_rows=24), CPU) == PlanChoice("projected", False)
+    assert cheapest(Call(2048, 768, 768, 1024, grid_rows=32), CPU) == PlanChoice("merged", False)
+    assert cheapest(Call(64, 768, 768, 1024, grid_rows=32), CPU).plan == "factored"
+    low = Call(2048, 768, 768, 768, size=2, in_weight=False, grid_rows=24)
+    assert cheapest(low, CPU).plan == "factored"
+
+
 @given(sizes, sizes, sizes, st.integers(1, 2048), st.sampled_from(PLANS))
 def test_what_is_kept_is_bounded(T, m, n, r, plan):
     call = Call(T, m, n, r)

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
@@ -19,6 +19,9 @@ from veratune.config import BasisKind, Plan, VeraConfig
 from veratune.errors import near
 from veratune_lab.bench import tables
 from veratune_lab.bench.load import Load, OpenLoad
+
+if TYPE_CHECKING:
+    from veratune_lab.bench.measure import Timing
 
 PROG = "python -m veratune_lab bench"
 
@@ -83,6 +86,19 @@ def _add_seconds(out: Parser, of: str) -> None:
     out.add_argument(
         "--seconds", type=NonNegativeFloat, default=30.0, help=f"seconds of timing for {of}"
     )
+    out.add_argument(
+        "--clock",
+        type=Literal["wall", "cpu"],
+        default="wall",
+        help="cpu: CPU time of this process, where other programs run on the machine",
+    )
+    out.add_argument("--beside", type=str, default="", help="what else runs, for the lines")
+
+
+def _timing(flags: Namespace) -> "Timing":
+    from veratune_lab.bench.measure import Timing
+
+    return Timing(flags.seconds, flags.clock, flags.beside)
 
 
 def _step_flags(out: Parser) -> None:
@@ -127,7 +143,7 @@ def _step(flags: Namespace, console: Console) -> list[dict[str, Any]]:
             rank=rank,
             layers=layers,
             peers=peers,
-            seconds=flags.seconds,
+            timing=_timing(flags),
             log=status.update,
         )
 
@@ -146,7 +162,7 @@ def _layers(flags: Namespace, console: Console) -> list[dict[str, Any]]:
     cells = [(T, size) for T in TOKENS for size in SIZES]
     lines: list[dict[str, Any]] = []
     for T, size in track(cells, description="layers", console=console, disable=flags.json):
-        cell = list(grid([T], [size], plans=flags.plans, seconds=flags.seconds))
+        cell = list(grid([T], [size], plans=flags.plans, timing=_timing(flags)))
         _append(flags.out, cell)
         lines += cell
     return lines

@@ -9,16 +9,17 @@ import torch
 from torch import nn
 
 from veratune.analysis.machine import describe_machine
-from veratune.analysis.timing import interleave
 from veratune.config import PLANS
 from veratune.layers.linear import VeraLinear
 from veratune.ops.linear import plan_of
-from veratune_lab.bench.measure import flops, saved_bytes, summary
+from veratune.ops.matrix import RowBlocks
+from veratune_lab.bench.measure import Timing, flops, saved_bytes, summary
 from veratune_lab.bench.peers import FROZEN, OTHERS, OURS, Peer, adapted
 
 TOKENS = (64, 512, 2048, 8192)
 SIZES = ((384, 384), (768, 768), (768, 3072), (2048, 2048))
 RANKS = (16, 256, 1024)
+DEFAULT_TIMING = Timing(seconds=6.0)
 
 
 def grid(
@@ -27,23 +28,23 @@ def grid(
     ranks: Iterable[int] = RANKS,
     *,
     plans: bool = False,
-    seconds: float = 6.0,
+    timing: Timing = DEFAULT_TIMING,
 ) -> Iterator[dict[str, Any]]:
     """One line for each (T, n -> m, r, contestant).
 
-    plans: every plan of veratune's too, not only the one that is chosen; seconds: of measuring for each (T, n -> m).
+    plans: every plan of veratune's too, not only the one that is chosen; timing: of each (T, n -> m).
     """
-    where = describe_machine()
+    where = timing.describe() | describe_machine()
     for T, (n, m) in itertools.product(tokens, sizes):
         peers = [*OTHERS]
         for r in ranks:
-            peers += [Peer("peft-vera", r), Peer(OURS, r)]
+            peers += [Peer("peft-vera", r), Peer(OURS, r), Peer(OURS, r, basis="monarch")]
             peers += [Peer(OURS, r, plan) for plan in PLANS] if plans else []
-        yield from _cell(T, n, m, peers, seconds, where)
+        yield from _cell(T, n, m, peers, timing, where)
 
 
 def _cell(
-    T: int, n: int, m: int, peers: list[Peer], seconds: float, where: dict[str, Any]
+    T: int, n: int, m: int, peers: list[Peer], timing: Timing, where: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(n, m))
@@ -63,10 +64,10 @@ def _cell(
     kept = {
         peer.name: saved_bytes(functools.partial(models[peer], x), models[peer]) for peer in peers
     }
-    times = interleave(steps, seconds)
+    times = timing.measure(steps)
     for peer in peers:
         line = {
-            "T": T, "n": n, "m": m, "method": peer.kind, "rank": peer.rank, "plan": peer.plan,
+            "T": T, "n": n, "m": m, "method": peer.kind, "rank": peer.rank, "plan": peer.plan, "basis": peer.basis,
             **summary(times[peer.name], times[FROZEN]),
             "flops_over_frozen": round(counted[peer.name] / counted[FROZEN], 3),
             "flops_beyond_frozen": counted[peer.name] - counted[FROZEN], "saved_bytes": kept[peer.name],
@@ -80,4 +81,14 @@ def _cell(
 def _chosen(layer: VeraLinear, x: torch.Tensor) -> str:
     (own,) = layer.vectors("default")
     A, B = own.pair(x.device, x.dtype)
-    return plan_of(x, A, B, (own.d, own.b), own.config.plan, in_weight=True, own_weight=True).plan
+    grid_rows = A.values.shape[0] if isinstance(A, RowBlocks) else 0
+    return plan_of(
+        x,
+        A,
+        B,
+        (own.d, own.b),
+        own.config.plan,
+        in_weight=True,
+        own_weight=True,
+        grid_rows=grid_rows,
+    ).plan

@@ -1,17 +1,44 @@
 """Time, FLOPs and memory of a training step."""
 
+import dataclasses
 import gc
 import itertools
 import statistics
-from collections.abc import Callable
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from veratune.analysis.timing import Step
+from veratune.analysis.timing import Step, interleave
 from veratune.layers.vectors import VeraVectors
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """How the contestants are timed.
+
+    Args:
+        seconds: Seconds of measuring, for all contestants together.
+        clock: "wall", or "cpu" for this process's CPU time, where other programs run beside it.
+        beside: What runs beside it, for the lines; empty for nothing.
+    """
+
+    seconds: float = 60.0
+    clock: Literal["wall", "cpu"] = "wall"
+    beside: str = ""
+
+    def measure(self, steps: Mapping[str, Step]) -> dict[str, list[float]]:
+        """Seconds of one run of each step, a value a turn, by name."""
+        clock = time.process_time if self.clock == "cpu" else time.perf_counter
+        return interleave(steps, self.seconds, clock=clock)
+
+    def describe(self) -> dict[str, str]:
+        """The clock and the company, for a line; nothing for wall time on a quiet machine."""
+        about = {"clock": "CPU seconds"} if self.clock == "cpu" else {}
+        return {**about, "beside": self.beside} if self.beside else about
 
 
 def summary(times: list[float], frozen: list[float]) -> dict[str, float]:

@@ -10,10 +10,11 @@ import transformers as hf
 from torch import nn
 
 from veratune.analysis.machine import describe_machine
-from veratune.analysis.timing import interleave
 from veratune.errors import ConfigError, near
-from veratune_lab.bench.measure import flops, peak_bytes, saved_bytes, summary
+from veratune_lab.bench.measure import Timing, flops, peak_bytes, saved_bytes, summary
 from veratune_lab.bench.peers import FROZEN, OTHERS, OURS, Peer, adapted
+
+DEFAULT_TIMING = Timing()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +107,12 @@ def step(
     rank: int | None = None,
     layers: int | None = None,
     peers: Sequence[Peer] | None = None,
-    seconds: float = 60.0,
+    timing: Timing = DEFAULT_TIMING,
     log: Callable[[str], Any] = lambda text: None,
 ) -> list[dict[str, Any]]:
     """One whole-model row of the benchmark: a line for each contestant.
 
-    layers: how many of the model's blocks to build (all); seconds: of measuring times; log: hears what is going on. Every contestant takes the same embedded inputs, with a gradient to them.
+    layers: how many of the model's blocks to build (all); timing: seconds, clock and company; log: hears what is going on. Every contestant takes the same embedded inputs, with a gradient to them.
     Raises ConfigError for an unknown model.
     """
     shape = shape_of(model)
@@ -135,9 +136,9 @@ def step(
         }  # fmt: skip
     begin = time.perf_counter()
     log("measuring times in turns")
-    times = interleave(runs, seconds)
+    times = timing.measure(runs)
     log(f"measured for {time.perf_counter() - begin:.0f} s")
-    limit, where = lines[FROZEN]["flops"], describe_machine()
+    limit, where = lines[FROZEN]["flops"], timing.describe() | describe_machine()
     return [
         {
             **line,

@@ -22,7 +22,7 @@ from veratune.ops.delta import (
     scaled_up_projection,
     vector_grads,
 )
-from veratune.ops.matrix import BlockMatrix, Matrix, RowBlocks, dense
+from veratune.ops.matrix import BlockMatrix, ColumnBlocks, Matrix, RowBlocks, dense
 from veratune.ops.plans import PLANNER, Call, PlanChoice, with_memory_policy
 from veratune.ops.projection import project
 from veratune.ops.views import own_memory
@@ -54,7 +54,7 @@ def vera_linear(
         weight: Frozen W, shape (m, n), in the dtype of the products; None leaves W x out.
         bias: Bias of the layer, shape (m,).
         plan: Order of the products, one of `plans`. "auto" takes the cheapest that the precision
-            allows. Block matrices are always multiplied one after the other.
+            allows; block matrices have plans of their own (`block_linear`).
         layer_id: Number of the calling layer; layers with the same input share A x (`projection`).
 
     Returns:
@@ -79,9 +79,9 @@ def vera_linear(
             "add the layer's own output instead"
         )
     x = x.to(A.dtype)
-    if isinstance(A, RowBlocks) and isinstance(B, BlockMatrix) and plan in ("auto", "factored"):
-        return BlockLinear.apply(x, weight, bias, A, B, d, b, scale)
-    A, B = dense(A), dense(B)
+    blocks = isinstance(A, RowBlocks) and isinstance(B, ColumnBlocks)
+    if not blocks or plan == "dense" or (weight is None and plan in ("projected", "merged")):
+        A, B = dense(A), dense(B)
     choice = plan_of(
         x,
         A,
@@ -90,7 +90,13 @@ def vera_linear(
         plan,
         in_weight=weight is not None and is_full_precision(weight.dtype),
         own_weight=weight is not None,
+        grid_rows=A.values.shape[0] if isinstance(A, RowBlocks) else 0,
     )
+    if isinstance(A, RowBlocks) and isinstance(B, ColumnBlocks):
+        train = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (d, b))
+        y, _ = BlockLinear.apply(x, weight, bias, A, B, d, b, scale, choice.plan, train, layer_id)
+        return y
+    A, B = dense(A), dense(B)
     if choice.plan == "factored" and choice.keep:
         return _step_by_step(x, weight, bias, A, B, d, b, scale)
     return _VeraLinear.apply(
@@ -108,6 +114,7 @@ def plan_of(
     in_weight: bool,
     own_weight: bool,
     T: int | None = None,
+    grid_rows: int = 0,
 ) -> PlanChoice:
     """Choose the order of `vera_linear`'s products for this x, with its memory policy.
 
@@ -120,6 +127,7 @@ def plan_of(
         in_weight: Whether ΔW may be added to W.
         own_weight: Whether W x is computed by the same call.
         T: Output positions, where they are not the rows of x (a convolution's).
+        grid_rows: q of block matrices that are multiplied as such; 0 for dense ones.
 
     Returns:
         The plan and whether its intermediate is kept for the backward pass.
@@ -137,6 +145,7 @@ def plan_of(
         grad_vectors=grad and any(v is not None and v.requires_grad for v in vectors),
         in_weight=in_weight,
         own_weight=own_weight,
+        grid_rows=grid_rows,
     )
     return PLANNER.choose(call, x.device) if plan == "auto" else with_memory_policy(call, plan)
 

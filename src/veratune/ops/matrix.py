@@ -11,6 +11,7 @@ each through its own d. Where a size is no multiple, the grid is larger and the 
 
 import abc
 import dataclasses
+import functools
 import math
 
 import torch
@@ -61,15 +62,15 @@ class RowBlocks(BlockMatrix):
         z = torch.einsum("tqc,qkc->tqk", _grid(x, q, c), self.values)
         return _flat(z, x, self.shape[0])
 
+    def matmul_columns(self, x: Float[Tensor, "*T columns"]) -> Float[Tensor, "qk T"]:
+        """A X^T for all T rows of x: inner values as rows, those beyond r included."""
+        q, k, c = self.values.shape
+        return torch.bmm(self.values, _grid(x, q, c).permute(1, 2, 0)).view(q * k, -1)
+
     def rmatmul(self, y: Float[Tensor, "*T rows"]) -> Float[Tensor, "*T columns"]:
         q, k, _ = self.values.shape
         x = torch.einsum("tqk,qkc->tqc", _grid(y, q, k), self.values)
         return _flat(x, y, self.shape[1])
-
-    def scaled(self, d: Float[Tensor, " r"]) -> "RowBlocks":
-        """diag(d) A."""
-        q, k, _ = self.values.shape
-        return RowBlocks(self.shape, self.values * F.pad(d, (0, q * k - len(d))).view(q, k, 1))
 
 
 class ColumnBlocks(BlockMatrix):
@@ -101,6 +102,12 @@ def grid_rows(rank: int, in_features: int) -> int:
     >>> grid_rows(768, 768), grid_rows(1024, 768), grid_rows(256, 768), grid_rows(5, 7)
     (24, 32, 32, 1)
     """
+    choose = _choose_grid_rows if torch.compiler.is_compiling() else _known_grid_rows
+    return choose(rank, in_features)
+
+
+def _choose_grid_rows(rank: int, in_features: int) -> int:
+    """The q with the least work, for whole blocks rather than cut ones."""
 
     def cost(q: int) -> float:
         k, c = math.ceil(rank / q), math.ceil(in_features / q)
@@ -110,11 +117,19 @@ def grid_rows(rank: int, in_features: int) -> int:
     return min(range(1, 2 * math.isqrt(rank) + 2), key=cost)
 
 
+# torch 2.13's compiler does not trace a cached function.
+_known_grid_rows = functools.lru_cache(maxsize=1024)(_choose_grid_rows)
+
+
 def _grid(x: Tensor, rows: int, columns: int) -> Tensor:
     """(*T, n) as (T, rows, columns), padded with zeros."""
-    flat = x.reshape(-1, x.shape[-1])
-    padding = rows * columns - x.shape[-1]
-    return (F.pad(flat, (0, padding)) if padding else flat).view(-1, rows, columns)
+    return pad_to(x.reshape(-1, x.shape[-1]), rows * columns).view(-1, rows, columns)
+
+
+def pad_to(x: Float[Tensor, "*T n"], size: int) -> Float[Tensor, "*T size"]:
+    """x with zeros up to `size` columns; x itself where it has them."""
+    padding = size - x.shape[-1]
+    return F.pad(x, (0, padding)) if padding else x
 
 
 def _flat(grid: Tensor, like: Tensor, size: int) -> Tensor:

@@ -16,8 +16,12 @@ Nothing of size (T, m) is kept for the backward pass, with one exception: where 
 again in the backward pass where keeping it takes too much memory (`KEEP`) or saves too little time
 (`CHEAP`). "projected" and "merged" add ΔW to W: they need a readable W in the precision of the
 product, and 32 bits or more, since fewer would round a small ΔW away.
+
+Block matrices (`block_linear`) have the plans factored, projected and merged: W + ΔW costs one pass
+over W there, and is never kept. Their P is a batch of small products, and A x or x is kept.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -34,6 +38,9 @@ CHEAP = 0.05
 # "factored" keeps both its products while T (r + m) is at most this many times m n.
 FEW = 2.0
 
+# A pointwise operation that transposes takes as long as this many others.
+TRANSPOSED = 5
+
 
 class Call(NamedTuple):
     """One use of one layer.
@@ -48,6 +55,7 @@ class Call(NamedTuple):
         grad_vectors: Whether the gradients of d or b are wanted.
         in_weight: Whether W can be read and ΔW added to it.
         own_weight: Whether W x is computed by the same call, so that sums are taken in place.
+        grid_rows: q, the rows of the grid of inner values of block matrices; 0 for dense ones.
     """
 
     T: int
@@ -59,6 +67,7 @@ class Call(NamedTuple):
     grad_vectors: bool = True
     in_weight: bool = True
     own_weight: bool = True
+    grid_rows: int = 0
 
 
 class PlanChoice(NamedTuple):
@@ -128,6 +137,9 @@ def cheapest(call: Call, machine: Machine) -> PlanChoice:
 
 def allowed(call: Call, plan: str) -> bool:
     """Whether "auto" may take a plan: ΔW alone must fit the memory that it may be kept in."""
+    if call.grid_rows:  # of z and x, the smaller one is kept
+        smaller = "projected" if call.r <= call.n else "merged"
+        return plan == "factored" or (call.in_weight and plan == smaller)
     if plan in ("projected", "merged"):
         return call.in_weight
     return plan == "factored" or not call.grad_vectors or _affordable(call)
@@ -135,6 +147,8 @@ def allowed(call: Call, plan: str) -> bool:
 
 def with_memory_policy(call: Call, plan: str) -> PlanChoice:
     """A plan with its memory policy for this call."""
+    if call.grid_rows:
+        return PlanChoice(plan, False)
     if plan == "factored":
         return PlanChoice(
             plan, call.grad_vectors and call.T * (call.r + call.m) <= FEW * call.m * call.n
@@ -149,7 +163,9 @@ def _affordable(call: Call) -> bool:
 def seconds(call: Call, choice: PlanChoice, machine: Machine) -> float:
     """Estimate a call's time beyond the frozen layer's own, forward and backward together."""
     cost = _Cost(call.size, machine)
-    if choice.plan == "factored":
+    if call.grid_rows:
+        _add_blocks(cost, call, choice.plan)
+    elif choice.plan == "factored":
         _add_factored(cost, call, choice.keep)
     else:
         _add_merged(cost, call, choice)
@@ -168,6 +184,13 @@ class _Cost:
         self.seconds += 2 * rows * columns * inner / self.machine.flops + self.machine.call
         self.seconds += self.size * (rows * inner + inner * columns) / self.machine.read
         self.seconds += result / self.machine.read if in_place else self._write(result)
+
+    def products(self, batch: int, rows: int, columns: int, inner: int) -> None:
+        """A batch of small (rows, inner) times (inner, columns) products: a quarter of the rate."""
+        values = batch * (rows * inner + inner * columns)
+        self.seconds += 8 * batch * rows * columns * inner / self.machine.flops + self.machine.call
+        self.seconds += self.size * values / self.machine.read
+        self.seconds += self._write(self.size * batch * rows * columns)
 
     def pointwise(self, rows: int, columns: int, passes: int = 1) -> None:
         """Pointwise operations that each write (rows, columns)."""
@@ -201,6 +224,33 @@ def _add_factored(cost: _Cost, call: Call, keep: bool) -> None:
     if not call.own_weight:
         cost.pointwise(T, m)
         cost.pointwise(T, n if call.grad_x else 0)
+
+
+def _add_blocks(cost: _Cost, call: Call, plan: str) -> None:
+    T, m, n, r, q = call.T, call.m, call.n, call.r, call.grid_rows
+    k = math.ceil(r / q)
+    c, s = math.ceil(n / q), math.ceil(m / k)
+    if plan == "factored":
+        cost.products(q, k, T, c)
+        cost.pointwise(T, r)
+        cost.products(1, s, k * T, q)
+        cost.pointwise(T, m, TRANSPOSED if call.own_weight else TRANSPOSED + 1)
+        if call.grad_x:
+            cost.pointwise(T, m)
+            cost.products(1, q, k * T, s)
+            cost.pointwise(T, r)
+            cost.products(q, T, c, k)
+            cost.pointwise(T, n)
+    else:
+        for _ in range(2 if call.grad_x else 1):
+            cost.pointwise(m, q, 3)
+            cost.seconds += call.size * m * n / cost.machine.write_large + cost.machine.call
+    if call.grad_vectors:
+        if plan != "factored" or r > n:
+            cost.products(q, k, T, c)
+        cost.pointwise(T, m, TRANSPOSED)
+        cost.products(k, q, s, T)
+        cost.pointwise(m, q, 4)
 
 
 def _add_merged(cost: _Cost, call: Call, choice: PlanChoice) -> None:

@@ -2,12 +2,16 @@
 
 import threading
 import weakref
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veratune.ops.matrix import BlockMatrix, CacheKey, cache_key, matmul
+from veratune.ops.matrix import CacheKey, Matrix, cache_key, matmul
+
+MatrixT = TypeVar("MatrixT", bound=Matrix)
 
 
 class ProjectionCache(threading.local):
@@ -45,8 +49,11 @@ PROJECTIONS = ProjectionCache()
 
 
 def project(
-    x: Float[Tensor, "*T n"], A: Float[Tensor, "r n"] | BlockMatrix, layer_id: int | None
-) -> Float[Tensor, "*T r"]:
+    x: Float[Tensor, "*T n"],
+    A: MatrixT,
+    layer_id: int | None,
+    multiply: Callable[[MatrixT, Tensor], Tensor] | None = None,
+) -> Tensor:
     """Compute x Aᵀ outside autograd, or reuse it from the layer before; the caller gives gradients.
 
     Nothing is reused where writes cannot be counted: in compiled code (the compiler finds equal
@@ -56,9 +63,11 @@ def project(
         x: Activations, shape (*T, n).
         A: Frozen down-projection, shape (r, n), in x's dtype.
         layer_id: Number of the calling layer; None computes without sharing.
+        multiply: Multiplies A and x into another layout than (*T, r), the same for the same A.
 
     Returns:
-        The projection, shape (*T, r). It may be shared: callers must not write to it.
+        The projection, shape (*T, r), or as `multiply` lays it out. It may be shared: callers must
+        not write to it.
     """
     if (
         layer_id is None
@@ -66,10 +75,10 @@ def project(
         or type(x) is not Tensor
         or x.is_inference()
     ):
-        return matmul(A, x)
+        return multiply(A, x) if multiply else matmul(A, x)
     key = (x._version, *cache_key(A))
     product = PROJECTIONS.get(x, key, layer_id)
     if product is None:
-        product = matmul(A, x)
+        product = multiply(A, x) if multiply else matmul(A, x)
         PROJECTIONS.put(x, key, layer_id, product)
     return product

@@ -12,7 +12,7 @@ from veratune.ops import plans
 from veratune_lab.__main__ import main
 from veratune_lab.bench import steps
 from veratune_lab.bench.layers import grid
-from veratune_lab.bench.measure import flops, peak_bytes, saved_bytes, summary
+from veratune_lab.bench.measure import Timing, flops, peak_bytes, saved_bytes, summary
 from veratune_lab.bench.peers import FROZEN, OURS, Peer, adapted
 
 pytestmark = [
@@ -77,21 +77,23 @@ def test_steps_take_turns_and_ratios_are_of_the_same_turn():
 
 
 def test_the_grid_has_a_line_for_each_contestant():
-    lines = list(grid([8], [(8, 6)], [2, 4], plans=True, seconds=0))
-    assert len(lines) == 4 + 2 * (2 + len(plans.PLANS))
+    lines = list(grid([8], [(8, 6)], [2, 4], plans=True, timing=Timing(0, "cpu", "a test")))
+    assert len(lines) == 4 + 2 * (3 + len(plans.PLANS))
     assert all(
         line["seconds"] > 0 and line["machine"] and line["torch"] == torch.__version__
         for line in lines
     )
     ours = [line for line in lines if line["method"] == OURS]
     assert all(line["chosen"] == line["plan"] or line["plan"] == "auto" for line in ours)
+    assert {(line["clock"], line["beside"]) for line in lines} == {("CPU seconds", "a test")}
+    assert [line["basis"] for line in ours].count("monarch") == 2
     full = next(line for line in lines if line["method"] == "full")
     assert full["flops_over_frozen"] == 1.5
 
 
 def test_a_step_of_a_whole_model(small):
     told = []
-    lines = steps.step("tiny", layers=2, seconds=0, log=told.append)
+    lines = steps.step("tiny", layers=2, timing=Timing(0), log=told.append)
     assert [line["method"] for line in lines] == [FROZEN, "full", "lora", "lora", "peft-vera", OURS]
     assert lines[-1]["trained"] == 2 * 2 * (8 + 16) == lines[-2]["trained"]
     assert all(line["layers"] == 2 and line["peak_bytes"] > 0 for line in lines)
