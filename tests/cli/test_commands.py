@@ -695,6 +695,6 @@ def test_a_recipe_is_settings_by_name_and_flags_overrule_it(capsys):
     status, _, said = run(capsys, "train", "--recipe", "spraed", *needed)
     assert status == 2
     assert (
-        "no recipe 'spraed'; there are balanced, paper, small, spread; did you mean 'spread'"
+        "no recipe 'spraed'; there are balanced, best, paper, small, spread; did you mean 'spread'"
         in said
     )

@@ -14,6 +14,7 @@ from veratune.inference.generate import generate_completions
 from veratune.scoring.judge import mean_rating, read_questions
 from veratune.tasks.text.conversation import Message
 from veratune.tasks.text.language import Instruction
+from veratune_lab.bench.measure import Timing
 from veratune_lab.bench.peers import FROZEN, OURS, Peer
 from veratune_lab.bench.steps import step
 from veratune_lab.paper.experiment import (
@@ -227,7 +228,7 @@ class Table12(Experiment):
             rank=64,
             layers=2 if scale == "quick" else 6 if scale == "scaled" else None,
             peers=self.peers,
-            seconds=20 if scale == "quick" else 60,
+            timing=Timing(seconds=20 if scale == "quick" else 60),
         )
         return {"steps": found, "threads": torch.get_num_threads()}
 

@@ -90,8 +90,8 @@ def recipe_table(lines: Sequence[Line]) -> str:
         each = ", ".join(f"{100 * line['pearson']:.1f}" for line in own)
         rows.append([f"`{name}`", f"{own[0]['values']:,}", f"{own[0]['bytes']:,}", scores, each])
     return table(["recipe", "values", "bytes", "Pearson", "by seed"], rows) + (
-        "\n`veratune train --recipe NAME --keep last` with 141 steps of 16 on the first 1,500 rows of STS-B, and no "
-        "other setting of the training. Scored on the first 500 validation rows."
+        "\n`veratune train --recipe NAME --keep last` with 141 steps of 16 on the first 1,500 rows of "
+        "STS-B, and no other setting of the training. Scored on the first 500 validation rows."
     )
 
 
