@@ -72,14 +72,16 @@ site: install
 
 # An hour on two quiet cores; serving wants the model that `make demo` unpacks.
 benchmarks: install
-	rm -f benchmarks/results/layers.jsonl benchmarks/results/steps.jsonl benchmarks/results/serving.jsonl
-	$(BIN)/python -m veratune_lab bench step --model roberta-base --blocks 4 --seconds 70 --out benchmarks/results/steps.jsonl
+	rm -f benchmarks/results/layers.jsonl benchmarks/results/layers_blocks.jsonl benchmarks/results/steps.jsonl benchmarks/results/serving.jsonl
+	$(BIN)/python -m veratune_lab bench step --model roberta-base --blocks 4 --basis monarch --seconds 70 --out benchmarks/results/steps.jsonl
 	$(BIN)/python -m veratune_lab bench step --model roberta-base --blocks 4 --rank 768 --basis monarch --seconds 70 --out benchmarks/results/steps.jsonl
 	$(BIN)/python -m veratune_lab bench step --model vit-base --blocks 3 --out benchmarks/results/steps.jsonl
-	$(BIN)/python -m veratune_lab bench step --model llama-1024 --blocks 4 --out benchmarks/results/steps.jsonl
+	$(BIN)/python -m veratune_lab bench step --model llama-1024 --blocks 4 --basis monarch --out benchmarks/results/steps.jsonl
 	$(BIN)/python -m veratune_lab bench step --model llama-1024 --blocks 4 --rank 256 --out benchmarks/results/steps.jsonl
 	$(BIN)/python -m veratune_lab bench step --model smollm2-135m --blocks 6 --out benchmarks/results/steps.jsonl
+	$(BIN)/python -m veratune_lab bench step --model smollm2-135m --blocks 6 --rank 576 --basis monarch --out benchmarks/results/steps.jsonl
 	$(BIN)/python -m veratune_lab bench layers --seconds 12 --out benchmarks/results/layers.jsonl
+	$(BIN)/python -m veratune_lab bench layers --basis monarch --seconds 12 --out benchmarks/results/layers_blocks.jsonl
 	$(BIN)/python -m veratune_lab bench serve --model out/demo/smollm2 --rate 0.8 --out benchmarks/results/serving.jsonl
 	$(BIN)/python -m veratune_lab bench serve --model out/demo/smollm2 --rate 1.6 --base-dtype bfloat16 --out benchmarks/results/serving.jsonl
 	$(MAKE) docs

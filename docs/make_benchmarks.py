@@ -11,7 +11,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "benchmarks" / "results"
-OTHERS = ("monarch_against_random", "plans_agree", "serving", "store")
+OTHERS = ("monarch_against_random", "plans_agree", "serving", "store", "layers_blocks")
 PAGE, PICTURE = HERE / "benchmarks.md", HERE / "benchmarks.png"
 
 Line = Mapping[str, Any]
@@ -64,6 +64,7 @@ def page(
     agree: list[Line],
     served: list[Line],
     stores: list[Line],
+    blocks: list[Line],
 ) -> str:
     """The page as text."""
     first = steps[0]
@@ -75,7 +76,8 @@ def page(
         "a contestant's time over the frozen model's in the same turn. The frozen model computes its output and the gradient to "
         "its input: the least that any training of something inside it can cost. All take the same inputs; forward and backward are "
         "timed, without an optimizer. FLOPs are counted by torch's `FlopCounterMode`; bytes are those that autograd keeps for the "
-        "backward, weights and the frozen basis apart.", "",
+        "backward, weights and the frozen basis apart. Where a table names a clock, one thread ran on a busy machine and its CPU time "
+        "was counted.", "",
         "![Time over the frozen model, and speed over PEFT's VeRA by size of layer](benchmarks.png)", "",
         "## Whole models", "",
     ]  # fmt: skip
@@ -83,6 +85,7 @@ def page(
         peft = next(line for line in run if line["method"] == "peft-vera")
         out += [
             f"### {MODELS[run[0]['model']]}, rank {peft['rank']}, {run[0]['layers']} layers", "",
+            *conditions(run[0]),
             "| | seconds (quartiles) | over frozen | FLOPs beyond frozen, of PEFT VeRA's | kept for backward | of PEFT VeRA's | peak | trained |",
             "|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
@@ -139,8 +142,40 @@ def page(
         out.append(
             f"| {name} | {score} | {better} | {before:.{1 if factor == 100 else 3}f} | {' | '.join(scores)} | {rates} |"
         )
-    out += ["", *serving(served), *storing(stores)]
+    out += ["", *one_layer_of_blocks(blocks), *serving(served), *storing(stores)]
     return "\n".join(out) + "\n"
+
+
+def conditions(line: Line) -> list[str]:
+    """The clock of a run and what ran beside it; nothing for wall time on a quiet machine."""
+    if "clock" not in line:
+        return []
+    turns = (
+        f", {line['turns']} turns of {line['processes']} processes" if "processes" in line else ""
+    )
+    return [f"{line['threads']} thread, {line['clock']}, beside {line['beside']}{turns}.", ""]
+
+
+def one_layer_of_blocks(lines: list[Line]) -> list[str]:
+    """The block basis in every size of the grid, beside LoRA at rank 8."""
+    by = {(x["T"], x["n"], x["m"], x["method"], x["rank"]): x for x in lines}
+    ranks = sorted({x["rank"] for x in lines if x["method"] == "veratune"})
+    sizes = list(dict.fromkeys((x["T"], x["n"], x["m"]) for x in lines))
+    out = [
+        "Time over the frozen layer, forward and backward; in brackets the plan that was taken.", "",
+        *conditions(lines[0]),
+        "| T, n -> m | LoRA r=8 | " + " | ".join(f"blocks r={r}" for r in ranks) + " |",
+        "|---|---|" + "---|" * len(ranks),
+    ]  # fmt: skip
+    below = 0
+    for T, n, m in sizes:
+        lora = by[T, n, m, "lora", 8]["over_frozen"]
+        ours = [by[T, n, m, "veratune", r] for r in ranks]
+        below += sum(line["over_frozen"] <= lora for line in ours)
+        shown = " | ".join(f"{line['over_frozen']:.2f} ({line['chosen']})" for line in ours)
+        out.append(f"| {T}, {n} -> {m} | {lora:.2f} | {shown} |")
+    total = len(sizes) * len(ranks)
+    return [*out, "", f"Blocks take at most LoRA's time in {below} of {total} cells.", ""]
 
 
 def serving(lines: list[Line]) -> list[str]:

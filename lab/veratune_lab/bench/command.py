@@ -152,6 +152,12 @@ def _layer_flags(out: Parser) -> None:
     out.add_argument(
         "--plans", type=bool, default=False, help="measure every plan, not only the one taken"
     )
+    out.add_argument(
+        "--basis",
+        type=BasisKind,
+        default="random",
+        help="veratune's basis; one other than random is measured beside LoRA alone",
+    )
     _add_seconds(out, "each cell of the grid")
     _add_threads(out)
 
@@ -162,7 +168,7 @@ def _layers(flags: Namespace, console: Console) -> list[dict[str, Any]]:
     cells = [(T, size) for T in TOKENS for size in SIZES]
     lines: list[dict[str, Any]] = []
     for T, size in track(cells, description="layers", console=console, disable=flags.json):
-        cell = list(grid([T], [size], plans=flags.plans, timing=_timing(flags)))
+        cell = list(grid([T], [size], plans=flags.plans, basis=flags.basis, timing=_timing(flags)))
         _append(flags.out, cell)
         lines += cell
     return lines

@@ -28,18 +28,20 @@ def grid(
     ranks: Iterable[int] = RANKS,
     *,
     plans: bool = False,
+    basis: str = "random",
     timing: Timing = DEFAULT_TIMING,
 ) -> Iterator[dict[str, Any]]:
     """One line for each (T, n -> m, r, contestant).
 
-    plans: every plan of veratune's too, not only the one that is chosen; timing: of each (T, n -> m).
+    plans: every plan of veratune's too, not only the one that is chosen; basis: one other than random is measured beside LoRA alone; timing: of each (T, n -> m).
     """
     where = timing.describe() | describe_machine()
     for T, (n, m) in itertools.product(tokens, sizes):
-        peers = [*OTHERS]
+        peers = [*OTHERS] if basis == "random" else [Peer(FROZEN), Peer("lora", 8)]
         for r in ranks:
-            peers += [Peer("peft-vera", r), Peer(OURS, r), Peer(OURS, r, basis="monarch")]
-            peers += [Peer(OURS, r, plan) for plan in PLANS] if plans else []
+            peers += [Peer("peft-vera", r)] if basis == "random" else []
+            peers.append(Peer(OURS, r, basis=basis))
+            peers += [Peer(OURS, r, plan, basis) for plan in PLANS] if plans else []
         yield from _cell(T, n, m, peers, timing, where)
 
 

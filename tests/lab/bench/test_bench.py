@@ -78,7 +78,7 @@ def test_steps_take_turns_and_ratios_are_of_the_same_turn():
 
 def test_the_grid_has_a_line_for_each_contestant():
     lines = list(grid([8], [(8, 6)], [2, 4], plans=True, timing=Timing(0, "cpu", "a test")))
-    assert len(lines) == 4 + 2 * (3 + len(plans.PLANS))
+    assert len(lines) == 4 + 2 * (2 + len(plans.PLANS))
     assert all(
         line["seconds"] > 0 and line["machine"] and line["torch"] == torch.__version__
         for line in lines
@@ -86,7 +86,12 @@ def test_the_grid_has_a_line_for_each_contestant():
     ours = [line for line in lines if line["method"] == OURS]
     assert all(line["chosen"] == line["plan"] or line["plan"] == "auto" for line in ours)
     assert {(line["clock"], line["beside"]) for line in lines} == {("CPU seconds", "a test")}
-    assert [line["basis"] for line in ours].count("monarch") == 2
+    blocks = list(grid([8], [(8, 6)], [4], basis="monarch", timing=Timing(0)))
+    assert [(line["method"], line["basis"]) for line in blocks] == [
+        (FROZEN, "random"),
+        ("lora", "random"),
+        (OURS, "monarch"),
+    ]
     full = next(line for line in lines if line["method"] == "full")
     assert full["flops_over_frozen"] == 1.5
 
