@@ -187,7 +187,7 @@ class _VeraLinear(Function):
         plan: str,
         keep: bool,
         layer_id: int | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, ...]:
         inner = merged = None
         if plan in ("factored", "projected"):
             # Detached: the projection may be shared, and autograd marks the outputs as this call's.
@@ -210,10 +210,13 @@ class _VeraLinear(Function):
         )
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.plan = scale, plan
-        return own_memory(y), inner
+        # No None among the outputs: torch.compile takes each one's gradient for a tensor.
+        return (own_memory(y),) if inner is None else (own_memory(y), inner)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_inner: Tensor | None) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_inner: Tensor | None = None
+    ) -> tuple[Any, ...]:
         if grad is None or grad_inner is not None or _differentiates_twice():
             return _differentiable_backward(ctx, grad, grad_inner)
         seen, merged, weight, A, B, d, b = ctx.saved_tensors
