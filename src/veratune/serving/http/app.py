@@ -32,6 +32,7 @@ from veratune.serving.http.routes import (
 )
 from veratune.serving.http.routes import feedback as feedback_routes
 from veratune.serving.http.routes import jobs as jobs_routes
+from veratune.serving.http.tracing import Tracing
 from veratune.serving.jobs.jobs import Jobs
 from veratune.serving.keys import Keys
 from veratune.serving.service import Service
@@ -71,6 +72,8 @@ def create_app(
         if runner is not None:
             await runner.close()
         pools.close()
+        if tracing is not None:
+            tracing.close()
 
     app = FastAPI(
         title="veratune",
@@ -80,7 +83,10 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.registry = registry
-    context = Context(service, jobs, config, limiter, pools, Latencies(registry), feedback)
+    endpoint = config.otlp_traces_endpoint
+    tracing = Tracing.to(endpoint) if endpoint is not None else None
+    latencies = Latencies(registry)
+    context = Context(service, jobs, config, limiter, pools, latencies, feedback, tracing)
     runner = BatchRunner(jobs, context, batches.ENDPOINTS) if jobs is not None else None
     app.state.context, app.state.batch_runner = context, runner
     registry.register(EngineMetrics(service))
@@ -101,6 +107,8 @@ def create_app(
         app.include_router(health.metrics_router)
     _add_middleware(app, keys, config, limiter)
     _add_error_handlers(app)
+    if tracing is not None:
+        tracing.instrument(app)
     return app
 
 

@@ -22,6 +22,7 @@ class HttpConfig:
         adapter_sources: Folders and hub addresses that adapters may be loaded from.
         metrics: Whether /metrics is served.
         openapi: Whether /openapi.json is served.
+        otlp_traces_endpoint: OTLP/HTTP address that traces are sent to; None for no traces.
     """
 
     upload_limit: int = 64 * MiB
@@ -36,3 +37,4 @@ class HttpConfig:
     adapter_sources: tuple[str, ...] = ()
     metrics: bool = True
     openapi: bool = True
+    otlp_traces_endpoint: str | None = None

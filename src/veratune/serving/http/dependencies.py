@@ -19,6 +19,7 @@ from veratune.serving.http.metrics import Latencies
 from veratune.serving.http.pools import ThreadPools
 from veratune.serving.http.prompts import PromptEncoder
 from veratune.serving.http.schemas.base import ApiBody
+from veratune.serving.http.tracing import Tracing
 from veratune.serving.jobs.jobs import Jobs
 from veratune.serving.keys import Caller
 from veratune.serving.service import Service
@@ -39,6 +40,7 @@ class Context:
     pools: ThreadPools
     latencies: Latencies
     feedback: Feedback | None = None
+    tracing: Tracing | None = None
     ignored_fields: set[str] = dataclasses.field(default_factory=set)
     _encoder: PromptEncoder | None = None
     _grammar_locks: weakref.WeakValueDictionary[str, asyncio.Lock] = dataclasses.field(

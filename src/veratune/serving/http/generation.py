@@ -79,6 +79,7 @@ class GenerationCall:
         self.engine, self.client, self.context = engine, client, context
         self.requests, self.builder, self.options = requests, builder, options
         self._outputs: asyncio.Queue[tuple[int, OutputDelta | BaseException]] = asyncio.Queue()
+        self._parent = context.tracing.current_span() if context.tracing is not None else None
         self._streaming = False  # a streaming response notices by itself that its client has gone
 
     async def respond(self) -> Response:
@@ -150,6 +151,8 @@ class GenerationCall:
             self._cancel()
             for request in self.requests:
                 self.context.latencies.observe(self._base_name, request)
+                if self.context.tracing is not None:
+                    self.context.tracing.record(self.builder.model, request, self._parent)
 
     async def _events(
         self, first: tuple[int, OutputDelta], deltas: AsyncIterator[tuple[int, OutputDelta]]
