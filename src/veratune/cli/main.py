@@ -42,7 +42,10 @@ COMMANDS = {
     "explain": "estimate the cost of each plan for a model's layers",
 }
 
-EXTRAS = "train,vision,plot,peft,quantized,scores,serve,traces,cluster,exits,post,search,harness,lightning"
+EXTRAS = (
+    "train,vision,plot,peft,quantized,scores,serve,traces,cluster,exits,post,search,"
+    "harness,lightning"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
