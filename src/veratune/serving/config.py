@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from veratune.errors import ConfigError
 from veratune.formats.hub import is_address, parse_address
 from veratune.serving.feedback.repository import HELD_OUT_EVERY
@@ -53,6 +55,8 @@ class ServeConfig:
             http://localhost:4318/v1/traces; gets a trace of each call, without its texts
         dtype: dtype of the base models
         quantize: load the base models with bitsandbytes
+        attn_implementation: attention of transformers; default: the model's own, mostly sdpa.
+            flash_attention_2 serves encoders on a GPU alone
         jobs: folder of fine-tuning jobs and feedback; without it the server does not fine-tune
         train_after: new feedback examples of an adapter that start its training; 0: only
             `veratune train-feedback` trains
@@ -95,6 +99,7 @@ class ServeConfig:
     otlp_traces_endpoint: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["4bit", "8bit"] | None = None
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
     jobs: str | None = None
     train_after: int = 0
     feedback_config: str | None = None
@@ -124,6 +129,7 @@ class ServeConfig:
                 raise ConfigError(f"{name} is {value}; {least} to {most} is wanted")
         if self.model is None and self.encoder is None:
             raise ConfigError("there is nothing to serve: give --model, --encoder, or both")
+        self._check_attention()
         if self.train_after and not (self.jobs and self.model):
             raise ConfigError("--train-after: give --jobs and --model too, which it trains")
         if self.train_after and self.train_after < HELD_OUT_EVERY:
@@ -155,6 +161,19 @@ class ServeConfig:
             raise ConfigError(
                 f"--store {self.store}: replicas on several machines share a bucket, such as "
                 "s3://, gs:// or az://"
+            )
+
+    def _check_attention(self) -> None:
+        if self.attn_implementation != "flash_attention_2":
+            return
+        if self.model is not None:
+            raise ConfigError(
+                "attn_implementation is flash_attention_2, which takes no mask; sequences of a "
+                "batch have different lengths here, so --model wants sdpa or eager"
+            )
+        if self.device == "cpu" or not torch.cuda.is_available():
+            raise ConfigError(
+                "attn_implementation is flash_attention_2, which needs a GPU; sdpa is wanted"
             )
 
     def adapter_files(self) -> list[tuple[str, str]]:

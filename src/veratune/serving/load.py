@@ -29,7 +29,7 @@ def load_engine(config: ServeConfig) -> Engine:
     task = Instruction()
     log.info("loading %s", config.model)
     tokenizer = task.load_processor(config.model)
-    model = task.load_model(config.model, tokenizer, dtype=config.dtype, quantize=config.quantize)
+    model = task.load_model(config.model, tokenizer, **_options(config))
     return Engine(
         model,
         tokenizer,
@@ -54,8 +54,15 @@ def load_encoder(config: ServeConfig) -> Encoder:
     task = TextClassification(labels=["0", "1"])  # adapters bring their own heads
     log.info("loading %s", config.encoder)
     tokenizer = task.load_processor(config.encoder)
-    model = task.load_model(config.encoder, tokenizer, dtype=config.dtype, quantize=config.quantize)
+    model = task.load_model(config.encoder, tokenizer, **_options(config))
     return Encoder(model, tokenizer, _pool(model, config), config=_scheduler(config))
+
+
+def _options(config: ServeConfig) -> dict[str, str | None]:
+    options = {"dtype": config.dtype, "quantize": config.quantize}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    return options
 
 
 def _pool(model: nn.Module, config: ServeConfig) -> AdapterPool:
