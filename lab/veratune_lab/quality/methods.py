@@ -62,6 +62,14 @@ CONTESTANTS: dict[str, Contestant] = {
     "PEFT VeRA q,v, r=192": _peft(
         "vera", (1e-2, 3e-2, 1e-1), QV, r=192, d_initial=0.1, projection_prng_key=0
     ),
+    "Uni-LoRA, 2,368": _peft("unilora", (5e-3, 2e-2, 5e-2), LINEAR, r=4, theta_d_length=2368),
+    "Uni-LoRA, 7,104": _peft("unilora", (5e-3, 2e-2, 5e-2), LINEAR, r=4, theta_d_length=7104),
+    "FourierFT, n=64": _peft("fourierft", (2e-2, 5e-2, 1e-1), LINEAR, n_frequency=64),
+    "FourierFT, n=192": _peft("fourierft", (2e-2, 5e-2, 1e-1), LINEAR, n_frequency=192),
+    "RoAd 1": _peft("road", (1e-3, 3e-3, 1e-2), LINEAR, variant="road_1", group_size=64),
+    "VB-LoRA": _peft(
+        "vblora", (3e-3, 1e-2, 3e-2), LINEAR, r=4, num_vectors=64, vector_length=64, topk=2
+    ),
     "Full": Contestant(rates=(3e-5, 1e-4, 3e-4), settings={"method": "full", "head_lr": 1e-3}),
     "exact principal d, r=64": dataclasses.replace(_d_alone(64, (1e-2, 2e-2, 4e-2)), exact=True),
     "head alone": Contestant(rates=(5e-3, 1e-2, 3e-2), settings={"method": "head"}),
