@@ -11,7 +11,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "benchmarks" / "results"
-OTHERS = ("monarch_against_random", "plans_agree", "serving", "store", "layers_blocks")
+OTHERS = ("monarch_against_random", "plans_agree", "serving", "store", "layers_blocks", "servers")
 PAGE, PICTURE = HERE / "benchmarks.md", HERE / "benchmarks.png"
 
 Line = Mapping[str, Any]
@@ -65,6 +65,7 @@ def page(
     served: list[Line],
     stores: list[Line],
     blocks: list[Line],
+    servers: list[Line],
 ) -> str:
     """The page as text."""
     first = steps[0]
@@ -142,7 +143,7 @@ def page(
         out.append(
             f"| {name} | {score} | {better} | {before:.{1 if factor == 100 else 3}f} | {' | '.join(scores)} | {rates} |"
         )
-    out += ["", *one_layer_of_blocks(blocks), *serving(served), *storing(stores)]
+    out += ["", *one_layer_of_blocks(blocks), *serving(served), *peers(servers), *storing(stores)]
     return "\n".join(out) + "\n"
 
 
@@ -249,6 +250,41 @@ def serving(lines: list[Line]) -> list[str]:
     row("  first token, p50 / p99", times("open load", "first_token"))
     row("  each token, p50 / p99", times("open load", "each_token"))
     return [*out, ""]
+
+
+def peers(lines: list[Line]) -> list[str]:
+    """Servers on the same base model: tokens a second and time to first token, by clients."""
+    clients = sorted({line["clients"] for line in lines})
+    first = lines[0]
+    cells: dict[tuple[str, str], dict[int, list[Line]]] = {}
+    for line in lines:
+        cells.setdefault((line["dtype"], line["server"]), {}).setdefault(
+            line["clients"], []
+        ).append(line)
+
+    def cell(found: list[Line] | None) -> str:
+        if not found or any("tokens_per_second" not in line for line in found):
+            return "-"
+        speeds = [line["tokens_per_second"] for line in found]
+        p50, p99 = (
+            statistics.median(line[f"first_token_{p}_ms"] for line in found) for p in ("p50", "p99")
+        )
+        around = f" ({min(speeds):.0f} to {max(speeds):.0f})" if len(speeds) > 1 else ""
+        return f"{statistics.median(speeds):.0f}{around}; {p50:,.0f} / {p99:,.0f}"
+
+    rounds = max(len(found) for own in cells.values() for found in own.values())
+    return [
+        "### Beside other servers", "",
+        f"{first['model']}, base model alone, streamed answers of {first['answer_tokens']} tokens to Alpaca instructions, {first['threads']} threads "
+        f"(`benchmarks/bench_servers.py`). Each cell: tokens a second; time to first token, p50 / p99 in milliseconds. Medians of {rounds} interleaved round{'s' if rounds > 1 else ''}, with the range of the speeds.", "",
+        "| dtype | server | " + " | ".join(f"{n} client{'s' if n > 1 else ''}" for n in clients) + " |",
+        "|---|---|" + "---|" * len(clients),
+        *(
+            f"| {dtype} | {server} | " + " | ".join(cell(own.get(n)) for n in clients) + " |"
+            for (dtype, server), own in cells.items()
+        ),
+        "",
+    ]  # fmt: skip
 
 
 def storing(lines: list[Line]) -> list[str]:
