@@ -140,9 +140,10 @@ def _quality() -> str:
     names = {
         "head alone": "head alone",
         "VeRA, `--recipe small`": "principal d, r=64",
-        "VeRA q,v r=192": "VeRA q,v, r=192",
+        "VeRA, `--recipe balanced`": "principal d, r=192",
         "LoRA r=8 q,v": "LoRA r=8, q,v",
         "LoRA r=1 on all linear layers": "LoRA r=1, all-linear",
+        "LoRA r=8 on all linear layers": "LoRA r=8, all-linear",
     }
     texts = []
     for shown, name in names.items():
@@ -150,6 +151,30 @@ def _quality() -> str:
         size = f"{lines[0]['trained']:,} values, {lines[0]['bytes'] / 1000:.0f} kB"
         texts.append(f"{shown} {spread(lines, final_score)} ({size})")
     return "Pearson: " + ", ".join(texts)
+
+
+def cost() -> str:
+    """One line: what VeRA costs and gives beside LoRA."""
+    from veratune_lab.paper.experiment import spread
+    from veratune_lab.quality.experiment import Quality
+    from veratune_lab.quality.report import final_score, finished
+
+    cells = finished(Quality(), read("reproduce/quality"))
+    names = ("principal d, r=192", "LoRA r=8, q,v", "LoRA r=8, all-linear")
+    ours, narrow, wide = (cells["stsb-1500", name] for name in names)
+    scores = [spread(lines, final_score) for lines in (ours, narrow, wide)]
+    sizes = [f"{lines[0]['bytes'] / 1000:,.0f} kB" for lines in (ours, narrow, wide)]
+    times: dict[tuple[str, int, str], float] = {}
+    for line in read("steps"):
+        if line["model"] == "llama-1024":
+            # LoRA of the run with the rank of the monarch basis, which comes first.
+            times.setdefault((line["method"], line["rank"], line["basis"]), line["over_frozen"])
+    return (
+        f"In one line: on 1,500 rows of STS-B, VeRA scores {scores[0]} with {sizes[0]}, LoRA r=8 {scores[1]} with "
+        f"{sizes[1]} on query and value and {scores[2]} with {sizes[2]} on all linear layers; a training step of "
+        f"VeRA at rank 1024 takes {times['veratune', 1024, 'monarch']:.2f} times the frozen model's, LoRA's r=8 "
+        f'{times["lora", 8, "random"]:.2f} times (`basis="monarch"`, a Llama 1024 wide, all linear layers).'
+    )
 
 
 def _ddpm() -> str:
@@ -174,7 +199,12 @@ def _serving() -> str:
     )
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"demo": demo, "speed": speed, "results": results}
+BLOCKS: dict[str, Callable[[], str]] = {
+    "cost": cost,
+    "demo": demo,
+    "speed": speed,
+    "results": results,
+}
 
 
 def page() -> str:
