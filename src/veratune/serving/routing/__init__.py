@@ -1,0 +1,1 @@
+"""Routing: which adapter a prompt is for (model="auto")."""

@@ -1,0 +1,137 @@
+"""RoutingIndex: the embeddings of each tenant's adapters, as one matrix in memory."""
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from veratune.errors import StoreError
+from veratune.lru import ByteLRU
+from veratune.serving.routing.adapter_embedding import AdapterEmbedding
+from veratune.serving.store.base import Store
+
+log = logging.getLogger(__name__)
+_MAX_BYTES = 256 * 2**20
+_NO_TAGS: Mapping[str, str] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class TenantIndex:
+    """The embeddings of a tenant's adapters.
+
+    Attributes:
+        tags: Name -> the tag of its embedding in the store.
+        embeddings: Name -> embedding, of those that this server's embedding model made.
+        names: Name of each row's adapter.
+        matrix: All centroids, shape (rows, width).
+        thresholds: Of each row's adapter.
+        checked: When the store was asked last, in seconds of `time.monotonic`.
+    """
+
+    tags: Mapping[str, str]
+    embeddings: Mapping[str, AdapterEmbedding]
+    names: tuple[str, ...]
+    matrix: NDArray[np.float32]
+    thresholds: NDArray[np.float32]
+    checked: float
+
+    @classmethod
+    def of(
+        cls, tags: Mapping[str, str], embeddings: Mapping[str, AdapterEmbedding]
+    ) -> "TenantIndex":
+        """Stack the embeddings."""
+        rows = [(name, e, row) for name, e in embeddings.items() for row in e.centroids]
+        return cls(
+            tags,
+            embeddings,
+            tuple(name for name, _, _ in rows),
+            np.stack([row for *_, row in rows]) if rows else np.empty((0, 1), np.float32),
+            np.array([e.threshold for _, e, _ in rows], np.float32),
+            time.monotonic(),
+        )
+
+    @property
+    def size(self) -> int:
+        """Bytes in memory, about."""
+        return 2 * self.matrix.nbytes + 300 * len(self.tags) + 1000
+
+    def nearest(self, vector: NDArray[np.float32]) -> str | None:
+        """The adapter of the nearest centroid by cosine; None if it is below its threshold."""
+        if not self.names:
+            return None
+        cosines = self.matrix @ vector
+        best = int(cosines.argmax())
+        return self.names[best] if cosines[best] >= self.thresholds[best] else None
+
+
+class RoutingIndex:
+    """The indexes of the tenants that were used last. Methods may be called from any thread.
+
+    Args:
+        store: Has the embeddings.
+        embedder: The id of this server's embedding model; embeddings of others are not used.
+        refresh_seconds: How long an index is used before the store is asked for changes.
+    """
+
+    def __init__(self, store: Store, embedder: str, refresh_seconds: float = 1.0) -> None:
+        self.store, self.embedder, self.refresh_seconds = store, embedder, refresh_seconds
+        self._indexes: ByteLRU[str, TenantIndex] = ByteLRU(_MAX_BYTES)
+        self._lock = threading.Lock()
+        self._warned: set[tuple[str, str]] = set()
+
+    def get(self, tenant: str) -> TenantIndex:
+        """A tenant's index. Raises StoreError."""
+        with self._lock:
+            known = self._indexes.get(tenant)
+        if known is not None and time.monotonic() - known.checked < self.refresh_seconds:
+            return known
+        tags = self.store.list_embeddings(tenant)
+        if known is not None and known.tags == tags:
+            found = dataclasses.replace(known, checked=time.monotonic())
+        else:
+            found = self._read(tenant, tags, known)
+        with self._lock:
+            self._indexes.put(tenant, found, found.size)
+        return found
+
+    def forget(self, tenant: str) -> None:
+        """Ask the store at the next use."""
+        with self._lock:
+            self._indexes.pop(tenant)
+
+    def _read(self, tenant: str, tags: Mapping[str, str], known: TenantIndex | None) -> TenantIndex:
+        """Read what has changed."""
+        old = known.tags if known is not None else _NO_TAGS
+        embeddings: dict[str, AdapterEmbedding] = {}
+        for name, tag in tags.items():
+            if known is not None and old.get(name) == tag:
+                if name in known.embeddings:
+                    embeddings[name] = known.embeddings[name]
+                continue
+            try:
+                data = self.store.get_embedding(tenant, name)
+                found = None if data is None else AdapterEmbedding.decode(data)
+            except StoreError as error:
+                log.error("adapter %s of %s is not routed to: %s", name, tenant, error)
+                continue
+            if found is not None and found.embedder == self.embedder:
+                embeddings[name] = found
+            elif found is not None:
+                self._warn(tenant, name, found.embedder)
+        return TenantIndex.of(tags, embeddings)
+
+    def _warn(self, tenant: str, name: str, embedder: str) -> None:
+        if (tenant, name) not in self._warned and len(self._warned) < 1000:
+            self._warned.add((tenant, name))
+            log.warning(
+                "adapter %s of %s is not routed to: its examples were embedded by %s, and this "
+                "server embeds by %s; send them again",
+                name,
+                tenant,
+                embedder,
+                self.embedder,
+            )
