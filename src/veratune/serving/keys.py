@@ -11,6 +11,7 @@ from pathlib import Path
 
 from veratune.errors import ConfigError, InvalidNameError
 from veratune.formats.atomic import write_atomic
+from veratune.serving.names import check_not_auto
 from veratune.serving.store.base import check_name
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ class Keys:
             raise ConfigError("a key needs at least one tenant")
         for tenant in tenants:
             check_name("tenant", tenant)
+            check_not_auto("tenant", tenant)
         key = PREFIX + secrets.token_urlsafe(32)
         self._write({**self._callers, _hash(key): Caller(tenants)})
         return key

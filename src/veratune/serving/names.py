@@ -1,10 +1,12 @@
-"""AdapterRef: a stored adapter that a model's name stands for."""
+"""What models' names stand for: AdapterRef, a stored adapter; and the name "auto"."""
 
 import dataclasses
 
+from veratune.errors import InvalidNameError
 from veratune.serving.store.base import Version
 
 Key = tuple[str, str, int]
+AUTO = "auto"  # the model that is chosen by input; also AUTO/TENANT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,3 +32,21 @@ class AdapterRef:
     def created(self) -> float:
         """When this version was stored, in seconds since 1970."""
         return self.version.created
+
+
+def is_auto(model: str) -> bool:
+    """Whether a model's name is "auto" or "auto/TENANT"."""
+    return model == AUTO or model.startswith(f"{AUTO}/")
+
+
+def check_not_auto(what: str, name: str) -> None:
+    """Raise InvalidNameError for the name "auto".
+
+    Args:
+        what: What is named, for the error.
+        name: The name.
+    """
+    if is_auto(name):
+        raise InvalidNameError(
+            f"{what} {name!r} is reserved for the model that is chosen by input; take another name"
+        )

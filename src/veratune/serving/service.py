@@ -3,10 +3,9 @@ out of the store.
 """
 
 import contextlib
-import dataclasses
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from veratune.adapter import Adapter, base_id
 from veratune.config import VeraConfig
@@ -28,32 +27,13 @@ from veratune.serving.engine.engine import Engine
 from veratune.serving.engine.protocol import ServingEngine
 from veratune.serving.keys import Caller
 from veratune.serving.mixes import MixIndex, MixKey, MixRef, is_mix, parse_mix
-from veratune.serving.names import AdapterRef, Key
+from veratune.serving.names import AUTO, AdapterRef, Key, check_not_auto, is_auto
+from veratune.serving.routing.adapter_embedding import AdapterEmbedding
+from veratune.serving.routing.embedder import Embedder
+from veratune.serving.routing.router import Router
 from veratune.serving.store.base import Entry, Store, Version
+from veratune.serving.targets import RequestFields, Target
 from veratune.targets import find_sites
-
-
-class RequestFields(TypedDict, total=False):
-    """Return the request fields that come from the caller and the model's name."""
-
-    tenant: str
-    key: Key | MixKey
-    load: Callable[[], Adapter]
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What a model's name stands for in one request.
-
-    Attributes:
-        model: The name that the response gives.
-        fields: Fields of the engine's requests.
-        system: System message for a conversation without one; "" for none.
-    """
-
-    model: str
-    fields: RequestFields
-    system: str = ""
 
 
 class Service:
@@ -67,6 +47,7 @@ class Service:
         *,
         served_model_name: str = "",
         served_encoder_name: str = "",
+        refresh_seconds: float = 2.0,
     ) -> None:
         """Name the base models.
 
@@ -76,9 +57,11 @@ class Service:
             encoder: Computes embeddings and classes.
             served_model_name: The causal model's name for clients; default its id or folder's name.
             served_encoder_name: The encoder's name for clients; default its id or folder's name.
+            refresh_seconds: How long the list of adapters that "auto" chooses from is cached.
 
         Raises:
             ConfigError: There is no model, or both have one name.
+            InvalidNameError: A base model is called "auto".
         """
         self.store, self.engine, self.encoder = store, engine, encoder
         self._reader = AdapterReader()
@@ -87,6 +70,12 @@ class Service:
             self._system_messages = SystemMessages(
                 engine.tokenizer.chat_template, engine.max_characters
             )
+        # The engines share the pools' base models: the embedder runs beside them.
+        self.router: Router | None = None
+        if engine is not None:
+            embeds = encoder or engine
+            embedder = Embedder(embeds.pool.base_model, embeds.tokenizer)
+            self.router = Router(store, embedder, refresh_seconds)
         self.draining = False
         self.mixes = MixIndex(self._drop)
         self._closing, self._closed = threading.Lock(), False
@@ -94,6 +83,7 @@ class Service:
         for loop, wanted in ((engine, served_model_name), (encoder, served_encoder_name)):
             if loop is not None:
                 name = wanted or base_id(loop.model)
+                check_not_auto("the base model's name", name)
                 if name in self.loops:
                     raise ConfigError(
                         f"both base models are called {name!r}; give one of them another name"
@@ -110,6 +100,12 @@ class Service:
                 "(start it with --model)"
             )
         return self.engine
+
+    def require_router(self) -> Router:
+        """The router of the causal model's adapters. Raises UnsupportedError without one."""
+        self.require_engine()
+        assert self.router is not None
+        return self.router
 
     def require_encoder(self) -> Encoder:
         """The encoder. Raises UnsupportedError without one."""
@@ -132,14 +128,18 @@ class Service:
 
         Raises:
             AdapterNotFoundError: There is none, or it is another tenant's: in the same words.
+            UnsupportedError: It is "auto", which stands for no adapter without an input.
         """
         if model in self.loops:
             return None
+        if is_auto(model):
+            raise UnsupportedError(
+                f"the model {model!r} is chosen by the input of a completion, chat completion or "
+                "response; name an adapter or a base model here"
+            )
         tenant, _, name = model.rpartition("/")
         tenant = tenant or caller.tenant
-        missing = AdapterNotFoundError(
-            f"the model {model!r} does not exist, or this key may not use it"
-        )
+        missing = _missing(model)
         allowed = tenant in caller.tenants
         try:
             # For another tenant's name the same look-up is done on the caller's tenant, so that
@@ -150,6 +150,30 @@ class Service:
         if not allowed:
             raise missing
         return AdapterRef(tenant, name, version)
+
+    def choose(self, caller: Caller, model: str, texts: Sequence[str]) -> str:
+        """Choose the adapter that inputs are for.
+
+        Args:
+            caller: Who asks.
+            model: "auto" for the caller's tenant, or "auto/TENANT".
+            texts: The inputs of one call.
+
+        Returns:
+            The name of the adapter; that of the base model where no adapter is near enough.
+
+        Raises:
+            AdapterNotFoundError: The key may not use the tenant.
+            Exception: As `Router.choose`.
+        """
+        tenant = model.removeprefix(AUTO).removeprefix("/") or caller.tenant
+        if tenant not in caller.tenants:
+            raise _missing(model)
+        name = self.require_router().choose(tenant, texts)
+        if name is None:
+            return next(base for base, loop in self.loops.items() if loop is self.engine)
+        own = tenant == caller.tenant and name not in self.loops
+        return name if own else f"{tenant}/{name}"
 
     def resolve(self, caller: Caller, model: str) -> AdapterRef | MixRef | None:
         """Resolve a model's name, which may be that of a mix such as "a:0.7+b:0.3".
@@ -231,7 +255,9 @@ class Service:
             BaseModelError: It fits no base model here.
             UnsupportedError: It is too large for this server.
             StoreError: It could not be stored.
+            InvalidNameError: The name cannot be an adapter's.
         """
+        check_not_auto("adapter name", name)
         adapter = self._decode(data)
         refused: list[BaseModelError] = []
         for loop in self.loops.values():
@@ -247,6 +273,18 @@ class Service:
 
     def _decode(self, data: bytes) -> Adapter:
         return decode_lora(data) if is_lora_file(data) else self._reader.decode(data)
+
+    def put_examples(self, tenant: str, name: str, texts: Sequence[str]) -> AdapterEmbedding:
+        """Store the embedding of an adapter's example inputs, for the model "auto".
+
+        Raises:
+            AdapterNotFoundError: There is no such adapter.
+            BaseModelError: It is none of the causal model.
+            Exception: As `Router.put`.
+        """
+        ref = AdapterRef(tenant, name, self.store.newest(tenant, name))
+        self.require_engine().pool.check(self.load(ref))
+        return self.require_router().put(tenant, name, texts)
 
     def put_if_changed(self, tenant: str, name: str, data: bytes) -> Version:
         """Store an adapter file unless its newest version has the same bytes. Raises as `put`."""
@@ -356,3 +394,7 @@ class Service:
                 self._closed = True
                 for loop in self.loops.values():
                     loop.close(timeout)
+
+
+def _missing(model: str) -> AdapterNotFoundError:
+    return AdapterNotFoundError(f"the model {model!r} does not exist, or this key may not use it")

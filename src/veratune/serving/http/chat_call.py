@@ -23,7 +23,7 @@ from veratune.serving.http.structured import Constraint, tool_constraint
 from veratune.serving.http.tool_reader import ToolReader
 from veratune.serving.http.tools import family_of, make_parser
 from veratune.serving.keys import Caller
-from veratune.serving.service import Target
+from veratune.serving.targets import Target
 
 MAX_CALLS = 8  # of a constrained completion; small models would call for ever
 _DEFAULT_TOKENS = 256  # of a chat completion without max_tokens

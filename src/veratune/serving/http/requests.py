@@ -11,7 +11,7 @@ from veratune.serving.http.errors import ApiError
 from veratune.serving.http.schemas.generation import CompletionBody, GenerationBody
 from veratune.serving.http.structured import Constraint, compile_constraint
 from veratune.serving.keys import Caller
-from veratune.serving.service import Target
+from veratune.serving.targets import Target
 
 
 def sampling_of(

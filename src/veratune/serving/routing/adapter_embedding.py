@@ -49,16 +49,21 @@ class AdapterEmbedding:
         Raises:
             ConfigError: There are too few inputs.
         """
-        if len(vectors) < MIN_EXAMPLES:
-            raise ConfigError(
-                f"{len(vectors)} different example inputs; at least {MIN_EXAMPLES} are wanted"
-            )
+        cls.check_count(len(vectors))
         fold = np.arange(len(vectors)) % _FOLDS
         left_out = [
             (vectors[fold == i] @ _centroids(vectors[fold != i]).T).max(1) for i in range(_FOLDS)
         ]
         threshold = float(np.quantile(np.concatenate(left_out), _FALSE_FALLBACKS))
         return cls(embedder, _centroids(vectors), threshold, len(vectors))
+
+    @staticmethod
+    def check_count(inputs: int) -> None:
+        """Raise ConfigError for too few inputs."""
+        if inputs < MIN_EXAMPLES:
+            raise ConfigError(
+                f"{inputs} different example inputs; at least {MIN_EXAMPLES} are wanted"
+            )
 
     def encode(self) -> bytes:
         """The embedding as bytes of a safetensors file."""

@@ -1,8 +1,8 @@
 """Embedder: vectors of texts from a base model alone, for routing."""
 
+import concurrent.futures
 import functools
 import hashlib
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +25,8 @@ _BATCH = 8  # texts
 class Embedder:
     """The mean of the last hidden states over a text's first tokens, scaled to length 1.
 
-    It runs beside the engine, on the same weights, one batch at a time.
+    It runs beside the engine, on the same weights, one batch of all callers' at a time, in the
+    order in which they come.
 
     Args:
         model: A base model without adapters.
@@ -37,7 +38,8 @@ class Embedder:
         self._model: Any = model
         length = getattr(self._model.config, "max_position_embeddings", None) or MAX_TOKENS
         self.max_tokens = min(MAX_TOKENS, length)
-        self._lock = threading.Lock()
+        self.width = int(self._model.config.hidden_size)
+        self._turns = concurrent.futures.ThreadPoolExecutor(1, "veratune-embedder")
 
     @functools.cached_property
     def id(self) -> str:
@@ -68,12 +70,11 @@ class Embedder:
         """
         tokens = [self.tokens(text) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))  # little padding
-        found = np.empty((len(texts), self._model.config.hidden_size), np.float32)
+        found = np.empty((len(texts), self.width), np.float32)
         for start in range(0, len(order), _BATCH):
             chosen = order[start : start + _BATCH]
-            batch = [tokens[i] for i in chosen]
-            with self._lock:
-                found[chosen] = run_in_temporary_thread(functools.partial(self._forward, batch))
+            work = functools.partial(self._forward, [tokens[i] for i in chosen])
+            found[chosen] = self._turns.submit(run_in_temporary_thread, work).result()
         return found
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ uploaded again never serves its old bytes.
 import abc
 import dataclasses
 import re
+from collections.abc import Iterable, Mapping
 
 from veratune.errors import InvalidNameError
 
@@ -83,6 +84,24 @@ class Store(abc.ABC):
             after: List only names after this one.
             limit: The most entries.
         """
+
+    @abc.abstractmethod
+    def put_embedding(self, tenant: str, name: str, data: bytes) -> None:
+        """Store the embedding of an adapter's inputs (`AdapterEmbedding.encode`), one a name.
+
+        It stays when a new version is put, and goes when the adapter is deleted.
+
+        Raises:
+            AdapterNotFoundError: There is no such adapter.
+        """
+
+    @abc.abstractmethod
+    def list_embeddings(self, tenant: str) -> Mapping[str, str]:
+        """Name -> tag of a tenant's embeddings; a tag changes when its embedding is replaced."""
+
+    @abc.abstractmethod
+    def get_embeddings(self, tenant: str, names: Iterable[str]) -> Mapping[str, bytes]:
+        """Name -> bytes of a tenant's embeddings; names without one are left out."""
 
     def roll_back(self, tenant: str, name: str, number: int) -> Version:
         """Append an old version's bytes as the newest version. Raises AdapterNotFoundError."""

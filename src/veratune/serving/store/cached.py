@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Iterable, Mapping
 
 from veratune.errors import AdapterNotFoundError
 from veratune.serving.store.base import Entry, Store, Version
@@ -70,6 +71,15 @@ class CachedStore(Store):
 
     def list_adapters(self, tenant: str, after: str = "", limit: int = 100) -> list[Entry]:
         return self.origin.list_adapters(tenant, after, limit)
+
+    def put_embedding(self, tenant: str, name: str, data: bytes) -> None:
+        self.origin.put_embedding(tenant, name, data)
+
+    def list_embeddings(self, tenant: str) -> Mapping[str, str]:
+        return self.origin.list_embeddings(tenant)
+
+    def get_embeddings(self, tenant: str, names: Iterable[str]) -> Mapping[str, bytes]:
+        return self.origin.get_embeddings(tenant, names)
 
     def roll_back(self, tenant: str, name: str, number: int) -> Version:
         # By the origin: the cache may still have a version that was deleted elsewhere.

@@ -1,8 +1,9 @@
 """ObjectStore: adapters in a bucket or folder, through obstore: s3://, gs://, az://, file://."""
 
+import concurrent.futures
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from veratune.errors import AdapterFileError, AdapterNotFoundError, StoreError
@@ -12,13 +13,15 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore as Backend
 
 _LAST = 99_999_999  # object keys count down from it, so that the newest version is listed first
+_EMBEDDINGS = "_embeddings"  # no tenant's name begins with an underscore
+_READERS = 16  # embeddings that are read at once
 
 
 class ObjectStore(Store):
     """Adapters in a bucket; every version is an object that is written once.
 
     Keys are TENANT/NAME/NUMBER with numbers that count down, so that the newest version comes
-    first in a listing. Two machines that put at the same time get two versions: an object is
+    first in a listing, and _embeddings/TENANT/NAME. Two machines that put at the same time get two versions: an object is
     created or not, never replaced.
     """
 
@@ -84,6 +87,7 @@ class ObjectStore(Store):
         older = [v.number for v in self._history(tenant, name) if v.number < tombstone.number]
         with _as_store_error("delete"):
             obstore.delete(self.store, [_key(tenant, name, number) for number in older])
+        self._delete_embedding(tenant, name)
         return tombstone
 
     def list_adapters(self, tenant: str, after: str = "", limit: int = 100) -> list[Entry]:
@@ -98,6 +102,54 @@ class ObjectStore(Store):
                 newest = self._history(tenant, name)[:1]
                 entries += [Entry(name, version) for version in newest if version.size]
         return entries
+
+    def put_embedding(self, tenant: str, name: str, data: bytes) -> None:
+        import obstore
+
+        self.newest(tenant, name)
+        with _as_store_error("write"):
+            obstore.put(self.store, f"{_EMBEDDINGS}/{tenant}/{name}", data)
+        try:
+            self.newest(tenant, name)
+        except AdapterNotFoundError:  # it was deleted meanwhile
+            self._delete_embedding(tenant, name)
+            raise
+
+    def list_embeddings(self, tenant: str) -> Mapping[str, str]:
+        import obstore
+
+        check_name("tenant", tenant)
+        with _as_store_error("list"):
+            return {
+                str(entry["path"]).rpartition("/")[2]: f"{entry['e_tag']} {entry['last_modified']}"
+                for page in obstore.list(self.store, f"{_EMBEDDINGS}/{tenant}")
+                for entry in page
+            }
+
+    def get_embeddings(self, tenant: str, names: Iterable[str]) -> Mapping[str, bytes]:
+        import obstore
+
+        check_name("tenant", tenant)
+
+        def read(name: str) -> bytes | None:
+            check_name("adapter name", name)
+            try:
+                with _as_store_error("read"):
+                    key = f"{_EMBEDDINGS}/{tenant}/{name}"
+                    return bytes(obstore.get(self.store, key).bytes())
+            except FileNotFoundError:
+                return None
+
+        wanted = list(names)
+        with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
+            found = dict(zip(wanted, readers.map(read, wanted), strict=True))
+        return {name: data for name, data in found.items() if data is not None}
+
+    def _delete_embedding(self, tenant: str, name: str) -> None:
+        import obstore
+
+        with contextlib.suppress(FileNotFoundError), _as_store_error("delete"):
+            obstore.delete(self.store, f"{_EMBEDDINGS}/{tenant}/{name}")
 
     def _history(self, tenant: str, name: str) -> list[Version]:
         import obstore

@@ -1,9 +1,10 @@
 """SqliteStore: adapters in one SQLite file on this machine."""
 
+import secrets
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from veratune.errors import AdapterFileError, AdapterNotFoundError
@@ -17,6 +18,9 @@ CREATE TABLE IF NOT EXISTS versions (
 CREATE TABLE IF NOT EXISTS newest (
     tenant TEXT NOT NULL, name TEXT NOT NULL, number INTEGER NOT NULL, size INTEGER NOT NULL,
     created REAL NOT NULL, PRIMARY KEY (tenant, name)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS embeddings (
+    tenant TEXT NOT NULL, name TEXT NOT NULL, tag TEXT NOT NULL, data BLOB NOT NULL,
+    PRIMARY KEY (tenant, name));
 """
 MIN_FREE = 64 * 2**20  # bytes; with less, the next upload or checkpoint may fail
 
@@ -87,6 +91,33 @@ class SqliteStore(Store):
         )
         return [Entry(name, Version(*rest)) for name, *rest in rows]
 
+    def put_embedding(self, tenant: str, name: str, data: bytes) -> None:
+        check_names(tenant, name)
+        with self._db.write() as db:
+            row = db.execute(
+                "SELECT size FROM newest WHERE tenant = ? AND name = ?", (tenant, name)
+            ).fetchone()
+            if row is None or not row["size"]:
+                raise AdapterNotFoundError(f"no adapter {name!r}")
+            values = (tenant, name, secrets.token_hex(8), data)
+            db.execute("INSERT OR REPLACE INTO embeddings VALUES (?, ?, ?, ?)", values)
+
+    def list_embeddings(self, tenant: str) -> Mapping[str, str]:
+        check_name("tenant", tenant)
+        sql = "SELECT name, tag FROM embeddings WHERE tenant = ?"
+        return {row["name"]: row["tag"] for row in self._db.query(sql, (tenant,))}
+
+    def get_embeddings(self, tenant: str, names: Iterable[str]) -> Mapping[str, bytes]:
+        check_name("tenant", tenant)
+        sql = "SELECT data FROM embeddings WHERE tenant = ? AND name = ?"
+        found = {}
+        with self._db.read() as db:
+            for name in names:
+                row = db.execute(sql, (tenant, name)).fetchone()
+                if row is not None:
+                    found[name] = bytes(row["data"])
+        return found
+
     def problem(self) -> str | None:
         super().problem()
         return free_space_problem(self.path.parent, "adapters")
@@ -136,6 +167,7 @@ class SqliteStore(Store):
                 db.execute(
                     "UPDATE versions SET data = NULL WHERE tenant = ? AND name = ?", (tenant, name)
                 )
+                db.execute("DELETE FROM embeddings WHERE tenant = ? AND name = ?", (tenant, name))
             _insert(db, tenant, name, version, data)
         return version
 

@@ -1,0 +1,90 @@
+"""From conversations and files of examples to the texts that routing embeds."""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from veratune.errors import DataError
+
+
+def routing_text(messages: Sequence[Mapping[str, object]]) -> str:
+    """The text of a conversation that tells which adapter it is for.
+
+    It is what the user wrote, first message first. The assistant's words and tools' results come
+    from an adapter already, and the system message belongs to an adapter.
+
+    Args:
+        messages: Each with "role" and "content": a text, or a list of parts with "text".
+
+    Returns:
+        "" if the user wrote no text.
+    """
+    texts = [_content(m.get("content")) for m in messages if m.get("role") == "user"]
+    return "\n".join(filter(None, texts))
+
+
+def parse_examples(data: bytes) -> list[str]:
+    """Read example inputs.
+
+    Args:
+        data: A JSON list of examples, or one example a line. An example is a text, an object with
+            "prompt" (a text or a conversation), or one with "messages".
+
+    Returns:
+        The text of each example.
+
+    Raises:
+        DataError: Names the first example that has no text.
+    """
+    texts = []
+    for number, entry in enumerate(_entries(data), 1):
+        text = _example_text(entry)
+        if not text.strip():
+            raise DataError(
+                f"example {number} has no text; a text, an object with prompt, or one with "
+                "messages of the user is wanted"
+            )
+        texts.append(text)
+    return texts
+
+
+def _entries(data: bytes) -> list[object]:
+    stripped = data.strip()
+    number = 1
+    try:
+        if stripped.startswith(b"["):
+            found: list[object] = json.loads(stripped)
+            json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
+            return found
+        entries = []
+        for number, line in enumerate(stripped.split(b"\n"), 1):
+            if line.strip():
+                entries.append(json.loads(line))
+                json.dumps(entries[-1], ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        raise DataError(
+            f"line {number} is no JSON in Unicode; a JSON list of examples, or one example a "
+            "line is wanted"
+        ) from None
+    return entries
+
+
+def _example_text(entry: object) -> str:
+    if isinstance(entry, str):
+        return entry
+    if not isinstance(entry, dict):
+        return ""
+    prompt = entry.get("prompt", entry.get("messages"))
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
+        return routing_text(prompt)
+    return ""
+
+
+def _content(content: object) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return ""
+    parts = [part.get("text") for part in content if isinstance(part, dict)]
+    return "".join(part for part in parts if isinstance(part, str))
