@@ -15,6 +15,7 @@ from veratune.errors import (
 from veratune.formats import native
 from veratune.serving.engine.engine import Engine
 from veratune.serving.engine.scheduler import SchedulerConfig
+from veratune.serving.jobs.servable import check_servable
 from veratune.serving.keys import Caller
 from veratune.serving.pool.pool import AdapterPool
 from veratune.serving.service import Service
@@ -90,11 +91,11 @@ def test_the_same_bytes_are_stored_once(service):
 )
 def test_settings_whose_adapter_could_not_be_published_are_refused(service, settings, error, why):
     with pytest.raises(error, match=why):
-        service.check_settings("base", settings)
+        check_servable(service.loops, "base", settings)
 
 
 def test_settings_that_can_be_published_pass(service):
-    service.check_settings("base", {"rank": 64, "targets": ["query", "value"], "lr": 1e-3})
+    check_servable(service.loops, "base", {"rank": 64, "targets": ["query", "value"], "lr": 1e-3})
 
 
 def test_a_draining_service_takes_nothing_and_is_not_ready(service, engine):

@@ -17,9 +17,11 @@ from veratune.serving.http.app import check_address, create_app
 from veratune.serving.http.server import HttpServer, bind
 from veratune.serving.jobs.jobs import Jobs
 from veratune.serving.jobs.models import Setting, TrainableModel
+from veratune.serving.jobs.servable import check_servable
 from veratune.serving.keys import OPEN, Keys
 from veratune.serving.load import load_encoder, load_engine
 from veratune.serving.logs import log_json
+from veratune.serving.routing.training import embed_feedback, embed_training_file
 from veratune.serving.service import Service
 from veratune.serving.store.base import Store
 from veratune.serving.store.cached import CachedStore
@@ -142,6 +144,7 @@ def create_service(config: ServeConfig) -> Service:
         load_encoder(config) if config.encoder is not None else None,
         served_model_name=config.served_model_name,
         served_encoder_name=config.served_encoder_name,
+        refresh_seconds=config.refresh_seconds,
     )
     for name, file in config.adapter_files():
         path = download(file) if is_address(file) else Path(file)
@@ -156,7 +159,9 @@ def _create_jobs(config: ServeConfig, service: Service) -> Jobs | None:
     for name, loop in service.loops.items():
         if loop is service.engine and config.model is not None:
             columns: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"))
-            models[name] = TrainableModel(config.model, "instruction", columns)
+            models[name] = TrainableModel(
+                config.model, "instruction", columns, embed_training_file(service.require_router())
+            )
         elif config.encoder is not None:
             models[name] = TrainableModel(
                 config.encoder, "text-classification", (("text", "label"),)
@@ -165,7 +170,7 @@ def _create_jobs(config: ServeConfig, service: Service) -> Jobs | None:
         config.jobs,
         models,
         service.put_if_changed,
-        check_settings=service.check_settings,
+        check_settings=functools.partial(check_servable, service.loops),
         max_jobs_per_tenant=config.max_jobs_per_tenant,
     )
 
@@ -183,7 +188,13 @@ def _create_feedback(config: ServeConfig, service: Service, jobs: Jobs | None) -
         }
         if config.feedback_config is not None:
             flags["config"] = config.feedback_config
-        trainer = FeedbackTrainer(repository, folder / "feedback", flags, config.train_after)
+        trainer = FeedbackTrainer(
+            repository,
+            folder / "feedback",
+            flags,
+            config.train_after,
+            on_published=embed_feedback(service.require_router()),
+        )
     return Feedback(repository, service, jobs, trainer)
 
 

@@ -4,18 +4,16 @@ out of the store.
 
 import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from veratune.adapter import Adapter, base_id
-from veratune.config import VeraConfig
 from veratune.errors import (
     AdapterNotFoundError,
     BaseModelError,
     ConfigError,
     InvalidNameError,
     ShutdownError,
-    TargetError,
     UnsupportedError,
 )
 from veratune.formats.lora_file import decode_lora, is_lora_file
@@ -33,7 +31,6 @@ from veratune.serving.routing.embedder import Embedder
 from veratune.serving.routing.router import Router
 from veratune.serving.store.base import Entry, Store, Version
 from veratune.serving.targets import RequestFields, Target
-from veratune.targets import find_sites
 
 
 class Service:
@@ -293,36 +290,6 @@ class Service:
             if self.store.get(tenant, name, newest.number) == data:
                 return newest
         return self.put(tenant, name, data)
-
-    def check_settings(self, model: str, settings: Mapping[str, object]) -> None:
-        """Check that an adapter of a fine-tuning job could be published here.
-
-        Args:
-            model: A base model's served name.
-            settings: Flags of `veratune train`, of which "rank" and "targets" count.
-
-        Raises:
-            ConfigError: A setting is invalid.
-            UnsupportedError: The adapter could not be served: its rank or a layer.
-        """
-        chosen: dict[str, Any] = {k: settings[k] for k in ("rank", "targets") if k in settings}
-        config = VeraConfig(**chosen)
-        pool = self.loops[model].pool
-        if pool.max_rank is not None and config.rank > pool.max_rank:
-            raise UnsupportedError(
-                f"rank {config.rank:,} could not be served here; ranks up to {pool.max_rank:,} can"
-            )
-        try:
-            sites = find_sites(pool.base_model, config)
-        except TargetError as error:
-            raise ConfigError(f"targets: {error}") from None
-        for site in sites:
-            if site.part.kernel or site.part.expert is not None:
-                kind = "a convolution" if site.part.kernel else "an expert"
-                raise UnsupportedError(
-                    f"targets: layer '{site.name}' is {kind}, which this server does not "
-                    "serve; name linear layers"
-                )
 
     def delete(self, tenant: str, name: str) -> Version:
         """Delete an adapter; running requests finish with it. Raises AdapterNotFoundError."""

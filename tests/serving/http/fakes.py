@@ -1,6 +1,7 @@
 """A real server in a thread, with adapters and keys, for tests over HTTP."""
 
 import contextlib
+import functools
 import threading
 import time
 
@@ -18,6 +19,7 @@ from veratune.serving.http.app import create_app
 from veratune.serving.http.config import HttpConfig
 from veratune.serving.http.server import HttpServer, bind
 from veratune.serving.jobs.jobs import Jobs
+from veratune.serving.jobs.servable import check_servable
 from veratune.serving.keys import Keys
 from veratune.serving.pool.pool import AdapterPool
 from veratune.serving.service import Service
@@ -77,7 +79,7 @@ class RunningServer:
                 path / "jobs",
                 jobs,
                 self.service.put_if_changed,
-                check_settings=self.service.check_settings,
+                check_settings=functools.partial(check_servable, self.service.loops),
             )
             self.jobs.start()
         self.feedback = None

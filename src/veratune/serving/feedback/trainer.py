@@ -5,10 +5,11 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from veratune.errors import StoreError
+from veratune.serving.feedback.models import Due, Example
 from veratune.serving.feedback.repository import FeedbackRepository
 from veratune.serving.jobs.models import Setting
 from veratune.serving.jobs.process import TrainingProcess, kill_orphans
@@ -16,6 +17,8 @@ from veratune.serving.jobs.process import TrainingProcess, kill_orphans
 log = logging.getLogger(__name__)
 TRAIN = (sys.executable, "-m", "veratune.cli.main", "train-feedback")
 POLL = 0.5  # seconds between two looks
+EXAMPLES = 1000  # of an adapter, newest
+OnPublished = Callable[[str, str, Sequence[Example]], None]
 RETRY = 60.0  # seconds before a failed run is tried again
 
 
@@ -29,6 +32,7 @@ class FeedbackTrainer:
         flags: Mapping[str, Setting],
         min_examples: int,
         command: Sequence[str] = TRAIN,
+        on_published: OnPublished | None = None,
     ) -> None:
         """Prepare; `start` trains.
 
@@ -38,9 +42,11 @@ class FeedbackTrainer:
             flags: Flags of `veratune train-feedback`.
             min_examples: New examples of an adapter that start a run.
             command: What starts it.
+            on_published: Called with (tenant, adapter, its examples) for each new version.
         """
         self.repository, self.folder, self.flags = repository, folder, dict(flags)
         self.min_examples, self.command = min_examples, tuple(command)
+        self.on_published = on_published
         self._stop, self._abort = threading.Event(), threading.Event()
         self._running = threading.Lock()  # held while a run's files are on disk
         self._thread = threading.Thread(target=self._loop, name="veratune-feedback", daemon=True)
@@ -87,6 +93,7 @@ class FeedbackTrainer:
         """One run. Returns False if it failed by itself."""
         self.folder.mkdir(parents=True, exist_ok=True)
         flags = {**self.flags, "min_examples": self.min_examples}
+        start, due = time.time(), self.repository.due(self.min_examples)
         process = TrainingProcess(self.folder / "now", self.command, flags)
         try:
             while process.running and not self._abort.is_set():
@@ -94,6 +101,8 @@ class FeedbackTrainer:
         finally:
             process.close()
             shutil.rmtree(self.folder, ignore_errors=True)
+        if not self._abort.is_set():
+            self._tell_published(due, start)
         if self._abort.is_set() or not process.returncode:
             self.problem = None
             return True
@@ -101,3 +110,15 @@ class FeedbackTrainer:
         log.error("training on feedback ended with status %s", process.returncode)
         self.problem = "training on feedback failed; it is tried again"
         return False
+
+    def _tell_published(self, due: Sequence[Due], since: float) -> None:
+        if self.on_published is None:
+            return
+        for entry in due:
+            runs = self.repository.runs(entry.tenant)
+            if any(
+                run.adapter == entry.adapter and run.outcome == "published" and run.created >= since
+                for run in runs
+            ):
+                examples = self.repository.usable(entry.tenant, entry.adapter, EXAMPLES)
+                self.on_published(entry.tenant, entry.adapter, examples)

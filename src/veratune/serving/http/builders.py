@@ -29,7 +29,7 @@ class ResponseBuilder(abc.ABC):
 
         Args:
             tokenizer: Turns token ids into text.
-            model: The name that the client asked for.
+            model: The name that the response gives.
         """
         self.texts, self.model = TokenTexts(tokenizer), model
         self.created = int(time.time())

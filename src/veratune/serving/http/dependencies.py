@@ -43,7 +43,7 @@ class Context:
     tracing: Tracing | None = None
     ignored_fields: set[str] = dataclasses.field(default_factory=set)
     _encoder: PromptEncoder | None = None
-    _grammar_locks: weakref.WeakValueDictionary[str, asyncio.Lock] = dataclasses.field(
+    _locks: weakref.WeakValueDictionary[tuple[str, str], asyncio.Lock] = dataclasses.field(
         default_factory=weakref.WeakValueDictionary
     )
 
@@ -53,9 +53,9 @@ class Context:
             self._encoder = PromptEncoder(self.service.require_engine())
         return self._encoder
 
-    def grammar_lock(self, tenant: str) -> asyncio.Lock:
-        """Held while a grammar of a tenant is compiled, so that others need not wait for many."""
-        return self._grammar_locks.setdefault(tenant, asyncio.Lock())
+    def tenant_lock(self, work: str, tenant: str) -> asyncio.Lock:
+        """Held while costly work of a tenant runs, so that others need not wait for many."""
+        return self._locks.setdefault((work, tenant), asyncio.Lock())
 
     def check_extra_fields(self, body: ApiBody) -> None:
         """Refuse unsupported fields of a body, and log unknown ones, one line for each name."""

@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse
 from veratune.errors import (
     AdapterFileError,
     AdapterNotFoundError,
+    AdapterStateError,
     InUseError,
     JobNotFoundError,
     PoolFullError,
@@ -79,6 +80,8 @@ def to_api_error(error: BaseException) -> ApiError:
             return ApiError(404, str(error), code="not_found")
         case QueueFullError() | PoolFullError():
             return ApiError(429, str(error), "rate_limit_error", "rate_limit_exceeded")
+        case AdapterStateError():
+            return ApiError(409, str(error), code="stale")
         case InUseError():
             return ApiError(409, str(error), code="in_use")
         case StoreError():

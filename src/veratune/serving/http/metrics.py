@@ -87,6 +87,15 @@ class EngineMetrics:
                     if how in ("stop", "length") or name.startswith("veratune"):
                         ended.add_metric([base, how], count)
             yield ended
+        if self.service.router is not None:
+            chosen = CounterMetricFamily(
+                "veratune_auto_choices",
+                'calls for the model "auto", by what was chosen',
+                labels=["choice"],
+            )
+            for choice, count in sorted(self.service.router.choices.items()):
+                chosen.add_metric([choice], count)
+            yield chosen
 
     def _family(self, name: str, label: str, figure: _Figure) -> Metric:
         kind = CounterMetricFamily if figure.counter else GaugeMetricFamily

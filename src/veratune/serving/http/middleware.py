@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import time
 from urllib.parse import urlsplit
 
@@ -13,7 +14,7 @@ from veratune.serving.http.limiter import TenantLimiter
 from veratune.serving.keys import Keys
 
 access = logging.getLogger("veratune.access")
-_UPLOADS = ("/v1/adapters/", "/v1/files")
+_UPLOADS = re.compile(r"/v1/(adapters/[^/]*|files.*)")
 _PUBLIC = ("/", "/health", "/ready", "/metrics", "/openapi.json")
 
 
@@ -132,7 +133,7 @@ class BodyLimits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        upload = scope["method"] in ("PUT", "POST") and scope["path"].startswith(_UPLOADS)
+        upload = scope["method"] in ("PUT", "POST") and _UPLOADS.fullmatch(scope["path"])
         limit = self.upload if upload else self.body
         too_large = ApiError(413, f"the body is over {limit} bytes", code="body_too_large")
         length = Headers(scope=scope).get("content-length", "")

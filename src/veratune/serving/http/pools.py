@@ -64,6 +64,8 @@ class ThreadPools:
     def __init__(self) -> None:
         self.read = BoundedPool("read", threads=8, max_queue=512)
         self.write = BoundedPool("write", threads=4, max_queue=32)
+        self.route = BoundedPool("route", threads=8, max_queue=512)
+        self.examples = BoundedPool("examples", threads=2, max_queue=16)
         self.tokenize = BoundedPool("tokenize", threads=2, max_queue=512)
         self.grammar = BoundedPool("grammar", threads=2, max_queue=64)
         self.batch = BoundedPool("batch", threads=2, max_queue=4096)

@@ -55,7 +55,7 @@ async def grammar_for(
     if constraint is None:
         return None
     compiler = context.service.require_engine().grammars
-    async with context.grammar_lock(caller.tenant):
+    async with context.tenant_lock("grammar", caller.tenant):
         return await context.pools.grammar.run(compile_constraint, compiler, constraint)
 
 

@@ -51,6 +51,7 @@ class ResponsesBuilder(ResponseBuilder):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
+        model: str,
         body: ResponsesBody,
         tools: ToolReader | None = None,
     ) -> None:
@@ -58,10 +59,11 @@ class ResponsesBuilder(ResponseBuilder):
 
         Args:
             tokenizer: Turns token ids into text.
+            model: The name that the response gives.
             body: Its settings come back in the response.
             tools: Reads tool calls; None for a call without tools.
         """
-        super().__init__(tokenizer, body.model)
+        super().__init__(tokenizer, model)
         self.body, self.id = body, f"resp_{uuid.uuid4().hex}"
         self._tools = tools or ToolReader(None)
         self._items: list[Item] = []  # complete ones

@@ -19,6 +19,7 @@ from veratune.serving.jobs.batches import BatchRepository
 from veratune.serving.jobs.models import Event, Job, Setting, TrainableModel, TrainingFile
 from veratune.serving.jobs.repository import JobRepository
 from veratune.serving.jobs.worker import Publish, Worker
+from veratune.serving.names import check_not_auto
 
 TRAIN = (sys.executable, "-m", "veratune.cli.main", "train")
 CheckSettings = Callable[[str, Mapping[str, Setting]], None]
@@ -142,10 +143,12 @@ class Jobs:
             UnsupportedError: The adapter could not be published here.
             DataError: A row has the wrong columns.
             QueueFullError: The tenant has too many unfinished jobs.
+            InvalidNameError: No adapter can have this name.
         """
         if model not in self.models:
             wanted = " or ".join(map(repr, self.models))
             raise ConfigError(f"the model {model!r} cannot be fine-tuned here; {wanted} is wanted")
+        check_not_auto("suffix", adapter or "")
         settings = dict(settings or {})
         if self.check_settings is not None:
             self.check_settings(model, settings)

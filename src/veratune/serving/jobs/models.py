@@ -3,7 +3,7 @@ on.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -80,8 +80,11 @@ class TrainableModel:
         path: What `veratune train --model` gets.
         task: What `veratune train --task` gets.
         columns: A row must have all columns of one of these groups.
+        on_published: Called with (tenant, adapter, bytes of the training file) after an adapter is
+            published; returns a line for the job's log.
     """
 
     path: str
     task: str
     columns: tuple[tuple[str, ...], ...]
+    on_published: Callable[[str, str, bytes], str] | None = None

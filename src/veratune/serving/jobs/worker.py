@@ -162,6 +162,10 @@ class Worker:
                 self.repository.finish(job.id, "failed", without_paths(reason))
                 return
         self.repository.set_result(job.id, version.number, result)
+        on_published = self.models[job.model].on_published
+        if on_published is not None:
+            rows = self.repository.path_of(job.file).read_bytes()
+            self._note(job, on_published(job.tenant, job.adapter, rows))
         message = f"the adapter {job.adapter!r} is published as version {version.number}"
         self.repository.finish(job.id, "succeeded", message)
 

@@ -38,7 +38,7 @@ class Embedder:
         self._model: Any = model
         length = getattr(self._model.config, "max_position_embeddings", None) or MAX_TOKENS
         self.max_tokens = min(MAX_TOKENS, length)
-        self.width = int(self._model.config.hidden_size)
+        self.width: int = self._model.config.hidden_size
         self._turns = concurrent.futures.ThreadPoolExecutor(1, "veratune-embedder")
 
     @functools.cached_property

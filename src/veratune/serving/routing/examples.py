@@ -47,25 +47,29 @@ def parse_examples(data: bytes) -> list[str]:
     return texts
 
 
+def training_texts(data: bytes) -> list[str]:
+    """The texts of the rows of a training file, one JSON object a line; rows without are left out.
+
+    Args:
+        data: Rows as `parse_examples` reads them.
+    """
+    texts = [_example_text(json.loads(line)) for line in data.split(b"\n") if line.strip()]
+    return [text for text in texts if text.strip()]
+
+
 def _entries(data: bytes) -> list[object]:
     stripped = data.strip()
-    number = 1
+    listed = stripped.startswith(b"[")
+    parts = [stripped] if listed else [line for line in stripped.split(b"\n") if line.strip()]
     try:
-        if stripped.startswith(b"["):
-            found: list[object] = json.loads(stripped)
-            json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
-            return found
-        entries = []
-        for number, line in enumerate(stripped.split(b"\n"), 1):
-            if line.strip():
-                entries.append(json.loads(line))
-                json.dumps(entries[-1], ensure_ascii=False).encode()
+        entries = [json.loads(part) for part in parts]
+        json.dumps(entries, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError):
         raise DataError(
-            f"line {number} is no JSON in Unicode; a JSON list of examples, or one example a "
-            "line is wanted"
+            "the body is no JSON in Unicode; a JSON list of examples, or one example a line is "
+            "wanted"
         ) from None
-    return entries
+    return entries[0] if listed else entries
 
 
 def _example_text(entry: object) -> str:

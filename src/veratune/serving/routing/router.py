@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Sequence
 
-from veratune.errors import AdapterNotFoundError, ConfigError
+from veratune.errors import AdapterNotFoundError, ConfigError, VeratuneError
 from veratune.serving.routing.adapter_embedding import AdapterEmbedding
 from veratune.serving.routing.embedder import Embedder
 from veratune.serving.routing.index import RoutingIndex
@@ -100,6 +100,22 @@ class Router:
         self.store.put_embedding(tenant, name, made.encode())
         self.index.forget(tenant)
         return made
+
+    def put_training_data(self, tenant: str, name: str, texts: Sequence[str]) -> str:
+        """As `put`, for the inputs of a training run, whose end it never fails.
+
+        Returns:
+            A sentence for the run's log: by how many inputs "auto" chooses the adapter, or why it
+            does not.
+        """
+        try:
+            made = self.put(tenant, name, texts)
+        except VeratuneError as error:
+            return f"the model auto does not choose the adapter: {error}"
+        except Exception:
+            log.exception("the inputs of adapter %s of %s are not embedded", name, tenant)
+            return "the model auto does not choose the adapter: its inputs could not be embedded"
+        return f"the model auto chooses the adapter by {made.examples} of its inputs"
 
     def has_choice(self, tenant: str) -> bool:
         """Whether a tenant has adapters to choose from. Raises StoreError."""

@@ -21,8 +21,8 @@ class ObjectStore(Store):
     """Adapters in a bucket; every version is an object that is written once.
 
     Keys are TENANT/NAME/NUMBER with numbers that count down, so that the newest version comes
-    first in a listing, and _embeddings/TENANT/NAME. Two machines that put at the same time get two versions: an object is
-    created or not, never replaced.
+    first in a listing. Two machines that put at the same time get two versions: an object is
+    created or not, never replaced. Embeddings are at _embeddings/TENANT/NAME.
     """
 
     def __init__(self, store: "Backend") -> None:

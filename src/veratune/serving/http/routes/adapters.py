@@ -10,6 +10,7 @@ from openai.types import Model
 from pydantic import Field
 from starlette.datastructures import UploadFile
 
+from veratune.errors import ConfigError
 from veratune.formats.lora_file import pack_lora
 from veratune.formats.peft_files import CONFIG_NAME, WEIGHTS_NAME
 from veratune.serving.http.dependencies import (
@@ -22,6 +23,10 @@ from veratune.serving.http.dependencies import (
 )
 from veratune.serving.http.errors import ApiError
 from veratune.serving.http.schemas.adapters import LoadAdapterBody, RollBackBody
+from veratune.serving.names import AUTO
+from veratune.serving.routing.adapter_embedding import AdapterEmbedding
+from veratune.serving.routing.examples import parse_examples
+from veratune.serving.routing.router import MAX_EXAMPLES
 from veratune.serving.service import Service
 from veratune.serving.sources import read_source
 from veratune.serving.store.base import Version, check_name
@@ -38,6 +43,9 @@ async def list_models(
     service = context.service
     listed = await context.pools.read.run(service.list_adapters, caller, after, limit)
     bases = [] if after else [_model(name, 0) for name in service.loops]
+    if bases and service.router is not None:
+        choice = await context.pools.route.run(service.router.has_choice, caller.tenant)
+        bases += [_model(AUTO, 0)] if choice else []
     adapters = [_model(name, entry.version.created) for name, entry in listed]
     last = listed[-1][0] if listed else None
     return page(bases + adapters, len(listed) == limit, last_id=last)
@@ -46,6 +54,8 @@ async def list_models(
 @router.get("/v1/models/{model:path}")
 async def get_model(model: str, caller: CallerDep, context: ContextDep) -> dict[str, object]:
     """One model."""
+    if model == AUTO and context.service.router is not None:
+        return _model(model, 0)
     ref = await context.pools.read.run(context.service.resolve, caller, model)
     return _model(model, 0 if ref is None else ref.created)
 
@@ -63,6 +73,33 @@ async def put_adapter(
         data = await request.body()
     version = await context.pools.write.run(context.service.put, tenant, name, data)
     return _adapter(name, tenant, version)
+
+
+@router.put("/v1/adapters/{name}/examples")
+async def put_examples(
+    name: str, request: Request, tenant: TenantDep, context: ContextDep
+) -> dict[str, object]:
+    """Embed example inputs of an adapter, by which the model "auto" chooses it: a JSON list of
+    texts or conversations, or one a line.
+    """
+    body = await request.body()
+
+    def store() -> AdapterEmbedding:
+        texts = parse_examples(body)
+        if len(texts) > MAX_EXAMPLES:
+            raise ConfigError(f"{len(texts)} examples; at most {MAX_EXAMPLES} are wanted")
+        return context.service.put_examples(tenant, name, texts)
+
+    async with context.tenant_lock("examples", tenant):
+        made = await context.pools.examples.run(store)
+    return {
+        "id": name,
+        "object": "adapter.examples",
+        "tenant": tenant,
+        "examples": made.examples,
+        "embedder": made.embedder,
+        "threshold": made.threshold,
+    }
 
 
 @router.get("/v1/adapters")

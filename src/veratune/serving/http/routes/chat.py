@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from veratune.serving.http.chat_builder import ChatBuilder
 from veratune.serving.http.chat_call import ChatSettings, prepare_chat
+from veratune.serving.http.choosing import target_of_chat, target_of_prompts
 from veratune.serving.http.completion_builder import CompletionBuilder
 from veratune.serving.http.dependencies import CallerDep, Context, ContextDep
 from veratune.serving.http.generation import Client, GenerationCall, StreamSettings
@@ -36,13 +37,13 @@ async def run_chat(body: ChatBody, client: Client, caller: Caller, context: Cont
         body.max_completion_tokens or body.max_tokens,
         body.chat_template_kwargs,
     )
-    target = await context.pools.read.run(context.service.target, caller, body.model)
+    target = await target_of_chat(context, caller, body.model, body.messages)
     prepared = await prepare_chat(context, caller, target, settings)
     params = sampling_of(body, prepared.max_tokens, body.top_logprobs if body.logprobs else None)
     requests = await make_requests(
         context, caller, target, body, [prepared.prompt], params, grammar=prepared.grammar
     )
-    builder = ChatBuilder(engine.tokenizer, body.model, prepared.tools)
+    builder = ChatBuilder(engine.tokenizer, target.model, prepared.tools)
     return await GenerationCall(engine, client, context, requests, builder, _how(body)).respond()
 
 
@@ -61,7 +62,7 @@ async def run_completion(
     engine, encoder = context.service.require_engine(), context.prompt_encoder()
     context.check_extra_fields(body)
     check_count(context, len(body.prompts), body.n)
-    target = await context.pools.read.run(context.service.target, caller, body.model)
+    target = await target_of_prompts(context, caller, body.model, body.prompts)
     prompts: list[Sequence[int]] = []
     echoes: list[str] = []
     for prompt in body.prompts:
@@ -79,7 +80,7 @@ async def run_completion(
         context, caller, target, body, prompts, params, grammar=grammar, continues_text=True
     )
     builder = CompletionBuilder(
-        engine.tokenizer, body.model, requests, echoes if body.echo else None
+        engine.tokenizer, target.model, requests, echoes if body.echo else None
     )
     return await GenerationCall(engine, client, context, requests, builder, _how(body)).respond()
 

@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request, Response
 
 from veratune.serving.http.chat_call import ChatSettings, prepare_chat
+from veratune.serving.http.choosing import target_of_chat
 from veratune.serving.http.dependencies import CallerDep, Context, ContextDep
 from veratune.serving.http.errors import ApiError
 from veratune.serving.http.generation import Client, GenerationCall, StreamSettings
@@ -42,13 +43,13 @@ async def run_response(
         format_of(body),
         body.max_output_tokens,
     )
-    target = await context.pools.read.run(context.service.target, caller, body.model)
+    target = await target_of_chat(context, caller, body.model, messages)
     prepared = await prepare_chat(context, caller, target, settings)
     logprobs = body.top_logprobs if _LOGPROBS in body.include else None
     params = sampling_of(body, prepared.max_tokens, logprobs)
     requests = await make_requests(
         context, caller, target, body, [prepared.prompt], params, grammar=prepared.grammar
     )
-    builder = ResponsesBuilder(engine.tokenizer, body, prepared.tools)
+    builder = ResponsesBuilder(engine.tokenizer, target.model, body, prepared.tools)
     options = StreamSettings(body.stream)
     return await GenerationCall(engine, client, context, requests, builder, options).respond()
