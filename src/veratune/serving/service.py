@@ -148,13 +148,13 @@ class Service:
             raise missing
         return AdapterRef(tenant, name, version)
 
-    def choose(self, caller: Caller, model: str, texts: Sequence[str]) -> str:
+    def choose(self, caller: Caller, model: str, inputs: Sequence[Sequence[str]]) -> str:
         """Choose the adapter that inputs are for.
 
         Args:
             caller: Who asks.
             model: "auto" for the caller's tenant, or "auto/TENANT".
-            texts: The inputs of one call.
+            inputs: As `Router.choose`.
 
         Returns:
             The name of the adapter; that of the base model where no adapter is near enough.
@@ -166,7 +166,7 @@ class Service:
         tenant = model.removeprefix(AUTO).removeprefix("/") or caller.tenant
         if tenant not in caller.tenants:
             raise _missing(model)
-        name = self.require_router().choose(tenant, texts)
+        name = self.require_router().choose(tenant, inputs)
         if name is None:
             return next(base for base, loop in self.loops.items() if loop is self.engine)
         own = tenant == caller.tenant and name not in self.loops

@@ -22,7 +22,7 @@ from veratune.errors import (
 )
 from veratune.serving.routing.adapter_embedding import AdapterEmbedding
 from veratune.serving.routing.embedder import MAX_TOKENS, Embedder
-from veratune.serving.routing.examples import parse_examples, routing_text, training_texts
+from veratune.serving.routing.examples import parse_examples, training_texts, user_texts
 from veratune.serving.routing.router import MAX_EXAMPLES, Router
 from veratune.serving.store.sqlite import SqliteStore
 
@@ -132,29 +132,38 @@ def test_damaged_bytes_are_an_error_of_the_store(data, words):
 
 
 def test_an_input_goes_to_the_adapter_with_the_nearest_examples(router):
-    assert router.choose("ann", [LIGHTS[0]]) is None
+    assert router.choose("ann", [[LIGHTS[0]]]) is None
     assert not router.has_choice("ann")
     router.put("ann", "lights", LIGHTS)
     made = router.put("ann", "films", [*FILMS, FILMS[0]])
     assert made.examples == len(FILMS)
-    assert router.choose("ann", [LIGHTS[3]]) == "lights"
-    assert router.choose("ann", FILMS[:5]) == "films"
-    assert router.choose("ann", ["%%%% zzzz qqqq 9999 &&&& ~~~~"]) is None
+    assert router.choose("ann", [[LIGHTS[3]]]) == "lights"
+    assert router.choose("ann", [[text] for text in FILMS[:5]]) == "films"
+    assert router.choose("ann", [["%%%% zzzz qqqq 9999 &&&& ~~~~"]]) is None
     assert router.choices == {"adapter": 2, "base": 2}
     assert router.has_choice("ann")
 
 
 def test_another_tenants_adapters_are_never_chosen(router):
     router.put("ben", "secret", LIGHTS)
-    assert router.choose("ann", [LIGHTS[0]]) is None
-    assert router.choose("ben", [LIGHTS[0]]) == "secret"
+    assert router.choose("ann", [[LIGHTS[0]]]) is None
+    assert router.choose("ben", [[LIGHTS[0]]]) == "secret"
 
 
 def test_inputs_for_different_adapters_are_refused(router):
     router.put("ann", "lights", LIGHTS)
     router.put("ann", "films", FILMS)
     with pytest.raises(ConfigError, match=r"different models \(films, lights\)"):
-        router.choose("ann", [LIGHTS[0], FILMS[0]])
+        router.choose("ann", [[LIGHTS[0]], [FILMS[0]]])
+
+
+def test_the_newest_message_that_is_near_to_an_adapter_decides(router):
+    router.put("ann", "lights", LIGHTS)
+    router.put("ann", "films", FILMS)
+    noise = "%%%% zzzz qqqq 9999 &&&& ~~~~"
+    assert router.choose("ann", [[noise, FILMS[0], LIGHTS[0]]]) == "films"
+    assert router.choose("ann", [[LIGHTS[0], FILMS[0]]]) == "lights"
+    assert router.choose("ann", [[noise, noise]]) is None
 
 
 def test_a_deleted_adapter_is_not_chosen(router):
@@ -162,23 +171,23 @@ def test_a_deleted_adapter_is_not_chosen(router):
     router.put("ann", "films", FILMS)
     router.store.delete("ann", "lights")
     router.store.put("ann", "lights", FILES["bob"])  # another adapter of this name
-    assert router.choose("ann", [LIGHTS[0]]) != "lights"
+    assert router.choose("ann", [[LIGHTS[0]]]) != "lights"
     router.index.refresh_seconds = 60
-    router.choose("ann", [FILMS[0]])
+    router.choose("ann", [[FILMS[0]]])
     router.store.delete("ann", "films")  # by another process: the index still has it
-    assert router.choose("ann", [FILMS[0]]) is None
+    assert router.choose("ann", [[FILMS[0]]]) is None
 
 
 def test_changes_of_other_processes_are_seen_after_the_refresh(router, embedder):
     other = Router(router.store, embedder)
-    assert router.choose("ann", [LIGHTS[0]]) is None
+    assert router.choose("ann", [[LIGHTS[0]]]) is None
     other.put("ann", "lights", LIGHTS)
-    assert router.choose("ann", [LIGHTS[0]]) == "lights"
+    assert router.choose("ann", [[LIGHTS[0]]]) == "lights"
     router.index.refresh_seconds = 60
     other.put("ann", "lights", FILMS)
-    assert router.choose("ann", [LIGHTS[0]]) == "lights"
+    assert router.choose("ann", [[LIGHTS[0]]]) == "lights"
     router.index.forget("ann")
-    assert router.choose("ann", [FILMS[0]]) == "lights"
+    assert router.choose("ann", [[FILMS[0]]]) == "lights"
 
 
 def test_embeddings_of_another_model_are_refused_or_logged(router, caplog):
@@ -189,10 +198,10 @@ def test_embeddings_of_another_model_are_refused_or_logged(router, caplog):
     before.put("ann", "lights", LIGHTS)
     for _ in range(2):
         with pytest.raises(AdapterStateError, match="embedded by another model.*send them again"):
-            router.choose("ann", [LIGHTS[0]])
+            router.choose("ann", [[LIGHTS[0]]])
     assert sum("not chosen for auto" in record.message for record in caplog.records) == 1
     router.put("ann", "films", FILMS)
-    assert router.choose("ann", [FILMS[0]]) == "films"
+    assert router.choose("ann", [[FILMS[0]]]) == "films"
 
 
 def test_what_cannot_be_embedded_is_not_stored(router):
@@ -218,7 +227,7 @@ def test_thousands_of_adapters_are_one_product(router, embedder):
     router.store.put("many", "lights", b"x")
     router.put("many", "lights", LIGHTS)
     assert router.index.get("many").matrix.shape == (2 * 2000 + 3, embedder.width)
-    assert router.choose("many", [LIGHTS[2]]) == "lights"
+    assert router.choose("many", [[LIGHTS[2]]]) == "lights"
 
 
 def test_calls_from_many_threads_agree(router):
@@ -227,7 +236,7 @@ def test_calls_from_many_threads_agree(router):
     found = []
 
     def work(text, wanted):
-        found.extend((router.choose("ann", [text]), wanted) for _ in range(5))
+        found.extend((router.choose("ann", [[text]]), wanted) for _ in range(5))
 
     pairs = [(LIGHTS[0], "lights"), (FILMS[0], "films")] * 3
     threads = [threading.Thread(target=work, args=pair) for pair in pairs]
@@ -250,9 +259,9 @@ TALK = [
 @pytest.mark.parametrize(
     ("data", "texts"),
     [
-        (json.dumps(["a", {"prompt": "b"}, {"messages": TALK}]), ["a", "b", "first\nsecond"]),
+        (json.dumps(["a", {"prompt": "b"}, {"messages": TALK}]), ["a", "b", "second"]),
         ('"a"\n\n{"prompt": "b", "completion": "c"}\n', ["a", "b"]),
-        (json.dumps({"prompt": TALK}), ["first\nsecond"]),
+        (json.dumps({"prompt": TALK}), ["second"]),
         ("[]", []),
         ("", []),
     ],
@@ -284,5 +293,7 @@ def test_what_is_no_example_is_refused(data, words):
 def test_rows_without_a_text_of_the_user_are_left_out_of_training_data():
     rows = [{"messages": TALK}, {"messages": TALK[:1]}, {"prompt": "", "completion": "x"}]
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    assert training_texts(data) == ["first\nsecond"]
-    assert routing_text([]) == ""
+    assert training_texts(data) == ["second"]
+    assert user_texts([]) == []
+    assert user_texts(TALK) == ["second", "first"]
+    assert user_texts(TALK * 3) == ["second", "first"] * 2

@@ -7,14 +7,14 @@ from veratune.serving.http.errors import ApiError
 from veratune.serving.http.schemas.chat import Message
 from veratune.serving.keys import Caller
 from veratune.serving.names import is_auto
-from veratune.serving.routing.examples import routing_text
+from veratune.serving.routing.examples import user_texts
 from veratune.serving.targets import Target
 
 
 async def target_of_chat(
     context: Context, caller: Caller, model: str, messages: Sequence[Message]
 ) -> Target:
-    """Resolve the model of a conversation; "auto" is chosen by what the user wrote.
+    """Resolve the model of a conversation; "auto" is chosen by the user's messages.
 
     Args:
         context: The application's context.
@@ -27,14 +27,14 @@ async def target_of_chat(
         Exception: As `Service.target` and `Service.choose`.
     """
     if is_auto(model):
-        text = routing_text([{"role": m.role, "content": m.text} for m in messages])
-        if not text.strip():
+        texts = user_texts([{"role": m.role, "content": m.text} for m in messages])
+        if not texts:
             raise ApiError(
                 400,
                 f"model: {model!r} is chosen by the user's messages, and there is none with text",
                 param="model",
             )
-        model = await _choose(context, caller, model, [text])
+        model = await _choose(context, caller, model, [texts])
     return await context.pools.read.run(context.service.target, caller, model)
 
 
@@ -58,9 +58,11 @@ async def target_of_prompts(
             p if isinstance(p, str) else await context.pools.tokenize.run(decode, p)
             for p in prompts
         ]
-        model = await _choose(context, caller, model, texts)
+        model = await _choose(context, caller, model, [[text] for text in texts])
     return await context.pools.read.run(context.service.target, caller, model)
 
 
-async def _choose(context: Context, caller: Caller, model: str, texts: Sequence[str]) -> str:
-    return await context.pools.route.run(context.service.choose, caller, model, texts)
+async def _choose(
+    context: Context, caller: Caller, model: str, inputs: Sequence[Sequence[str]]
+) -> str:
+    return await context.pools.route.run(context.service.choose, caller, model, inputs)

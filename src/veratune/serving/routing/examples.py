@@ -6,20 +6,23 @@ from collections.abc import Mapping, Sequence
 from veratune.errors import DataError
 
 
-def routing_text(messages: Sequence[Mapping[str, object]]) -> str:
-    """The text of a conversation that tells which adapter it is for.
+MAX_MESSAGES = 4  # of a conversation, that may decide
 
-    It is what the user wrote, first message first. The assistant's words and tools' results come
-    from an adapter already, and the system message belongs to an adapter.
+
+def user_texts(messages: Sequence[Mapping[str, object]]) -> list[str]:
+    """The texts of a conversation that tell which adapter it is for.
+
+    They are what the user wrote. The assistant's words and tools' results come from an adapter
+    already, and the system message belongs to an adapter.
 
     Args:
         messages: Each with "role" and "content": a text, or a list of parts with "text".
 
     Returns:
-        "" if the user wrote no text.
+        The newest 4 of the user's messages that have a text, newest first.
     """
     texts = [_content(m.get("content")) for m in messages if m.get("role") == "user"]
-    return "\n".join(filter(None, texts))
+    return [text for text in reversed(texts) if text.strip()][:MAX_MESSAGES]
 
 
 def parse_examples(data: bytes) -> list[str]:
@@ -27,7 +30,8 @@ def parse_examples(data: bytes) -> list[str]:
 
     Args:
         data: A JSON list of examples, or one example a line. An example is a text, an object with
-            "prompt" (a text or a conversation), or one with "messages".
+            "prompt" (a text or a conversation), or one with "messages". The last text of the user
+            in a conversation counts.
 
     Returns:
         The text of each example.
@@ -81,7 +85,7 @@ def _example_text(entry: object) -> str:
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
-        return routing_text(prompt)
+        return next(iter(user_texts(prompt)), "")
     return ""
 
 

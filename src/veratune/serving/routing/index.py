@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +89,13 @@ class TenantIndex:
             cosines[[name in without for name in self.names]] = -np.inf
         best = int(cosines.argmax())
         return self.names[best] if cosines[best] >= self.thresholds[best] else None
+
+    def first_near(
+        self, vectors: Iterable[NDArray[np.float32]], without: Collection[str] = ()
+    ) -> str | None:
+        """The nearest adapter of the first input that is near to any; else None."""
+        names = (self.nearest(vector, without) for vector in vectors)
+        return next((name for name in names if name is not None), None)
 
 
 class RoutingIndex:

@@ -37,12 +37,13 @@ class Router:
         self.choices: collections.Counter[str] = collections.Counter(adapter=0, base=0)
         self._lock = threading.Lock()
 
-    def choose(self, tenant: str, texts: Sequence[str]) -> str | None:
+    def choose(self, tenant: str, inputs: Sequence[Sequence[str]]) -> str | None:
         """Choose the adapter of one tenant that the inputs of a call are for.
 
         Args:
             tenant: Whose adapters.
-            texts: The inputs, at least one.
+            inputs: At least one; each is one or more texts. Of a conversation, it is the user's
+                messages, newest first: the first one that is near to an adapter decides.
 
         Returns:
             The adapter's name; None for the base model, where no adapter is near enough.
@@ -57,10 +58,11 @@ class Router:
         if not index.names:
             self._count(None)
             return None
-        vectors = self.embedder.embed(texts)
+        vectors = iter(self.embedder.embed([text for texts in inputs for text in texts]))
+        groups = [[next(vectors) for _ in texts] for texts in inputs]
         gone: set[str] = set()
         for _ in range(_MAX_STALE):
-            found = {index.nearest(vector, gone) for vector in vectors}
+            found = {index.first_near(group, gone) for group in groups}
             if len(found) > 1:
                 listed = ", ".join(sorted(name or "the base model" for name in found)[:5])
                 raise ConfigError(

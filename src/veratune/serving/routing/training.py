@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from veratune.serving.feedback.models import Example
-from veratune.serving.routing.examples import routing_text, training_texts
+from veratune.serving.routing.examples import training_texts, user_texts
 from veratune.serving.routing.router import Router
 
 log = logging.getLogger(__name__)
@@ -31,8 +31,8 @@ def embed_feedback(router: Router) -> Callable[[str, str, Sequence[Example]], No
     """
 
     def embed(tenant: str, adapter: str, examples: Sequence[Example]) -> None:
-        texts = [routing_text(example.messages) for example in examples]
-        said = router.put_training_data(tenant, adapter, [text for text in texts if text.strip()])
+        texts = [text for example in examples for text in user_texts(example.messages)[:1]]
+        said = router.put_training_data(tenant, adapter, texts)
         log.info("adapter %s of %s: %s", adapter, tenant, said)
 
     return embed
