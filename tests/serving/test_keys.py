@@ -96,3 +96,8 @@ def test_no_text_that_was_not_issued_is_a_key(tmp_path_factory, text):
     digest = json.loads(path.read_text())[0]["sha256"]
     for guess in (text, digest, digest[:8]):
         assert Keys(path).caller(guess) is None
+
+
+def test_no_tenant_is_called_auto(tmp_path):
+    with pytest.raises(InvalidNameError, match="tenant 'auto' is reserved"):
+        Keys(tmp_path / "keys.json").add(("ann", "auto"))

@@ -1,5 +1,6 @@
 """Fine-tuning jobs: a real run over HTTP with the openai client, and what happens when servers and runs are cut off."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -54,6 +55,27 @@ def test_jobs_run_one_after_the_other_and_tell_how_far_they_are(bench):
     assert [event.number for event in bench.jobs.events("ann", one.id, limit=2)] == sorted(
         (event.number for event in bench.jobs.events("ann", one.id)), reverse=True
     )[:2]
+
+
+def test_what_follows_a_publication_is_in_the_jobs_log(bench):
+    called = []
+
+    def on_published(tenant, adapter, data):
+        called.append((tenant, adapter, data))
+        return "and its inputs are embedded"
+
+    model = dataclasses.replace(CHAT, on_published=on_published)
+    bench.jobs.worker.models = {"base": model}
+    bench.go()
+    job = bench.create(adapter="house")
+    bench.jobs.start()
+    bench.until(job, "succeeded")
+    assert called == [("ann", "house", LINES)]
+    messages = [event.message for event in bench.jobs.events("ann", job.id)]
+    assert messages[:2] == [
+        "the adapter 'house' is published as version 1",
+        "and its inputs are embedded",
+    ]
 
 
 def test_a_run_that_fails_says_why(bench):

@@ -101,6 +101,31 @@ def test_lists_are_paged(store):
     assert store.list_adapters("b") == []
 
 
+def test_embeddings_come_and_go_with_their_adapters(store):
+    with pytest.raises(AdapterNotFoundError, match="no adapter 'x'"):
+        store.put_embedding("a", "x", b"1")
+    for tenant, name in (("a", "x"), ("a", "y"), ("b", "x")):
+        store.put(tenant, name, b"adapter")
+        store.put_embedding(tenant, name, f"{tenant}{name}".encode())
+    first = store.list_embeddings("a")
+    assert set(first) == {"x", "y"}
+    assert store.get_embeddings("a", ["x", "y", "z"]) == {"x": b"ax", "y": b"ay"}
+    assert store.list_embeddings("c") == {}
+    time.sleep(0.01)  # a file's tag is its time
+    store.put("a", "x", b"new")
+    assert store.list_embeddings("a") == first
+    store.put_embedding("a", "x", b"other")
+    second = store.list_embeddings("a")
+    assert (second["x"] != first["x"], second["y"]) == (True, first["y"])
+    assert store.get_embeddings("a", ["x"]) == {"x": b"other"}
+    store.delete("a", "x")
+    store.put("a", "x", b"again")
+    assert set(store.list_embeddings("a")) == {"y"}
+    assert store.get_embeddings("a", ["x"]) == {}
+    assert store.get_embeddings("b", ["x"]) == {"x": b"bx"}
+    assert [entry.name for entry in store.list_adapters("a")] == ["x", "y"]
+
+
 def test_threads_that_put_at_once_get_a_version_each(store):
     found, lock = [], threading.Lock()
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 
 from veratune.errors import DataError
 
-
 MAX_MESSAGES = 4  # of a conversation, that may decide
 
 
