@@ -1,16 +1,19 @@
 """Which adapter is an input for? Routing over eight tasks, and what it does to the tasks' scores.
 
-    python benchmarks/bench_routing.py --model SMOLLM2 --data DATA --work out/routing
+    python benchmarks/bench_routing.py --model SMOLLM2 --encoder MINILM --data DATA --work out/routing
 
 Each task has one VeRA adapter. Half of its examples have an instruction before the input, half have
-the bare input. Finished adapters in --work are not trained again. Writes results/routing.jsonl.
+the bare input. Finished adapters in --work are not trained again, and finished lines are not
+measured again. Writes results/routing.jsonl: which adapter the server's router chose for each
+held-out input, by the base's own embedding and by the encoder's; and the loss and exactness of
+every held-out answer under the base and under each adapter.
 """
 
 import argparse
 import json
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +110,15 @@ def examples(task: str, flags: argparse.Namespace, split: str) -> list[dict[str,
     ]
 
 
-def train_adapter(task: str, flags: argparse.Namespace) -> Path:
-    """The adapter's file of a task, trained unless it is there."""
+def train_adapter(task: str, flags: argparse.Namespace) -> None:
+    """Train the adapter of a task unless it is there."""
     from veratune.config import VeraConfig
     from veratune.training.run import train
     from veratune.training.settings import TrainSettings
 
     folder = flags.work / task
-    file = folder / "adapter.safetensors"
     if (folder / "results.json").is_file():
-        return file
+        return
     start = time.process_time()
     rows = folder.with_suffix(".jsonl")
     lines = [{k: e[k] for k in ("prompt", "completion")} for e in examples(task, flags, "train")]
@@ -137,12 +139,120 @@ def train_adapter(task: str, flags: argparse.Namespace) -> Path:
     )
     train(settings, VeraConfig(rank=256, targets=("query", "value")))
     print(task, "trained", round(time.process_time() - start), "CPU seconds", flush=True)
-    return file
+
+
+def route(embeds: str, flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What the router chooses for the held-out inputs of each task and form, and for MT-Bench."""
+    from transformers import AutoModel, AutoTokenizer
+
+    from veratune.serving.routing.embedder import Embedder
+    from veratune.serving.routing.router import Router
+    from veratune.serving.store.sqlite import SqliteStore
+
+    path = flags.model if embeds == "base" else flags.encoder
+    model = AutoModel.from_pretrained(path, dtype="float32").eval()
+    embedder = Embedder(model, AutoTokenizer.from_pretrained(path))
+    store = flags.work / f"{embeds}.db"
+    store.unlink(missing_ok=True)
+    router = Router(SqliteStore(store), embedder, refresh_seconds=1e9)
+    for task in TASKS:
+        router.store.put("bench", task, (flags.work / task / "adapter.safetensors").read_bytes())
+        prompts = [example["prompt"] for example in examples(task, flags, "train")]
+        router.put("bench", task, prompts)
+    questions = (flags.data / "mt_bench" / "mt_bench_questions.jsonl").read_text().splitlines()
+    inputs = {("mt_bench", ""): [json.loads(line)["turns"][0] for line in questions]}
+    for task in TASKS:
+        for example in examples(task, flags, "held_out"):
+            inputs.setdefault((task, example["form"]), []).append(example["prompt"])
+    for (task, form), texts in inputs.items():
+        start = time.thread_time()
+        chosen = [router.choose("bench", [[text]]) for text in texts]
+        yield {
+            "what": "route",
+            "embeds": embeds,
+            "embedder": embedder.id.partition("@")[0],
+            "task": task,
+            "form": form,
+            "chosen": chosen,
+            "cpu_ms": round(1e3 * (time.thread_time() - start) / len(texts), 1),
+        }
+
+
+def score(task: str, form: str, flags: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """Loss and exactness of a task's held-out answers under the base and under each adapter.
+
+    An answer is exact if each of its tokens, the end of the turn included, is the likeliest one:
+    greedy decoding would give it.
+    """
+    import datasets
+    import torch
+
+    import veratune as vt
+    from veratune.tasks.text.language import Instruction
+
+    instruction = Instruction(max_length=512)
+    tokenizer = instruction.load_processor(flags.model)
+    rows = [
+        {"prompt": example["prompt"], "completion": example["completion"]}
+        for example in examples(task, flags, "held_out")
+        if example["form"] == form
+    ]
+    encoded = instruction.encode(datasets.Dataset.from_list(rows), tokenizer)
+    losses: dict[str, list[float]] = {}
+    exact: dict[str, list[bool]] = {}
+    tokens: list[int] = []
+    for name in ("base", *TASKS):
+        vt.use(model, None if name == "base" else name)
+        losses[name], exact[name], tokens = [], [], []
+        for row in encoded:
+            labels = torch.tensor(row["labels"])[1:]
+            with torch.no_grad():
+                logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+            answer = labels != -100
+            sums = torch.nn.functional.cross_entropy(
+                logits[answer], labels[answer], reduction="sum"
+            )
+            losses[name].append(round(sums.item(), 4))
+            exact[name].append(bool((logits[answer].argmax(-1) == labels[answer]).all()))
+            tokens.append(int(answer.sum()))
+    found = {"what": "score", "task": task, "form": form, "tokens": tokens}
+    return {**found, "losses": losses, "exact": exact}
+
+
+def measure(flags: argparse.Namespace) -> None:
+    """Append the lines that are not there."""
+    import veratune as vt
+    from veratune.analysis.machine import describe_machine
+    from veratune.tasks.text.language import Instruction
+
+    lines = [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.exists() else []
+    done = {(line.get("embeds"), line["task"], line["form"]) for line in lines}
+
+    def add(line: dict[str, Any]) -> None:
+        sizes = {"train_rows": flags.rows, "held_out_rows": flags.held_out, "epochs": flags.epochs}
+        text = json.dumps({**line, **sizes, "beside": flags.beside, **describe_machine()})
+        with LINES.open("a") as file:
+            file.write(f"{text}\n")
+        print(text[:150], flush=True)
+
+    for embeds in ("base", "encoder"):
+        if (embeds, "stsb", "bare") not in done:
+            for line in route(embeds, flags):
+                add(line)
+    instruction = Instruction(max_length=512)
+    model = instruction.load_model(flags.model, instruction.load_processor(flags.model)).eval()
+    for task in TASKS:
+        vt.load(model, str(flags.work / task / "adapter.safetensors"), name=task)
+    for task in TASKS:
+        for form in FORMS:
+            if (None, task, form) not in done:
+                add(score(task, form, flags, model))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--encoder", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=64)
@@ -153,8 +263,11 @@ def main() -> None:
     parser.add_argument("--only", choices=TASKS, help="train the adapter of this task alone")
     flags = parser.parse_args()
     flags.work.mkdir(parents=True, exist_ok=True)
-    files = {task: train_adapter(task, flags) for task in TASKS if flags.only in (None, task)}
-    print(files)
+    for task in TASKS:
+        if flags.only in (None, task):
+            train_adapter(task, flags)
+    if flags.only is None:
+        measure(flags)
 
 
 if __name__ == "__main__":
