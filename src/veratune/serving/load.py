@@ -59,7 +59,7 @@ def load_encoder(config: ServeConfig) -> Encoder:
 
 
 def _options(config: ServeConfig) -> dict[str, str | None]:
-    options = {"dtype": config.dtype, "quantize": config.quantize}
+    options: dict[str, str | None] = {"dtype": config.dtype, "quantize": config.quantize}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     return options
