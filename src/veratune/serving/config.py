@@ -35,6 +35,8 @@ class ServeConfig:
         max_loaded_adapters: adapters in memory, of each kind (basis, layers, ranks)
         adapter_dtype: dtype of adapters in memory
         adapter_memory_gib: GiB of adapters in memory, with A and B of all kinds
+        merged_adapter_gib: GiB for W + ΔW of the one adapter that whole batches use, so that it
+            costs no more than the base model; float32 only, 0 for none
         max_rank: largest rank of an adapter
         max_num_seqs: sequences that are decoded at once
         max_queue: requests that may wait
@@ -81,6 +83,7 @@ class ServeConfig:
     max_loaded_adapters: int = 256
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     adapter_memory_gib: float = 4.0
+    merged_adapter_gib: float = 1.0
     max_rank: int = 4096
     max_num_seqs: int = 32
     max_queue: int = 512
@@ -121,6 +124,7 @@ class ServeConfig:
             "refresh_seconds": (0, 10**7),
             "shutdown_timeout": (0, 10**7),
             "adapter_memory_gib": (0, 2**20),
+            "merged_adapter_gib": (0, 2**20),
             "prefix_cache_gib": (0, 2**20),
         }
         for name, (least, most) in bounds.items():

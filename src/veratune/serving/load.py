@@ -75,6 +75,7 @@ def _pool(model: nn.Module, config: ServeConfig) -> AdapterPool:
         dtype=getattr(torch, config.adapter_dtype),
         max_bytes=int(config.adapter_memory_gib * 2**30),
         max_rank=config.max_rank,
+        max_merged_bytes=int(config.merged_adapter_gib * 2**30),
     )
 
 

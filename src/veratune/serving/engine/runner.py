@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from veratune.errors import UnsupportedError
+from veratune.layers.few_rows import replace_linears
 from veratune.serving.engine.kv_cache import KVCache
 from veratune.serving.pool.lease import Lease
 from veratune.serving.pool.pool import AdapterPool
@@ -20,6 +21,8 @@ _PROBE_TOKENS = 12
 
 class ModelRunner:
     """A causal model, its adapters and its KV cache.
+
+    On a CPU the model's float32 linear layers become `FewRowsLinear`, which decode faster.
 
     Args:
         model: A causal model of transformers.
@@ -51,6 +54,7 @@ class ModelRunner:
         slides = "sliding_attention" in kinds if kinds else "sliding_window" in fields
         self._window: int | None = config.sliding_window if slides else None
         self._masks_by_layer_type = bool(kinds)
+        replace_linears(model)
         self.cache = KVCache(max_num_seqs, self.max_model_len)
         self._check_model()
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from veratune.ops.matrix import Matrix, cache_key, matmul
 from veratune.serving.pool.lease import Lease
+from veratune.serving.pool.merged import MergedWeights
 from veratune.serving.pool.slots import SlotGroup
 
 
@@ -50,6 +51,14 @@ class AdapterBatch:
     groups: list[GroupRows]
     heads: list[HeadRows]
 
+    @property
+    def single(self) -> tuple[SlotGroup[Any], int] | None:
+        """The group and slot that all rows use; None: several, or the base model."""
+        if len(self.groups) != 1 or self.groups[0].rows is not None:
+            return None
+        group, slots = self.groups[0].group, set(self.groups[0].slots)
+        return (group, slots.pop()) if len(slots) == 1 else None
+
     @classmethod
     def of(cls, leases: Sequence[Lease | None], device: torch.device) -> "AdapterBatch":
         """Group the rows of a batch by the slots of their leases; None is the base model."""
@@ -76,15 +85,21 @@ class AdapterBatch:
 
 
 class BatchContext:
-    """The batch that the pool's layers compute now, and the last product of an input with A."""
+    """The batch that the pool's layers compute now, and the last product of an input with A.
 
-    def __init__(self) -> None:
+    Args:
+        merged: Weights of an adapter that all rows use.
+    """
+
+    def __init__(self, merged: MergedWeights) -> None:
         self.batch: AdapterBatch | None = None
+        self.merged = merged
         self._projected: tuple[Tensor, tuple[object, ...], Tensor] | None = None
 
     def set(self, batch: AdapterBatch | None) -> AdapterBatch | None:
         """Set the batch and return the one before."""
         before, self.batch, self._projected = self.batch, batch, None
+        self.merged.begin(batch)
         return before
 
     def project(self, x: Tensor, A: Matrix) -> Tensor:

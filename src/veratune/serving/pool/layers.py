@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from veratune.errors import ShapeError
 from veratune.layers.linear import add_to_parts
 from veratune.layers.wrapper import ModuleWrapper
+from veratune.ops.few_rows import linear
 from veratune.serving.pool.batch import AdapterBatch, BatchContext
 
 
@@ -43,12 +44,18 @@ class PoolLayer(ModuleWrapper):
 
 
 class PoolLinear(PoolLayer):
-    """A linear layer: y = W x + ΔW[slot] x for rows with an adapter; see `SlotGroup.update`."""
+    """A linear layer: y = W x + ΔW[slot] x for rows with an adapter; see `SlotGroup.update`.
+
+    Where all rows have one adapter, y = (W + ΔW) x; see `MergedWeights`.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, each row with its own adapter."""
-        y: Tensor = self.base(x)
         batch = self.current_batch(x.shape[0])
+        weight = self.context.merged.weight(self.name, self.base, x) if batch is not None else None
+        if weight is not None:
+            return linear(x, weight, self.base.bias)
+        y: Tensor = self.base(x)
         if batch is None:
             return y
         for entry in batch.groups:

@@ -104,6 +104,14 @@ class LoraSlotGroup(SlotGroup[LoraSite]):
         y = torch.matmul(torch.matmul(flat, A.mT), B.mT)
         return y.view(*x.shape[:-1], m)
 
+    def delta(self, slot_site: LoraSite, slot: int, dtype: torch.dtype) -> Tensor:
+        (m, n), r = slot_site.site.shape, slot_site.site.rank
+        A, B = (
+            self._stacked((slot,), place, shape, dtype)
+            for place, shape in ((slot_site.A, (r, n)), (slot_site.B, (m, r)))
+        )
+        return B @ A
+
     def _stacked(
         self, slots: tuple[int, ...], place: slice, shape: tuple[int, int], dtype: torch.dtype
     ) -> Tensor:

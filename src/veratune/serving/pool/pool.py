@@ -37,6 +37,7 @@ from veratune.serving.pool.batch import AdapterBatch, BatchContext
 from veratune.serving.pool.layers import PoolHead, PoolLayer, PoolLinear
 from veratune.serving.pool.lease import Key, Lease
 from veratune.serving.pool.lora_slots import LoraSlotGroup
+from veratune.serving.pool.merged import MergedWeights
 from veratune.serving.pool.slots import SlotGroup, VeraSlotGroup, check_linear, reserve
 from veratune.targets import Site
 
@@ -80,6 +81,8 @@ class AdapterPool:
         dtype: Dtype of the values in memory.
         max_bytes: Bound of the bytes of loaded adapters and frozen matrices; None: no bound.
         max_rank: Largest rank that is accepted; None: any.
+        max_merged_bytes: Bound of W + ΔW of one adapter, which batches of it alone use, besides
+            `max_bytes`; 0: none.
 
     Raises:
         ConfigError: `slots` is below 1.
@@ -94,6 +97,7 @@ class AdapterPool:
         dtype: torch.dtype = torch.float32,
         max_bytes: int | None = None,
         max_rank: int | None = None,
+        max_merged_bytes: int = 0,
     ) -> None:
         if slots < 1:
             raise ConfigError(f"slots is {slots}; a pool wants at least 1")
@@ -107,7 +111,8 @@ class AdapterPool:
         tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self.base_model: nn.Module = copy.deepcopy(model, tensors)
         self.stats = PoolStats()
-        self.context = BatchContext()
+        self.merged = MergedWeights(max_merged_bytes)
+        self.context = BatchContext(self.merged)
         self._loaded_bytes = 0
         self._groups: dict[GroupKey, SlotGroup[Any]] = {}
         self._entries: collections.OrderedDict[Key, _Entry] = collections.OrderedDict()
@@ -243,6 +248,7 @@ class AdapterPool:
                 self.model, lambda module: module.base if isinstance(module, PoolLayer) else module
             )
             self._wrapped, self._groups = {}, {}
+            self.merged.clear()
             self._entries.clear()
             self._loaded_bytes = 0
 
@@ -263,6 +269,7 @@ class AdapterPool:
             self._evict(group)
         self._make_room(group.bytes_per_slot, group)
         slot = group.free.pop()
+        self.merged.forget(group, slot)
         try:
             group.write(slot, adapter)
         except BaseException:
@@ -304,6 +311,7 @@ class AdapterPool:
     def _remove(self, key: Key) -> None:
         entry = self._entries.pop(key)
         entry.group.clear(entry.slot)
+        self.merged.forget(entry.group, entry.slot)
         entry.group.free.append(entry.slot)
         self._loaded_bytes -= entry.group.bytes_per_slot
 

@@ -23,6 +23,7 @@ from veratune.basis.basis import Basis
 from veratune.errors import UnsupportedError
 from veratune.fingerprint import weight_fingerprint
 from veratune.layers.vectors import product_dtype
+from veratune.ops.delta import delta_weight
 from veratune.ops.matrix import Matrix
 from veratune.ops.rows import vera_rows
 from veratune.targets import Site, find_heads
@@ -114,6 +115,10 @@ class SlotGroup(abc.ABC, Generic[S]):
         """Release the memory of a slot that no request uses, where that is worth it."""
 
     @abc.abstractmethod
+    def delta(self, slot_site: S, slot: int, dtype: torch.dtype) -> Tensor:
+        """Compute ΔW, shape (m, n), of a site with the adapter in a slot."""
+
+    @abc.abstractmethod
     def update(self, slot_site: S, x: Tensor, slots: tuple[int, ...], project: Project) -> Tensor:
         """Compute ΔW x of each row with the adapter in its slot.
 
@@ -197,6 +202,12 @@ class VeraSlotGroup(SlotGroup[SlotSite]):
         d, b = (None if s is None else values[:, s] for s in (slot_site.d, slot_site.b))
         z = project(x if x.dtype == dtype else x.to(dtype), A)
         return vera_rows(x, A, B, d, b, None, slot_site.scale if d is None else 1.0, projected=z)
+
+    def delta(self, slot_site: SlotSite, slot: int, dtype: torch.dtype) -> Tensor:
+        A, B = slot_site.pair(self.values.device, dtype)
+        values = self.gather((slot,), dtype)[0]  # d is scaled already
+        d, b = (None if s is None else values[s] for s in (slot_site.d, slot_site.b))
+        return delta_weight(A, B, d, b, slot_site.scale if d is None else 1.0)
 
     def write(self, slot: int, adapter: Adapter) -> None:
         vectors = {"d": adapter.d, "b": adapter.b}
