@@ -56,6 +56,18 @@ class MergedWeights:
         held = self._held
         return 0 if held is None else held.bytes
 
+    @property
+    def layers(self) -> list[str]:
+        """Paths of the merged layers."""
+        held = self._held
+        return [] if held is None else list(held.weights)
+
+    @property
+    def owner(self) -> tuple[SlotGroup[Any], int] | None:
+        """Group and slot of the adapter in the merged weights."""
+        held = self._held
+        return None if held is None else (held.group, held.slot)
+
     def begin(self, batch: "AdapterBatch | None") -> None:
         """Begin a pass of this batch."""
         self._room, self._current = _LAYERS_PER_PASS, None
