@@ -36,7 +36,7 @@ class ServeConfig:
         adapter_dtype: dtype of adapters in memory
         adapter_memory_gib: GiB of adapters in memory, with A and B of all kinds
         merged_adapter_gib: GiB for W + ΔW of the one adapter that whole batches use, so that it
-            costs no more than the base model; float32 only, 0 for none
+            costs what the base model costs; of each base model, float32 only, 0 for none
         max_rank: largest rank of an adapter
         max_num_seqs: sequences that are decoded at once
         max_queue: requests that may wait

@@ -77,6 +77,21 @@ def test_the_same_prompt_under_two_adapters_never_crosses():
         assert answer == wanted[i % 2][: len(answer)]
 
 
+def test_completions_of_one_tenant_with_merged_weights_are_as_if_alone():
+    own = adapter(small_llama, QV, 3)
+    server = engine()
+    server.pool.merged.max_bytes = 2**30
+    server.eos_token_ids = set()
+    prompts = [[5 + i, 6, 7 + i] for i in range(4)]
+    requests = [
+        GenerationRequest("a", prompt, GREEDY, key="k", load=lambda: own) for prompt in prompts
+    ]
+    tokens, _ = run_all(server, requests)
+    assert len(server.pool.merged.layers) == len(own.shapes)
+    assert tokens == [generate_alone(small_llama, p, own, GREEDY.max_tokens) for p in prompts]
+    server.close()
+
+
 def test_one_request_fails_alone():
     good = adapter(small_llama, QV, 0)
     huge = adapter(small_llama, QV, 1)
