@@ -1,5 +1,7 @@
 """FewRowsLinear: nn.Linear whose product with few rows, as in decoding, is taken as W xᵀ."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ class FewRowsLinear(ModuleWrapper):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output."""
-        return linear(x, self.base.weight, self.base.bias)
+        return linear(x, cast(Tensor, self.base.weight), cast(Tensor | None, self.base.bias))
 
 
 def replace_linears(model: nn.Module) -> None:
