@@ -24,13 +24,13 @@ from transformers import AutoModelForCausalLM
 
 import veratune as vt
 from veratune.analysis.machine import describe_machine
-from veratune.ops import few_rows
 from veratune.serving.engine.runner import ModelRunner
 from veratune.serving.pool.lease import Lease
 from veratune.serving.pool.pool import AdapterPool
 
 LINES = Path(__file__).parent / "results" / "decode.jsonl"
 ROWS, PROMPT, RANK, MOST = (1, 2, 4, 8, 16, 32), 60, 256, 2**30
+CHOICE = "veratune.ops.few_rows.takes_rows_as_columns"
 PLAIN, BASE = "base, W as right factor", "base"
 FACTORED, MERGED = "one tenant, factored", "one tenant, merged"
 
@@ -67,7 +67,7 @@ class Steps:
         return 1e3 * (time.process_time() - start)
 
     def case(self, name: str, rows: int) -> float:
-        plain = unittest.mock.patch.object(few_rows, "takes_rows_as_columns", return_value=False)
+        plain = unittest.mock.patch(CHOICE, return_value=False)
         with plain if name == PLAIN else contextlib.nullcontext():
             self.pool.merged.max_bytes = 0 if name == FACTORED else MOST
             return self.step(rows, self.lease if name in (FACTORED, MERGED) else None)
