@@ -86,11 +86,18 @@ def short_rows(task: str, data: Path, split: str, count: int, skip: int = 0) -> 
     """Rows of a task in a fixed random order, without long ones."""
     from veratune.tasks.data import load_examples
 
-    rows = list(load_examples(str(data / TASKS[task][0]), split))
-    random.Random(7).shuffle(rows)
-    short = [r for r in rows if len(TASKS[task][2](r)) <= 240 and len(TASKS[task][3](r)) <= 160]
-    found = short[skip : skip + count]
-    assert len(found) == count, (task, split, len(short))
+    rows = load_examples(str(data / TASKS[task][0]), split)
+    order = list(range(len(rows)))
+    random.Random(7).shuffle(order)
+    found: list[Row] = []
+    for number in order:
+        row = rows[number]
+        if len(TASKS[task][2](row)) <= 240 and len(TASKS[task][3](row)) <= 160:
+            found.append(row)
+        if len(found) == skip + count:
+            break
+    found = found[skip:]
+    assert len(found) == count, (task, split, len(found))
     return found
 
 
@@ -198,23 +205,21 @@ def score(task: str, form: str, flags: argparse.Namespace, model: Any) -> dict[s
         if example["form"] == form
     ]
     encoded = instruction.encode(datasets.Dataset.from_list(rows), tokenizer)
-    losses: dict[str, list[float]] = {}
-    exact: dict[str, list[bool]] = {}
+    names = ("base", *TASKS)
+    losses: dict[str, list[float]] = {name: [] for name in names}
+    exact: dict[str, list[bool]] = {name: [] for name in names}
     tokens: list[int] = []
-    for name in ("base", *TASKS):
-        vt.use(model, None if name == "base" else name)
-        losses[name], exact[name], tokens = [], [], []
-        for row in encoded:
-            labels = torch.tensor(row["labels"])[1:]
-            with torch.no_grad():
-                logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
-            answer = labels != -100
-            sums = torch.nn.functional.cross_entropy(
-                logits[answer], labels[answer], reduction="sum"
-            )
-            losses[name].append(round(sums.item(), 4))
-            exact[name].append(bool((logits[answer].argmax(-1) == labels[answer]).all()))
-            tokens.append(int(answer.sum()))
+    for row in encoded:
+        labels = torch.tensor(row["labels"])[1:]
+        answer = labels != -100
+        ids = torch.tensor([row["input_ids"]] * len(names))
+        with torch.no_grad(), vt.rows(model, [None, *TASKS]):
+            logits = model(ids).logits[:, :-1][:, answer]
+        for name, own in zip(names, logits, strict=True):
+            loss = torch.nn.functional.cross_entropy(own, labels[answer], reduction="sum")
+            losses[name].append(round(loss.item(), 4))
+            exact[name].append(bool((own.argmax(-1) == labels[answer]).all()))
+        tokens.append(int(answer.sum()))
     found = {"what": "score", "task": task, "form": form, "tokens": tokens}
     return {**found, "losses": losses, "exact": exact}
 
@@ -256,7 +261,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--held-out", type=int, default=24)
+    parser.add_argument("--held-out", type=int, default=20)
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--lr", type=float, default=4e-2)
     parser.add_argument("--beside", default="nothing")

@@ -4,7 +4,7 @@ import concurrent.futures
 import functools
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ class Embedder:
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self._model: Any = model
+        self._model = cast(Any, model)
         length = getattr(self._model.config, "max_position_embeddings", None) or MAX_TOKENS
         self.max_tokens = min(MAX_TOKENS, length)
         self.width: int = self._model.config.hidden_size
