@@ -1,12 +1,15 @@
 """The page in Chromium: two adapters answer what was typed once, by keyboard alone, and what goes wrong is said."""
 
+import dataclasses
 import re
 import shutil
 
 import pytest
 
 from tests import fakes
+from tests.serving.fakes import QV, adapter, small_llama
 from tests.serving.http.fakes import FILES, RunningServer, greedy
+from veratune.formats import native
 from veratune.serving.engine.scheduler import SchedulerConfig
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -172,6 +175,35 @@ def test_tool_calls_and_structured_output(browser, tmp_path):
         page.wait_for_function(IDLE % 4)
         assert page.locator("#left-talk .user").last.inner_text() == "result: done"
         assert said(page, "left").inner_text() == '{\n  "room": "kitchen"\n}'
+        page.screenshot(path=tmp_path / "page.png")
+        page.close()
+    finally:
+        served.stop()
+
+
+def test_auto_and_a_mix_can_be_chosen(browser, tmp_path):
+    served = RunningServer(tmp_path, open=True)
+    only_d = dataclasses.replace(QV, vectors="d")
+    try:
+        for number, name in enumerate(("house", "style")):
+            data = native.encode(adapter(small_llama, only_d, number))
+            served.service.put("default", name, data)
+        lights = [
+            f"turn the light {word} in kitchen {i}" for i, word in enumerate(["on", "off"] * 6)
+        ]
+        served.service.put_examples("default", "house", lights)
+        page = browser.new_page(viewport={"width": 1280, "height": 800}, bypass_csp=True)
+        page.goto(served.url)
+        page.wait_for_function("document.getElementById('right').options.length == 4")
+        page.locator("#left").select_option("auto")
+        page.locator("#right-mix").fill("house:0.7+style:0.3")
+        page.locator("#tokens").fill("4")
+        page.locator("#prompt").fill(lights[3])
+        page.locator("#prompt").press("Enter")
+        page.wait_for_function(IDLE % 2)
+        notes = page.locator(".note").all_inner_texts()
+        assert notes[0].startswith("auto (house) · first after")
+        assert notes[1].startswith("house:0.7+style:0.3 · first after")
         page.screenshot(path=tmp_path / "page.png")
         page.close()
     finally:
