@@ -19,6 +19,7 @@ from typing import Any
 
 LINES = Path(__file__).parent / "results" / "routing.jsonl"
 FORMS = ("instruction", "bare")
+EMBEDS = ("base", "encoder")
 Row = Mapping[str, Any]
 
 
@@ -203,7 +204,7 @@ def score(task: str, form: str, flags: argparse.Namespace, model: Any) -> dict[s
         {"prompt": example["prompt"], "completion": example["completion"]}
         for example in examples(task, flags, "held_out")
         if example["form"] == form
-    ]
+    ][: flags.scored]
     encoded = instruction.encode(datasets.Dataset.from_list(rows), tokenizer)
     names = ("base", *TASKS)
     losses: dict[str, list[float]] = {name: [] for name in names}
@@ -240,18 +241,24 @@ def measure(flags: argparse.Namespace) -> None:
             file.write(f"{text}\n")
         print(text[:150], flush=True)
 
-    for embeds in ("base", "encoder"):
-        if (embeds, "stsb", "bare") not in done:
+    for embeds in EMBEDS:
+        if flags.only in (None, embeds) and (embeds, "stsb", "bare") not in done:
             for line in route(embeds, flags):
                 add(line)
+    left = [
+        (task, form)
+        for task in TASKS
+        for form in FORMS
+        if flags.only in (None, task) and (None, task, form) not in done
+    ]
+    if not left:
+        return
     instruction = Instruction(max_length=512)
     model = instruction.load_model(flags.model, instruction.load_processor(flags.model)).eval()
     for task in TASKS:
         vt.load(model, str(flags.work / task / "adapter.safetensors"), name=task)
-    for task in TASKS:
-        for form in FORMS:
-            if (None, task, form) not in done:
-                add(score(task, form, flags, model))
+    for task, form in left:
+        add(score(task, form, flags, model))
 
 
 def main() -> None:
@@ -265,14 +272,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--lr", type=float, default=4e-2)
     parser.add_argument("--beside", default="nothing")
-    parser.add_argument("--only", choices=TASKS, help="train the adapter of this task alone")
+    parser.add_argument("--scored", type=int, default=12, help="of a task's held-out inputs")
+    parser.add_argument(
+        "--only", choices=(*TASKS, *EMBEDS), help="one task's scores, or one model's choices"
+    )
     flags = parser.parse_args()
     flags.work.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
-        if flags.only in (None, task):
-            train_adapter(task, flags)
-    if flags.only is None:
-        measure(flags)
+        train_adapter(task, flags)
+    measure(flags)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Fill the measured blocks of the tasks' pages from benchmarks/results: python docs/make_tasks.py (a test compares them)."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,12 +160,98 @@ def tool_calls() -> str:
     return table(head, rows, note, first)
 
 
+FORMS = {"instruction": "instruction and input", "bare": "input alone"}
+EMBEDS = {"base": "the base", "encoder": "an encoder"}
+
+
+def routing() -> str:
+    """How often "auto" chooses the adapter that was trained on an input's task."""
+    lines, rows = [line for line in read("routing") if line["what"] == "route"], []
+    for embeds, measured in by(lines, "embeds").items():
+        name = f"{EMBEDS[embeds]}, {measured[0]['embedder'].rpartition('/')[2]}"
+        for form, title in FORMS.items():
+            pairs = [
+                (choice, line["task"])
+                for line in measured
+                if line["form"] == form
+                for choice in line["chosen"]
+            ]
+            right = sum(choice == task for choice, task in pairs)
+            fell = sum(choice is None for choice, _ in pairs)
+            rows.append(
+                [name, title, len(pairs), *(_percent(n, len(pairs)) for n in (right, fell))]
+            )
+        (strange,) = (line["chosen"] for line in measured if line["task"] == "mt_bench")
+        rejected = _percent(sum(choice is None for choice in strange), len(strange))
+        rows.append([name, "MT-Bench, no task of these", len(strange), "", rejected])
+    cost = {
+        embeds: statistics.mean(line["cpu_ms"] for line in measured if line["form"])
+        for embeds, measured in by(lines, "embeds").items()
+    }
+    times = " and ".join(f"{ms:.0f} ms by {EMBEDS[embeds]}" for embeds, ms in cost.items())
+    head = ["embedded by", "prompts", "inputs", "right adapter", "fell back to the base"]
+    first = lines[0]
+    note = (
+        f"{len({line['task'] for line in lines}) - 1} tasks, {first['train_rows']} training inputs each, half of them "
+        f"with the instruction. A choice takes {times} of CPU time."
+    )
+    return table(head, rows, note, first)
+
+
+def routed_scores() -> str:
+    """Scores of the adapter that "auto" chooses, beside the base, the right and the wrong ones."""
+    lines = read("routing")
+    chosen = {
+        (line["task"], line["form"]): line["chosen"]
+        for line in lines
+        if line["what"] == "route" and line["embeds"] == "encoder"
+    }
+    scores = [line for line in lines if line["what"] == "score"]
+    names = list(scores[0]["losses"])  # the base, then each task's adapter
+    rows: list[list[object]] = []
+    for form, title in FORMS.items():
+        for line in (line for line in scores if line["form"] == form):
+            task, count = line["task"], len(line["tokens"])
+            wrong = [name for name in names if name not in ("base", task)]
+            picks: list[Callable[[int], Sequence[str]]] = [
+                lambda i: ["base"],
+                lambda i, key=(task, form): [chosen[key][i] or "base"],
+                lambda i, task=task: [task],
+                lambda i, wrong=wrong: wrong,
+            ]
+            loss = [_sum(line["losses"], pick, count) / sum(line["tokens"]) for pick in picks]
+            exact = [100 * _sum(line["exact"], pick, count) / count for pick in picks]
+            words = task not in ("restaurants", "alpaca")
+            cells = [f"{x:.0f}" if words else "" for x in exact]
+            rows.append([task, title, *(f"{x:.2f}" for x in loss), *cells])
+    kinds = ("base", "auto", "right adapter", "wrong ones")
+    head = ["task", "prompts", *(f"loss: {k}" for k in kinds), *(f"exact %: {k}" for k in kinds)]
+    note = (
+        f"Held-out loss of an answer's token and, for answers of one word, greedy answers that are exact; "
+        f"{len(scores[0]['tokens'])} inputs a row, chosen by the encoder's embedding. "
+        "Wrong ones: the mean over the other tasks' adapters."
+    )
+    return table(head, rows, note, scores[0])
+
+
+def _sum(
+    values: Mapping[str, Sequence[float]], pick: Callable[[int], Sequence[str]], count: int
+) -> float:
+    """Sum over inputs of the mean value under the picked adapters."""
+    return sum(statistics.mean(values[name][i] for name in pick(i)) for i in range(count))
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f}%"
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "throughput": {"packing": packing},
     "preferences": {"preference": preference},
     "rl": {"grpo": grpo},
     "embeddings": {"embedding": embedding},
     "conversations": {"tool calls": tool_calls},
+    "serving": {"routing": routing, "routed scores": routed_scores},
 }
 
 
