@@ -178,7 +178,6 @@ def route(embeds: str, flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {
             "what": "route",
             "embeds": embeds,
-            "embedder": embedder.id.partition("@")[0],
             "task": task,
             "form": form,
             "chosen": chosen,

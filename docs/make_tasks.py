@@ -161,14 +161,14 @@ def tool_calls() -> str:
 
 
 FORMS = {"instruction": "instruction and input", "bare": "input alone"}
-EMBEDS = {"base": "the base", "encoder": "an encoder"}
+EMBEDS = {"base": "SmolLM2, the base", "encoder": "MiniLM, the encoder"}
 
 
 def routing() -> str:
     """How often "auto" chooses the adapter that was trained on an input's task."""
     lines, rows = [line for line in read("routing") if line["what"] == "route"], []
     for embeds, measured in by(lines, "embeds").items():
-        name = f"{EMBEDS[embeds]}, {measured[0]['embedder'].rpartition('/')[2]}"
+        name = EMBEDS[embeds]
         for form, title in FORMS.items():
             pairs = [
                 (choice, line["task"])
@@ -188,7 +188,7 @@ def routing() -> str:
         embeds: statistics.mean(line["cpu_ms"] for line in measured if line["form"])
         for embeds, measured in by(lines, "embeds").items()
     }
-    times = " and ".join(f"{ms:.0f} ms by {EMBEDS[embeds]}" for embeds, ms in cost.items())
+    times = " and ".join(f"{ms:.0f} ms ({EMBEDS[embeds]})" for embeds, ms in cost.items())
     head = ["embedded by", "prompts", "inputs", "right adapter", "fell back to the base"]
     first = lines[0]
     note = (

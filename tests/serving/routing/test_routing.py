@@ -20,10 +20,12 @@ from veratune.errors import (
     DataError,
     StoreError,
 )
+from veratune.serving.feedback.models import Example
 from veratune.serving.routing.adapter_embedding import AdapterEmbedding
 from veratune.serving.routing.embedder import MAX_TOKENS, Embedder
 from veratune.serving.routing.examples import parse_examples, training_texts, user_texts
 from veratune.serving.routing.router import MAX_EXAMPLES, Router
+from veratune.serving.routing.training import embed_feedback, embed_training_file
 from veratune.serving.store.sqlite import SqliteStore
 
 LIGHTS = [f"turn the light {word} in kitchen {i}" for i, word in enumerate(["on", "off"] * 6)]
@@ -246,6 +248,28 @@ def test_calls_from_many_threads_agree(router):
         thread.join()
     assert len(found) == 30
     assert all(name == wanted for name, wanted in found)
+
+
+def test_inputs_of_training_runs_are_embedded(router):
+    data = "".join(json.dumps({"prompt": text, "completion": "ok"}) + "\n" for text in LIGHTS)
+    said = embed_training_file(router)("ann", "lights", data.encode())
+    assert said == f"the model auto chooses the adapter by {len(LIGHTS)} of its inputs"
+    examples = [
+        Example(
+            id=f"feedback-{text}",
+            tenant="ann",
+            adapter="films",
+            kind="correction",
+            messages=[{"role": "user", "content": text}, {"role": "assistant", "content": "ok"}],
+            held_out=False,
+            created=0.0,
+            trained=True,
+        )
+        for text in FILMS
+    ]
+    embed_feedback(router)("ann", "films", examples)
+    assert router.choose("ann", [[LIGHTS[1]]]) == "lights"
+    assert router.choose("ann", [[FILMS[1]]]) == "films"
 
 
 TALK = [
