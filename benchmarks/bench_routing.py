@@ -6,14 +6,14 @@ Each task has one VeRA adapter. Half of its examples have an instruction before 
 the bare input. Finished adapters in --work are not trained again, and finished lines are not
 measured again. Writes results/routing.jsonl: which adapter the server's router chose for each
 held-out input, by the base's own embedding and by the encoder's; and the loss and exactness of
-every held-out answer under the base and under each adapter.
+held-out answers under the base, the adapter chosen by the encoder, the right and a wrong adapter.
 """
 
 import argparse
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +185,10 @@ def route(embeds: str, flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         }
 
 
-def score(task: str, form: str, flags: argparse.Namespace, model: Any) -> dict[str, Any]:
-    """Loss and exactness of a task's held-out answers under the base and under each adapter.
+def score(
+    task: str, form: str, flags: argparse.Namespace, model: Any, chosen: Sequence[str | None]
+) -> dict[str, Any]:
+    """Loss and exactness of a task's held-out answers under four models.
 
     An answer is exact if each of its tokens, the end of the turn included, is the likeliest one:
     greedy decoding would give it.
@@ -205,23 +207,34 @@ def score(task: str, form: str, flags: argparse.Namespace, model: Any) -> dict[s
         if example["form"] == form
     ][: flags.scored]
     encoded = instruction.encode(datasets.Dataset.from_list(rows), tokenizer)
-    names = ("base", *TASKS)
-    losses: dict[str, list[float]] = {name: [] for name in names}
-    exact: dict[str, list[bool]] = {name: [] for name in names}
+    names = list(TASKS)
+    wrong = names[(names.index(task) + len(names) // 2) % len(names)]
+    losses: dict[str, list[float]] = {kind: [] for kind in ("base", "auto", "right", "wrong")}
+    exact: dict[str, list[bool]] = {kind: [] for kind in losses}
     tokens: list[int] = []
-    for row in encoded:
+    for row, choice in zip(encoded, chosen, strict=False):
+        kinds = {"base": None, "auto": choice, "right": task, "wrong": wrong}
+        adapters = list(dict.fromkeys(kinds.values()))
         labels = torch.tensor(row["labels"])[1:]
         answer = labels != -100
-        ids = torch.tensor([row["input_ids"]] * len(names))
-        with torch.no_grad(), vt.rows(model, [None, *TASKS]):
-            logits = model(ids).logits[:, :-1][:, answer]
-        for name, own in zip(names, logits, strict=True):
+        count = int(answer.sum())  # the answer is the end of the row
+        assert answer[-count:].all()
+        ids = torch.tensor([row["input_ids"]] * len(adapters))
+        with torch.no_grad(), vt.rows(model, adapters):
+            logits = model(ids, logits_to_keep=count + 1).logits[:, :-1]
+        for kind, adapter in kinds.items():
+            own = logits[adapters.index(adapter)]
             loss = torch.nn.functional.cross_entropy(own, labels[answer], reduction="sum")
-            losses[name].append(round(loss.item(), 4))
-            exact[name].append(bool((own.argmax(-1) == labels[answer]).all()))
-        tokens.append(int(answer.sum()))
-    found = {"what": "score", "task": task, "form": form, "tokens": tokens}
+            losses[kind].append(round(loss.item(), 4))
+            exact[kind].append(bool((own.argmax(-1) == labels[answer]).all()))
+        tokens.append(count)
+    found = {"what": "score", "task": task, "form": form, "wrong": wrong, "tokens": tokens}
     return {**found, "losses": losses, "exact": exact}
+
+
+def read() -> list[dict[str, Any]]:
+    """The lines that were measured."""
+    return [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.exists() else []
 
 
 def measure(flags: argparse.Namespace) -> None:
@@ -230,8 +243,7 @@ def measure(flags: argparse.Namespace) -> None:
     from veratune.analysis.machine import describe_machine
     from veratune.tasks.text.language import Instruction
 
-    lines = [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.exists() else []
-    done = {(line.get("embeds"), line["task"], line["form"]) for line in lines}
+    done = {(line.get("embeds"), line["task"], line["form"]) for line in read()}
 
     def add(line: dict[str, Any]) -> None:
         sizes = {"train_rows": flags.rows, "held_out_rows": flags.held_out, "epochs": flags.epochs}
@@ -254,10 +266,15 @@ def measure(flags: argparse.Namespace) -> None:
         return
     instruction = Instruction(max_length=512)
     model = instruction.load_model(flags.model, instruction.load_processor(flags.model)).eval()
+    chosen = {
+        (line["task"], line["form"]): line["chosen"]
+        for line in read()
+        if line.get("embeds") == "encoder"
+    }
     for task in TASKS:
         vt.load(model, str(flags.work / task / "adapter.safetensors"), name=task)
     for task, form in left:
-        add(score(task, form, flags, model))
+        add(score(task, form, flags, model, chosen[task, form]))
 
 
 def main() -> None:
@@ -271,7 +288,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--lr", type=float, default=4e-2)
     parser.add_argument("--beside", default="nothing")
-    parser.add_argument("--scored", type=int, default=12, help="of a task's held-out inputs")
+    parser.add_argument("--scored", type=int, default=10, help="of a task's held-out inputs")
     parser.add_argument(
         "--only", choices=(*TASKS, *EMBEDS), help="one task's scores, or one model's choices"
     )

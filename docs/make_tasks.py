@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,46 +199,36 @@ def routing() -> str:
 
 
 def routed_scores() -> str:
-    """Scores of the adapter that "auto" chooses, beside the base, the right and the wrong ones."""
-    lines = read("routing")
-    chosen = {
-        (line["task"], line["form"]): line["chosen"]
-        for line in lines
-        if line["what"] == "route" and line["embeds"] == "encoder"
-    }
-    scores = [line for line in lines if line["what"] == "score"]
-    names = list(scores[0]["losses"])  # the base, then each task's adapter
+    """Scores of the adapter that "auto" chooses, beside the base, the right and a wrong one."""
+    scores = [line for line in read("routing") if line["what"] == "score"]
     rows: list[list[object]] = []
     for form, title in FORMS.items():
         for line in (line for line in scores if line["form"] == form):
-            task, count = line["task"], len(line["tokens"])
-            wrong = [name for name in names if name not in ("base", task)]
-            picks: list[Callable[[int], Sequence[str]]] = [
-                lambda i: ["base"],
-                lambda i, key=(task, form): [chosen[key][i] or "base"],
-                lambda i, task=task: [task],
-                lambda i, wrong=wrong: wrong,
-            ]
-            loss = [_sum(line["losses"], pick, count) / sum(line["tokens"]) for pick in picks]
-            exact = [100 * _sum(line["exact"], pick, count) / count for pick in picks]
-            words = task not in ("restaurants", "alpaca")
-            cells = [f"{x:.0f}" if words else "" for x in exact]
-            rows.append([task, title, *(f"{x:.2f}" for x in loss), *cells])
-    kinds = ("base", "auto", "right adapter", "wrong ones")
-    head = ["task", "prompts", *(f"loss: {k}" for k in kinds), *(f"exact %: {k}" for k in kinds)]
+            loss = [sum(values) / sum(line["tokens"]) for values in line["losses"].values()]
+            exact = [_percent(sum(values), len(values)) for values in line["exact"].values()]
+            words = line["task"] not in ("restaurants", "alpaca")
+            cells = exact if words else [""] * len(exact)
+            rows.append([line["task"], title, *(f"{x:.2f}" for x in loss), *cells])
+        own = [line for line in scores if line["form"] == form]
+        kinds = list(own[0]["losses"])
+        loss = [
+            statistics.mean(sum(line["losses"][k]) / sum(line["tokens"]) for line in own)
+            for k in kinds
+        ]
+        words = [line for line in own if line["task"] not in ("restaurants", "alpaca")]
+        exact = [
+            f"{100 * statistics.mean(x for line in words for x in line['exact'][k]):.1f}%"
+            for k in kinds
+        ]
+        rows.append(["mean", title, *(f"{x:.2f}" for x in loss), *exact])
+    names = ("base", "auto", "right adapter", "wrong adapter")
+    head = ["task", "prompts", *(f"loss: {n}" for n in names), *(f"exact: {n}" for n in names)]
     note = (
-        f"Held-out loss of an answer's token and, for answers of one word, greedy answers that are exact; "
-        f"{len(scores[0]['tokens'])} inputs a row, chosen by the encoder's embedding. "
-        "Wrong ones: the mean over the other tasks' adapters."
+        "Held-out loss of an answer's token and, for answers of one word, greedy answers that are "
+        f"exact; {len(scores[0]['tokens'])} inputs a row, auto by the encoder's embedding. The wrong "
+        "adapter is another task's, the same for all inputs of a row."
     )
     return table(head, rows, note, scores[0])
-
-
-def _sum(
-    values: Mapping[str, Sequence[float]], pick: Callable[[int], Sequence[str]], count: int
-) -> float:
-    """Sum over inputs of the mean value under the picked adapters."""
-    return sum(statistics.mean(values[name][i] for name in pick(i)) for i in range(count))
 
 
 def _percent(part: int, whole: int) -> str:
