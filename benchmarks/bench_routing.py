@@ -13,7 +13,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,9 @@ def train_adapter(task: str, flags: argparse.Namespace) -> None:
     print(task, "trained", round(time.process_time() - start), "CPU seconds", flush=True)
 
 
-def route(embeds: str, flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def route(
+    embeds: str, flags: argparse.Namespace, done: Container[tuple[str, str, str]]
+) -> Iterator[dict[str, Any]]:
     """What the router chooses for the held-out inputs of each task and form, and for MT-Bench."""
     from transformers import AutoModel, AutoTokenizer
 
@@ -173,6 +175,8 @@ def route(embeds: str, flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for example in examples(task, flags, "held_out"):
             inputs.setdefault((task, example["form"]), []).append(example["prompt"])
     for (task, form), texts in inputs.items():
+        if (embeds, task, form) in done:
+            continue
         start = time.process_time()
         chosen = [router.choose("bench", [[text]]) for text in texts]
         yield {
@@ -254,7 +258,7 @@ def measure(flags: argparse.Namespace) -> None:
 
     for embeds in EMBEDS:
         if flags.only in (None, embeds) and (embeds, "stsb", "bare") not in done:
-            for line in route(embeds, flags):
+            for line in route(embeds, flags, done):
                 add(line)
     left = [
         (task, form)
