@@ -296,6 +296,8 @@ class Service:
         ref = AdapterRef(tenant, name, self.store.newest(tenant, name))
         tombstone = self.store.delete(tenant, name)
         self.unload(ref.key)
+        if self.router is not None:
+            self.router.forget(tenant)
         return tombstone
 
     def forget_tenant(self, tenant: str) -> None:

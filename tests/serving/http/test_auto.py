@@ -208,3 +208,15 @@ def test_a_deleted_adapter_is_chosen_no_more(server):
         assert chosen() == "gone"
         http.delete("/v1/adapters/gone")
         assert chosen() == "base"
+
+
+def test_a_deleted_adapters_embedding_leaves_memory_at_once(server):
+    server.service.router.index.refresh_seconds, before = 60, 2.0
+    try:
+        server.service.put("cleo", "x", FILES["alice"])
+        server.service.put_examples("cleo", "x", LIGHTS)
+        assert server.service.router.has_choice("cleo")
+        server.service.delete("cleo", "x")
+        assert not server.service.router.has_choice("cleo")
+    finally:
+        server.service.router.index.refresh_seconds = before

@@ -100,7 +100,7 @@ class Router:
         AdapterEmbedding.check_count(count)  # before the work
         made = AdapterEmbedding.fit(self.embedder.id, self.embedder.embed(chosen))
         self.store.put_embedding(tenant, name, made.encode())
-        self.index.forget(tenant)
+        self.forget(tenant)
         return made
 
     def put_training_data(self, tenant: str, name: str, texts: Sequence[str]) -> str:
@@ -122,6 +122,10 @@ class Router:
     def has_choice(self, tenant: str) -> bool:
         """Whether a tenant has adapters to choose from. Raises StoreError."""
         return bool(self.index.get(tenant).names)
+
+    def forget(self, tenant: str) -> None:
+        """Take a tenant's embeddings out of memory; the store is read again at the next use."""
+        self.index.forget(tenant)
 
     def _exists(self, tenant: str, name: str) -> bool:
         try:
