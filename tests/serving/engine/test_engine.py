@@ -161,6 +161,26 @@ def test_prompts_of_like_length_are_read_together_and_a_tenant_who_asks_a_lot_do
     server.close()
 
 
+def test_a_step_reads_prompts_of_unlike_length_in_several_passes_up_to_its_bound(monkeypatch):
+    server = engine(rows=32, max_num_batched_tokens=100)
+    passes, real = [], server.runner.run
+    monkeypatch.setattr(
+        server.runner,
+        "run",
+        lambda row, tokens, *rest, **options: (
+            passes.append([len(own) for own in tokens]),
+            real(row, tokens, *rest, **options),
+        )[1],
+    )
+    for size in (60, 2, 2, 20, 90):
+        server.submit(GenerationRequest("a", [5] * size, GREEDY))
+    server.step()
+    server.step()
+    assert passes[:3] == [[60], [2, 2, 20], [1] * 4]  # 90 tokens do not fit beside these
+    assert [90] in passes[3:5]
+    server.close()
+
+
 def test_a_failing_pass_fails_its_rows_and_the_next_one_works(monkeypatch):
     server = engine()
     first = GenerationRequest("t", [4, 5], GREEDY)

@@ -109,7 +109,7 @@ def test_texts_that_are_read_together_fill_their_pass(sizes, most):
     own = [sizes[i] for i in chosen]
     area = max(own) * len(own)
     assert len(own) == 1 or area <= most
-    assert sum(own) >= 0.75 * area
+    assert area - sum(own) <= max(0.25 * area, 32)  # little padding, or less than a pass costs
 
 
 def test_what_waits_is_counted_while_tenants_come_and_go(request):

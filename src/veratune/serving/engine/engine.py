@@ -183,14 +183,17 @@ class Engine:
             self.prefix_cache.remove_adapter(key)
 
     def step(self) -> bool:
-        """Prefill one chunk and decode one token of every sequence; return whether any ran."""
+        """Prefill up to `max_num_batched_tokens` tokens, padding included, and decode one token of
+        every sequence; return whether any ran.
+        """
         self._end_cancelled()
         self._preempt()
         self._admit()
         if not len(self.batch):
             return False
-        if self.batch.prefilling:
-            self._prefill()
+        left = self.max_num_batched_tokens
+        while queue := self._prefill_queue(left):
+            left -= self._prefill(queue, left)
         if self.batch.decoding:
             self._decode()
         return True
@@ -255,14 +258,28 @@ class Engine:
             self.runner.cache.restore(self.batch.row(request), found[0].layers, found[1])
             self.stats.cached_tokens += found[1]
 
-    def _prefill(self) -> None:
-        """Prefill the next chunk of the oldest prompt, and of those that fit beside it."""
+    def _next_chunk(self, request: GenerationRequest) -> int:
+        left = len(request.tokens) - self.batch.states[request].prefilled
+        return min(left, self.max_num_batched_tokens)
+
+    def _prefill_queue(self, most: int) -> list[GenerationRequest]:
+        """Return the prompts whose next chunk has at most so many tokens, the oldest first."""
+        queue = [r for r in self.batch.prefilling if self._next_chunk(r) <= most]
+        return sorted(queue, key=lambda request: request.adapter_ready_time or 0.0)
+
+    def _prefill(self, queue: Sequence[GenerationRequest], most: int) -> int:
+        """Prefill the next chunk of the first prompt, and of those that fit beside it.
+
+        Args:
+            queue: Prompts, the oldest first.
+            most: Tokens of the pass, padding included.
+
+        Returns:
+            Tokens of the pass.
+        """
         batch, states = self.batch, self.batch.states
-        queue = sorted(batch.prefilling, key=lambda request: request.adapter_ready_time or 0.0)
-        sizes = [
-            min(len(r.tokens) - states[r].prefilled, self.max_num_batched_tokens) for r in queue
-        ]
-        chosen = select_prefill_batch(sizes, self.max_num_batched_tokens)
+        sizes = [self._next_chunk(request) for request in queue]
+        chosen = select_prefill_batch(sizes, most)
         chunks: dict[GenerationRequest, tuple[int, int]] = {}
         for row, i in enumerate(chosen, batch.decoding):
             batch.swap(batch.row(queue[i]), row)
@@ -280,6 +297,7 @@ class Engine:
                 request.first_token_time = time.perf_counter()
                 complete.append(i)
         self._sample([requests[i] for i in complete], logits[complete])
+        return max(map(len, tokens)) * len(tokens)
 
     def _decode(self) -> None:
         requests = self.batch.requests[: self.batch.decoding]

@@ -53,20 +53,24 @@ class SchedulerConfig:
                 )
 
 
+_PASS_COST = 32  # tokens that cost what reading the weights for another pass costs
+
+
 def select_prefill_batch(sizes: Sequence[int], max_tokens: int) -> list[int]:
     """Return which prompts of a queue one forward pass prefills, given their token counts.
 
     The first one is always chosen. Padded to the longest, the batch has at most `max_tokens`
-    tokens, of which at most a quarter are padding.
+    tokens, of which at most a quarter are padding, or so few that another pass costs more.
 
-    >>> select_prefill_batch([30, 200, 32, 2, 28], 128)
+    >>> select_prefill_batch([60, 200, 64, 2, 56], 256)
     [0, 2, 4]
     """
     chosen = [0]
     for i in range(1, len(sizes)):
         batch = [sizes[k] for k in (*chosen, i)]
         area = max(batch) * len(batch)
-        if area <= max_tokens and sum(batch) >= 0.75 * area:
+        padding = area - sum(batch)
+        if area <= max_tokens and padding <= max(0.25 * area, _PASS_COST):
             chosen.append(i)
     return chosen
 
