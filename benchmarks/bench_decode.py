@@ -76,15 +76,16 @@ class Steps:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--beside", default="nothing")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     steps = Steps(options.model)
-    for _ in range(60):  # until all layers are merged
+    for _ in range(25):  # until all layers are merged
         steps.step(max(ROWS), steps.lease)
-    for rows in ROWS:
+    for rows in options.rows:
         times: dict[str, list[float]] = {PLAIN: [], BASE: [], FACTORED: [], MERGED: []}
         for repeat in range(options.repeats + 1):
             for name, found in times.items():
