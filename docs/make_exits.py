@@ -22,7 +22,7 @@ def llama() -> str:
     """The demo's adapter in llama.cpp, beside veratune."""
     lines = read("llama.cpp")
     out = [
-        "| The demo's adapter | Exact match | Loss | Same best token | Largest logit difference |",
+        "| The commands' adapter | Exact match | Loss | Same best token | Largest logit difference |",
         "|---|---|---|---|---|",
     ]
     for line in lines:

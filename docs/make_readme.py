@@ -28,7 +28,9 @@ def demo() -> str:
         ("adapter file, bytes", ["", f"{vera['bytes']:,}", f"{lora['bytes']:,}"]),
         ("training, seconds", ["", f"{vera['seconds']:.0f}", f"{lora['seconds']:.0f}"]),
     ]
-    table = ["| SmolLM2-135M: sentence -> JSON command | base | VeRA r=256 | LoRA r=8 (PEFT) |"]
+    table = [
+        "| SmolLM2-135M: sentence -> JSON command | base | VeRA, d alone, r=64 | LoRA r=8 (PEFT) |"
+    ]
     table += ["|---|---|---|---|"]
     table += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows]
     seconds, memory = line["demo_seconds"], line["peak_memory"] / 2**30
@@ -36,8 +38,9 @@ def demo() -> str:
         [
             *table,
             "",
-            f"{line['threads']} CPU cores, {seconds} s in all, {memory:.2f} GiB at most. One seed; the "
-            f"learning rates (4e-2, {line['lora']['lr']:g}) were not tuned on this data.",
+            f"{line['threads']} CPU cores, {seconds} s in all, {memory:.2f} GiB at most. One seed; learning rates "
+            f"{line['lr']:g} and {line['lora']['lr']:g}, each the best that was tried "
+            "([more methods](docs/recipes.md#commands-the-demos-task)).",
         ]
     )
 
@@ -139,8 +142,9 @@ def _quality() -> str:
     cells = finished(Quality(), read("reproduce/quality"))
     names = {
         "head alone": "head alone",
-        "VeRA, `--recipe small`": "principal d, r=64",
-        "VeRA, `--recipe balanced`": "principal d, r=192",
+        "VeRA, d on 64 principal directions": "principal d, r=64",
+        "VeRA, d on 192 principal directions": "principal d, r=192",
+        "IA3": "IA3",
         "LoRA r=8 q,v": "LoRA r=8, q,v",
         "LoRA r=1 on all linear layers": "LoRA r=1, all-linear",
         "LoRA r=8 on all linear layers": "LoRA r=8, all-linear",
@@ -154,7 +158,7 @@ def _quality() -> str:
 
 
 def cost() -> str:
-    """One line: what VeRA costs and gives beside LoRA."""
+    """What VeRA gives and costs beside LoRA, of two measurements."""
     from veratune_lab.paper.experiment import spread
     from veratune_lab.quality.experiment import Quality
     from veratune_lab.quality.report import final_score, finished
@@ -170,10 +174,11 @@ def cost() -> str:
             # LoRA of the run with the rank of the monarch basis, which comes first.
             times.setdefault((line["method"], line["rank"], line["basis"]), line["over_frozen"])
     return (
-        f"In one line: on 1,500 rows of STS-B, VeRA scores {scores[0]} with {sizes[0]}, LoRA r=8 {scores[1]} with "
-        f"{sizes[1]} on query and value and {scores[2]} with {sizes[2]} on all linear layers; a training step of "
-        f"VeRA at rank 1024 takes {times['veratune', 1024, 'monarch']:.2f} times the frozen model's, LoRA's r=8 "
-        f'{times["lora", 8, "random"]:.2f} times (`basis="monarch"`, a Llama 1024 wide, all linear layers).'
+        f"What it gives: on 1,500 rows of STS-B, VeRA (d alone, 192 principal directions of every linear layer) scores "
+        f"{scores[0]} with {sizes[0]}, LoRA r=8 {scores[1]} with {sizes[1]} on query and value and {scores[2]} with {sizes[2]} "
+        f"on all linear layers. What it costs: on a Llama 1024 wide, all linear layers, a training step of VeRA at rank 1024 "
+        f'(`basis="monarch"`, d and b) takes {times["veratune", 1024, "monarch"]:.2f} times the frozen model\'s, one of '
+        f"LoRA r=8 {times['lora', 8, 'random']:.2f} times."
     )
 
 

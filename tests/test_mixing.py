@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import veratune as vt
 from tests import fakes
 from tests.serving.fakes import QV, adapter, headed_adapter, small_llama
+from veratune.basis.lora import LoraBasis
 from veratune.errors import BaseModelError, ConfigError, UnsupportedError, VeratuneError
 from veratune.formats import native
 from veratune.layers.wrapper import VeraLayer
@@ -79,6 +80,15 @@ def with_task(**task):
     return dataclasses.replace(adapter(small_llama, ONLY_D, 1), task=task)
 
 
+def lora():
+    """An adapter that brings matrices of its own."""
+    layer = "model.layers.0.self_attn.q_proj"
+    size = small_llama().get_submodule(layer).weight.shape
+    basis = LoraBasis({layer: (torch.randn(3, size[1]), torch.randn(size[0], 3))})
+    model = vt.attach(small_llama(), vt.VeraConfig(rank=3, basis="lora"), "a", basis=basis)
+    return dataclasses.replace(vt.extract(model), bound=basis)
+
+
 @pytest.mark.parametrize(
     ("other", "why"),
     [
@@ -87,6 +97,7 @@ def with_task(**task):
         (lambda: changed(targets=("query",)), "adapt different layers"),
         (lambda: changed(sharing="unique"), "sharing is 'unique'"),
         (lambda: changed(basis="principal"), "basis is 'principal'"),
+        (lora, "'b' cannot be mixed: it has LoRA matrices of its own"),
         (lambda: changed(vectors="both"), "vectors is 'both'"),
         (lambda: with_task(system="Be brief."), "different system messages"),
         (lambda: with_task(chat_template="{{ x }}"), "different chat templates"),

@@ -114,7 +114,7 @@ def _check_linear(first: MixPart, part: MixPart) -> None:
             f"{pair}: b is trained in both (vectors='both'), and ΔW is linear in d only where b is "
             "the same; train adapters with --vectors d to mix them"
         )
-    for key in ("system", "chat_template"):
+    for key in ("system", "chat_template", "chat_template_sha256"):
         if (one.task.get(key) or "") != (other.task.get(key) or ""):
             words = "system messages" if key == "system" else "chat templates"
             raise UnsupportedError(f"{pair}: they were trained with different {words}")

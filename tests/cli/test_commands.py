@@ -1,5 +1,6 @@
 """Every command as a user types it, in-process (the exit status is main's return value)."""
 
+import importlib
 import io
 import json
 import re
@@ -227,7 +228,7 @@ def test_train_eval_and_chat(place, tmp_path, capsys):
     assert (tmp_path / "again" / "adapter.safetensors").read_bytes() == (
         tmp_path / "run" / "adapter.safetensors"
     ).read_bytes()
-    assert "the loss is on what is green" in " ".join(out.split())
+    assert "the loss is on what is between [[ and ]]" in " ".join(out.split())
 
     status, out, err = run(capsys, "eval", "--model", place / "llama", "--adapter", result["path"], "--data", place / "talk.jsonl",
                            "--device", "cpu", "--generate", "--max-new-tokens", 4, "--json")  # fmt: skip
@@ -681,6 +682,30 @@ def test_a_key_is_printed_once_and_a_server_without_keys_stays_at_home(tmp_path,
     assert "NAME=FILE of an adapter's file is wanted" in capsys.readouterr().err
 
 
+def test_every_flag_that_takes_a_list_takes_several_values():
+    from veratune.cli.parsing import LISTS, parse
+    from veratune.cli.serve_ import parser
+
+    for name in COMMANDS:
+        module = importlib.import_module(f"veratune.cli.{name.replace('-', '_')}_")
+        for action in module.parser()._actions:
+            kind = str(getattr(action, "_typehint", None))
+            if "list[" in kind or "tuple[" in kind:
+                assert action.dest in LISTS, f"{name}: {action.dest}"
+    words = ["--model", "m", "--adapter-sources", "/a", "hf://b/", "--adapters", "a=F", "b=G,c=H"]
+    flags = parse(parser(), [*words, "--port", "1"])
+    assert (flags.adapter_sources, flags.port) == (["/a", "hf://b/"], 1)
+    assert flags.adapters == ["a=F", "b=G", "c=H"]
+    flags = parse(parser(), ["--model", "m", "--adapter-sources", "/a"])
+    assert flags.adapter_sources == ["/a"]
+
+
+def test_a_flag_that_is_given_twice_is_refused(capsys):
+    status, _, said = run(capsys, "serve", "--model", "m", "--adapters", "a=F", "--adapters", "b=F")
+    assert status == 2
+    assert "--adapters is given twice; a list is written a,b or a b" in said
+
+
 def test_a_recipe_is_settings_by_name_and_flags_overrule_it(capsys):
     from veratune.cli.parsing import RECIPES, parse
     from veratune.cli.train_ import parser
@@ -692,6 +717,9 @@ def test_a_recipe_is_settings_by_name_and_flags_overrule_it(capsys):
         assert flags.lr > 0
     flags = parse(parser(), ["--rank", "64", "--recipe", "spread", *needed])
     assert (flags.targets, flags.vectors, flags.rank) == (("all-linear",), "d", 64)
+    for name in ("plan", "train-fleet"):
+        module = importlib.import_module(f"veratune.cli.{name.replace('-', '_')}_")
+        assert parse(module.parser(), ["--recipe", "spread", *needed]).vectors == "d"
     status, _, said = run(capsys, "train", "--recipe", "spraed", *needed)
     assert status == 2
     assert (

@@ -35,6 +35,17 @@ def test_noise_at_low_rates_is_not_taken_for_progress():
     assert choose_lr(RATES, losses).lr > RATES[24]
 
 
+def test_a_fall_within_the_noise_is_refused_and_early_noise_is_not_chosen():
+    random = np.random.default_rng(0)
+    noise = random.normal(0, 0.5, len(RATES))
+    with pytest.raises(ConfigError, match="that is noise; set --lr, or give a larger --batch-size"):
+        choose_lr(RATES, list(1.0 + 0.1 * noise))
+    for seed in range(20):
+        noise = np.random.default_rng(seed).normal(0, 0.5, len(RATES))
+        curve = [3 - 2.5 / (1 + np.exp(-4 * np.log(rate / 3e-2))) for rate in RATES]
+        assert choose_lr(RATES, list(np.array(curve) + noise)).lr > 1e-3
+
+
 def test_a_head_learns_alone_before_the_range_test(tmp_path):
     rows = "".join(json.dumps({"text": t, "label": t}) + "\n" for t in ("on", "off") * 8)
     (tmp_path / "rows.jsonl").write_text(rows)

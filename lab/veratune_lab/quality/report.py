@@ -43,7 +43,8 @@ NOTE = (
 PROTOCOL = """# Accuracy per byte
 
 How good is an adapter for the bytes that it takes? This page compares methods by one protocol.
-`python -m veratune_lab quality --data DATA` runs it, one JSON line a run, and goes on where it stopped.
+`python -m veratune_lab quality --data DATA` runs it, one JSON line a run, and goes on where it stopped. So far only
+the small cell, "STS-B, first 1,500", is run; [the rest](#not-run-yet) wants days of two cores.
 
 ## Protocol
 

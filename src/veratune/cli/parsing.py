@@ -32,6 +32,9 @@ LISTS = (
     "harness",
     "tenants",
     "adapters",
+    "adapter_sources",
+    "image",
+    "reward_weights",
     "cors_origins",
     "allowed_hosts",
 )
@@ -167,6 +170,16 @@ def new_parser(name: str, description: str, prog: str = "veratune") -> Parser:
     )
 
 
+def add_recipe(parser: Parser) -> None:
+    """Add --recipe."""
+    parser.add_argument(
+        "--recipe",
+        type=str | None,
+        default=None,
+        help=f"settings by name: {', '.join(RECIPES)}; --config and flags overrule them",
+    )
+
+
 def add_json(parser: Parser, printed: str = "the result") -> None:
     """Add --json."""
     parser.add_argument(
@@ -200,6 +213,10 @@ def parse(parser: Parser, argv: Sequence[str]) -> Namespace:
         ConfigError: The file cannot be read or has an unknown key; names the nearest known key.
     """
     words = _normalize(parser, argv)
+    flags = [word for word in words if word.startswith("--") and word != "--"]
+    twice = next((word for word in flags if flags.count(word) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{twice} is given twice; a list is written a,b or a b")
     if "--config" in words:
         at = words.index("--config")
         if at + 1 >= len(words):
@@ -213,13 +230,13 @@ def parse(parser: Parser, argv: Sequence[str]) -> Namespace:
                 f"no recipe {name!r}; there are {', '.join(RECIPES)}{near(name, RECIPES)}"
             )
         words = _words_of_file(parser, str(RECIPES[name])) + words
-    flags = parser.parse_args(words)
-    for name, value in flags.items():
+    found = parser.parse_args(words)
+    for name, value in found.items():
         # jsonargparse makes the classes of bounded numbers at run time; they cannot be pickled for
         # another process.
         plain = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
-        flags[name] = plain(value) if plain is not None else value
-    return flags
+        found[name] = plain(value) if plain is not None else value
+    return found
 
 
 def split(flags: Namespace, kind: type[T]) -> T:
@@ -247,7 +264,7 @@ def _normalize(parser: Parser, argv: Sequence[str]) -> list[str]:
     """Hyphenate flags, split --flag=value, write true after a lone boolean flag, lists as JSON."""
     words: list[str] = []
     booleans = parser.booleans()
-    given = [part for word in argv for part in _parts(word)]
+    given = _joined_lists(parser, [part for word in argv for part in _parts(word)])
     for i, word in enumerate(given):
         words.append(word)
         previous = _key(given[i - 1]) if i else None
@@ -260,6 +277,25 @@ def _normalize(parser: Parser, argv: Sequence[str]) -> list[str]:
         elif previous in LISTS and not word.startswith("--"):
             words[-1] = _list(word)
     return words
+
+
+def _joined_lists(parser: Parser, words: Sequence[str]) -> list[str]:
+    """Words with the values of a list in one, as in --adapters a=F b=F.
+
+    Commands with arguments of their own, which could not be told from values, are left alone.
+    """
+    if any(not action.option_strings for action in parser._actions):
+        return list(words)
+    out: list[str] = []
+    flag: str | None = None
+    for word in words:
+        if word.startswith("--"):
+            flag = _key(word)
+        elif flag in LISTS and out and not out[-1].startswith("--"):
+            out[-1] = f"{out[-1]},{word}"
+            continue
+        out.append(word)
+    return out
 
 
 def _parts(word: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from veratune.cli.parsing import Parser, add_json, new_parser, parse, print_json, split
+from veratune.cli.parsing import Parser, add_json, add_recipe, new_parser, parse, print_json, split
 from veratune.cli.train_ import SKIPPED, know_rollouts, preview_on
 from veratune.config import VeraConfig
 from veratune.training.settings import TrainSettings
@@ -23,6 +23,7 @@ def parser() -> Parser:
         "that it takes on this machine, measured on a few steps.",
     )
     out.add_argument("--config", type=str, help="YAML file of these settings; flags overrule it")
+    add_recipe(out)
     out.add_argument(
         "--out", type=str, default="", help="the run's folder; it is checked to be free"
     )

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from veratune.cli.parsing import RECIPES, Parser, new_parser, parse, print_json, split
+from veratune.cli.parsing import Parser, add_recipe, new_parser, parse, print_json, split
 from veratune.config import VeraConfig
 from veratune.errors import ConfigError
 from veratune.training.settings import Range, TrainSettings
@@ -27,12 +27,7 @@ def parser() -> Parser:
         "train", "Fine-tune a model with VeRA and write the adapter, a file of kilobytes."
     )
     out.add_argument("--config", type=str, help="YAML file of these settings; flags overrule it")
-    out.add_argument(
-        "--recipe",
-        type=str | None,
-        default=None,
-        help=f"settings by name: {', '.join(RECIPES)}; --config and flags overrule them",
-    )
+    add_recipe(out)
     out.add_argument(
         "--sweep",
         type=str,
@@ -199,16 +194,19 @@ def _value(text: str) -> Any:
 
 
 def preview_on(console: Console) -> Any:
-    """Return a function that prints a training example, tokens with loss in green."""
+    """Return a function that prints a training example, tokens with loss in green, or between
+    [[ and ]] where there are no colours.
+    """
 
     def show(pieces: list[tuple[str, bool]]) -> None:
+        plain = console.color_system is None
         text = (
             Text("One training example; the loss is on what is ", style="dim")
-            .append("green", "green")
+            .append("between [[ and ]]" if plain else "green", "green")
             .append(":\n")
         )
         for piece, on in pieces:
-            text.append(piece, "green" if on else "default")
+            text.append(f"[[{piece}]]" if plain and on else piece, "green" if on else "default")
         console.print(text)
 
     return show

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from veratune.cli.parsing import Parser, new_parser, parse, print_json, split
+from veratune.cli.parsing import Parser, add_recipe, new_parser, parse, print_json, split
 from veratune.cli.train_ import SKIPPED
 from veratune.config import VeraConfig
 from veratune.training.fleet.settings import FleetSettings
@@ -23,6 +23,7 @@ def parser() -> Parser:
         "or is a folder with one file per tenant.",
     )
     out.add_argument("--config", type=str, help="YAML file of these settings; flags override it")
+    add_recipe(out)
     out.add_argument("--json", type=bool, default=False, help="print the result as one JSON object")
     out.add_class_arguments(FleetSettings)
     out.add_class_arguments(TrainSettings)

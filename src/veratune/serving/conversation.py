@@ -12,6 +12,8 @@ from typing import Any
 
 from veratune.adapter import Adapter
 from veratune.errors import UnsupportedError
+from veratune.tasks.base import TEMPLATE_HASH
+from veratune.tasks.text.chat_template import template_hash
 
 log = logging.getLogger(__name__)
 _CACHED_CHARACTERS = 2**22  # of system messages
@@ -35,6 +37,12 @@ def check_conversation(task: Mapping[str, Any], template: str | None, max_charac
         raise UnsupportedError(
             "the adapter was trained with a chat template of its own, which this server does not "
             "run: put that template into the base model's folder and start the server with it"
+        )
+    seen = task.get(TEMPLATE_HASH)
+    if seen and not own and seen != template_hash(template):
+        raise UnsupportedError(
+            "the adapter was trained with another chat template than this server's base model has; "
+            "serve it with the base model and the tokenizer that it was trained with"
         )
     system = task.get("system") or ""
     if not isinstance(system, str):

@@ -11,6 +11,8 @@ from torch import nn
 from veratune.errors import ConfigError
 from veratune.tasks.data import Stream, has_split, load_examples, pick_columns
 
+TEMPLATE_HASH = "chat_template_sha256"  # of the tokenizer's chat template, in a task's metadata
+
 Metrics = Callable[[Any], dict[str, float]]
 
 

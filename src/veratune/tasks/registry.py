@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from veratune.errors import AdapterFileError, ConfigError, near
-from veratune.tasks.base import Task
+from veratune.tasks.base import TEMPLATE_HASH, Task
 from veratune.tasks.diffusion.generation import TextToImage, UnconditionalImage
 from veratune.tasks.multimodal.image_text import ImageTextToText
 from veratune.tasks.multimodal.speech import SpeechRecognition
@@ -52,7 +52,7 @@ def task_from_metadata(description: Mapping[str, Any]) -> Task:
     """The task that an adapter's file remembers. Raises AdapterFileError if it is none that is
     known here.
     """
-    settings = dict(description)
+    settings = {key: value for key, value in description.items() if key != TEMPLATE_HASH}
     try:
         return task_class(settings.pop("name"))(**settings)
     except (KeyError, TypeError, ConfigError) as error:

@@ -24,6 +24,8 @@ STEPS = 60
 HEAD_STEPS = 30  # before them, in which a new head learns alone
 LR_FILE = "lr-find.json"
 _DIVERGED = 4.0  # times the lowest smoothed loss
+_REACH = 100.0  # how far below the rate of the lowest loss the chosen one may be
+_FEW = 20  # steps, with which noise is not measured
 _SMOOTHING = 0.8  # decay of the loss's moving average
 
 
@@ -65,7 +67,8 @@ class RangeTest:
 def find_lr(settings: TrainSettings, vera: VeraConfig, steps: int = STEPS) -> RangeTest:
     """Train for some steps at exponentially rising rates, and choose one.
 
-    The chosen rate is where the smoothed loss falls fastest. A head learns alone for HEAD_STEPS
+    The chosen rate is where the smoothed loss falls fastest, within a hundredth of the rate of the
+    lowest loss. A head learns alone for HEAD_STEPS
     steps before: else its first progress would be taken for that of d and b. Nothing is kept of
     the model.
 
@@ -137,7 +140,7 @@ def choose_lr(rates: list[float], losses: list[float]) -> RangeTest:
         losses: The loss of each step.
 
     Raises:
-        ConfigError: The loss falls at no rate.
+        ConfigError: The loss falls at no rate, or by less than its noise.
     """
     smoothed, average = [], 0.0
     for step, loss in enumerate(losses, start=1):
@@ -150,6 +153,15 @@ def choose_lr(rates: list[float], losses: list[float]) -> RangeTest:
             f"the range test found no learning rate between {LOWEST:g} and {HIGHEST:g} at which "
             "the loss falls; set --lr, or look at the data"
         )
+    noise = float(np.median(np.abs(np.diff(losses)))) if len(losses) > _FEW else 0.0
+    fall = float(np.mean(losses[: max(1, len(rates) // 5)])) - smoothed[lowest]
+    if fall < 1.5 * noise:  # the lowest of many smoothed values is below the mean by chance
+        raise ConfigError(
+            f"the range test's loss falls by {fall:.2g}, and from step to step it changes by "
+            f"{noise:.2g}: that is noise; set --lr, or give a larger --batch-size"
+        )
+    # Far below the rate of the lowest loss d and b hardly move: a fall there is noise.
+    falling[np.array(rates[: lowest + 1]) < rates[lowest] / _REACH] = 0.0
     best = float(f"{rates[int(np.argmin(falling))]:.2g}")
     return RangeTest(best, rates, losses, smoothed)
 

@@ -10,11 +10,21 @@ from tests.serving.http.fakes import RunningServer
 from veratune.errors import UnsupportedError
 from veratune.formats import native
 from veratune.serving.conversation import SystemMessages, check_conversation
+from veratune.tasks.base import TEMPLATE_HASH
+from veratune.tasks.text.chat_template import PLAIN_TEMPLATE, template_hash
 
 SYSTEM = "set timer for minutes"
 ASK = [{"role": "user", "content": "turn the light on"}]
 TOLD = [{"role": "system", "content": SYSTEM}, *ASK]
 OTHER = [{"role": "system", "content": "bad film"}, *ASK]
+
+
+def test_the_hash_of_the_training_template_is_checked():
+    own = template_hash("{{ messages }}")
+    assert check_conversation({TEMPLATE_HASH: own}, "{{ messages }}", 10) == ""
+    assert check_conversation({TEMPLATE_HASH: template_hash(None)}, PLAIN_TEMPLATE, 10) == ""
+    with pytest.raises(UnsupportedError, match="another chat template than this server's base"):
+        check_conversation({TEMPLATE_HASH: own}, "{{ messages[0] }}", 10)
 
 
 def file_with(**task):

@@ -40,6 +40,7 @@ def test_label_names_come_from_the_training_rows(labels, names):
     [
         ([-1, 0], "label -1 in column 'label' is negative; classes are counted from 0"),
         ([0.5, 1.5], "labels in column 'label' are float; use --task text-regression"),
+        ([1, 2, 1], "labels in column 'label' begin at 1; classes are counted from 0"),
         (["a", "a"], "all rows have the label 'a'; at least two classes are wanted"),
         ([0, 999_999], "label 999999 in column 'label' is no class; use --task text-regression"),
     ],

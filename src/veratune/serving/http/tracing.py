@@ -1,5 +1,6 @@
 """OpenTelemetry traces: a span for each API call, and one below it for each completion."""
 
+import logging
 import time
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -33,6 +34,22 @@ def check_endpoint(endpoint: str) -> None:
         ) from None
 
 
+class _OnceInAWhile(logging.Filter):
+    """Lets one line through in ten minutes, shortened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + 600
+        record.msg, record.args = "traces are not delivered: %.120s", (record.getMessage(),)
+        return True
+
+
 class Tracing:
     """Sends spans in the background; a slow or missing collector costs requests nothing.
 
@@ -50,6 +67,10 @@ class Tracing:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
+        # The exporter logs every attempt.
+        logging.getLogger("opentelemetry.exporter.otlp.proto.http.trace_exporter").addFilter(
+            _OnceInAWhile()
+        )
         named = Resource({SERVICE_NAME: "veratune"}).merge(OTELResourceDetector().detect())
         self.provider = TracerProvider(resource=Resource.create().merge(named))
         self.provider.add_span_processor(BatchSpanProcessor(exporter))

@@ -1,6 +1,7 @@
 """Chat templates: conversations as the text that a model sees, and where the assistant speaks."""
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import re
@@ -103,6 +104,16 @@ def with_parts(message: Message) -> Message:
     if isinstance(content, list):
         return message
     return message | {"content": [{"type": "text", "text": content}] if content else []}
+
+
+def template_hash(template: object) -> str:
+    """The first digits of a chat template's SHA-256; of PLAIN_TEMPLATE where there is none.
+
+    Args:
+        template: A tokenizer's `chat_template`: its text, several by name, or None.
+    """
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return hashlib.sha256((text if template else PLAIN_TEMPLATE).encode()).hexdigest()[:16]
 
 
 def read_chat_template(value: str) -> str:

@@ -18,9 +18,15 @@ from transformers import (
 
 from veratune.errors import ConfigError, DataError
 from veratune.loading import load_pretrained
+from veratune.tasks.base import TEMPLATE_HASH
 from veratune.tasks.data import CACHED_FROM, Stream, pick_columns, small_dataset
 from veratune.tasks.text.base import OnOverflow, TextTask
-from veratune.tasks.text.chat_template import ConversationRenderer, check_turn, read_chat_template
+from veratune.tasks.text.chat_template import (
+    ConversationRenderer,
+    check_turn,
+    read_chat_template,
+    template_hash,
+)
 from veratune.tasks.text.conversation import Conversation, Message, RowReader, TrainOn
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -75,9 +81,16 @@ class ChatTask(LanguageTask):
         """
         super().__init__(columns, max_length, on_overflow)
         self.system = system
+        self._template_hash = ""  # of the tokenizer that was loaded
+
+    def load_processor(self, model: str) -> PreTrainedTokenizerBase:
+        tokenizer = super().load_processor(model)
+        self._template_hash = template_hash(tokenizer.chat_template)
+        return tokenizer
 
     def to_metadata(self) -> dict[str, Any]:
-        return super().to_metadata() | {"system": self.system}
+        seen = {TEMPLATE_HASH: self._template_hash} if self._template_hash else {}
+        return super().to_metadata() | {"system": self.system} | seen
 
     def with_system(self, messages: list[Message]) -> list[Message]:
         """Messages with the task's system message, unless they begin with another."""
@@ -130,8 +143,11 @@ class ConversationTask(ChatTask):
         self.chat_template = read_chat_template(chat_template) if chat_template else ""
 
     def to_metadata(self) -> dict[str, Any]:
-        template = {"chat_template": self.chat_template} if self.chat_template else {}
-        return super().to_metadata() | template
+        found = super().to_metadata()
+        if self.chat_template:
+            found.pop(TEMPLATE_HASH, None)
+            found["chat_template"] = self.chat_template
+        return found
 
     def last_completions(
         self, conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase
