@@ -54,7 +54,8 @@ class PoolLinear(PoolLayer):
         batch = self.current_batch(x.shape[0])
         weight = self.context.merged.weight(self.name, self.base, x) if batch is not None else None
         if weight is not None:
-            return linear(x, weight, self.base.bias)
+            bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+            return linear(x, weight, bias)
         y: Tensor = self.base(x)
         if batch is None:
             return y
