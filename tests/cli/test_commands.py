@@ -566,6 +566,7 @@ def test_a_server_answers_and_drains_on_sigterm(tmp_path):
     model = vt.attach(fakes.llama(**long), vt.VeraConfig(rank=4, targets=("query",)), "x")
     vt.save(model, tmp_path / "x.safetensors", name="x")
     words = ["--adapters", f"mine={tmp_path / 'x.safetensors'}", "--served-model-name", "tiny"]
+    words += ["--shutdown-timeout", "120"]  # a busy machine may need more than the default
     begun, ends = threading.Semaphore(0), []
 
     def ask():
@@ -577,7 +578,7 @@ def test_a_server_answers_and_drains_on_sigterm(tmp_path):
             "seed": 1,
             "stream": True,
         }
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as reply:
             lines = []
             for line in reply.iter_lines():
                 if line:

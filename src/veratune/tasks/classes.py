@@ -38,7 +38,7 @@ def label_names(
         if max(values) >= 10_000:
             raise DataError(f"label {max(values)} in column {column!r} is no class; {otherwise}")
         labels = [str(i) for i in range(max(2, max(values) + 1))]
-        if min(values) > 0 and len(values) > 1:
+        if len(values) > 1 and sorted(values) == list(range(1, len(values) + 1)):
             raise DataError(
                 f"labels in column {column!r} begin at {min(values)}; classes are counted from 0"
             )

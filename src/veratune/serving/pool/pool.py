@@ -30,6 +30,7 @@ from veratune.errors import (
     PoolFullError,
     UnsupportedError,
 )
+from veratune.layers.few_rows import wrapped_linear
 from veratune.layers.vectors import product_dtype
 from veratune.layers.wrapper import VeraLayer, replace_modules
 from veratune.serving.pool.backbone import at_backbone
@@ -245,7 +246,10 @@ class AdapterPool:
         """Give the model its own layers back and remove all adapters."""
         with self._lock:
             replace_modules(
-                self.model, lambda module: module.base if isinstance(module, PoolLayer) else module
+                self.model,
+                lambda module: wrapped_linear(
+                    module.base if isinstance(module, PoolLayer) else module
+                ),
             )
             self._wrapped, self._groups = {}, {}
             self.merged.clear()
