@@ -276,7 +276,7 @@ def peers(lines: list[Line]) -> list[str]:
     return [
         "### Beside other servers", "",
         f"{first['model']}, base model alone, streamed answers of {first['answer_tokens']} tokens to Alpaca instructions, {first['threads']} threads "
-        f"(`benchmarks/bench_servers.py`). Each cell: tokens a second; time to first token, p50 / p99 in milliseconds. Medians of {rounds} interleaved round{'s' if rounds > 1 else ''}, with the range of the speeds.", "",
+        f"(`benchmarks/bench_servers.py`). Each cell: tokens a second; time to first token, p50 / p99 in milliseconds. Medians of up to {rounds} interleaved round{'s' if rounds > 1 else ''}, with the range of the speeds.", "",
         "| dtype | server | " + " | ".join(f"{n} client{'s' if n > 1 else ''}" for n in clients) + " |",
         "|---|---|" + "---|" * len(clients),
         *(
