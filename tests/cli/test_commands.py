@@ -699,6 +699,10 @@ def test_every_flag_that_takes_a_list_takes_several_values():
     assert flags.adapters == ["a=F", "b=G", "c=H"]
     flags = parse(parser(), ["--model", "m", "--adapter-sources", "/a"])
     assert flags.adapter_sources == ["/a"]
+    needed = ["--model", "m", "--task", "t", "--data", "d", "--out", "o"]
+    train = importlib.import_module("veratune.cli.train_")
+    flags = parse(train.parser(), ["--targets", "re:a{1,2}", "[b, c]", "d,e", *needed])
+    assert flags.targets == ("re:a{1,2}", "b", "c", "d", "e")
 
 
 def test_a_flag_that_is_given_twice_is_refused(capsys):

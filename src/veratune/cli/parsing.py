@@ -264,38 +264,26 @@ def _normalize(parser: Parser, argv: Sequence[str]) -> list[str]:
     """Hyphenate flags, split --flag=value, write true after a lone boolean flag, lists as JSON."""
     words: list[str] = []
     booleans = parser.booleans()
-    given = _joined_lists(parser, [part for word in argv for part in _parts(word)])
-    for i, word in enumerate(given):
-        words.append(word)
-        previous = _key(given[i - 1]) if i else None
-        if (
-            _key(word) in booleans
-            and word.startswith("--")
-            and (i + 1 == len(given) or given[i + 1].startswith("--"))
-        ):
-            words.append("true")
-        elif previous in LISTS and not word.startswith("--"):
-            words[-1] = _list(word)
-    return words
-
-
-def _joined_lists(parser: Parser, words: Sequence[str]) -> list[str]:
-    """Words with the values of a list in one, as in --adapters a=F b=F.
-
-    Commands with arguments of their own, which could not be told from values, are left alone.
-    """
-    if any(not action.option_strings for action in parser._actions):
-        return list(words)
-    out: list[str] = []
+    # Commands with arguments of their own: these could not be told from a list's further values.
+    one_value = any(not action.option_strings for action in parser._actions)
+    given = [part for word in argv for part in _parts(word)]
     flag: str | None = None
-    for word in words:
+    values = 0  # since that flag
+    for i, word in enumerate(given):
         if word.startswith("--"):
-            flag = _key(word)
-        elif flag in LISTS and out and not out[-1].startswith("--"):
-            out[-1] = f"{out[-1]},{word}"
+            flag, values = _key(word), 0
+            words.append(word)
+            if flag in booleans and (i + 1 == len(given) or given[i + 1].startswith("--")):
+                words.append("true")
             continue
-        out.append(word)
-    return out
+        values += 1
+        if flag not in LISTS or (values > 1 and (one_value or words[-1] == "null")):
+            words.append(word)
+        elif values == 1:
+            words.append(_list(word))
+        else:
+            words[-1] = json.dumps([*yaml.safe_load(words[-1]), *yaml.safe_load(_list(word))])
+    return words
 
 
 def _parts(word: str) -> list[str]:

@@ -112,8 +112,9 @@ def template_hash(template: object) -> str:
     Args:
         template: A tokenizer's `chat_template`: its text, several by name, or None.
     """
+    template = template or PLAIN_TEMPLATE
     text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
-    return hashlib.sha256((text if template else PLAIN_TEMPLATE).encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_chat_template(value: str) -> str:
